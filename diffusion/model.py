@@ -1,0 +1,207 @@
+"""A trained model: network, schedule and parameterisation, and the folder it is kept in.
+
+A folder holds `config.json` and `model.safetensors`; nothing in it is ever executed. A diffusers
+folder (`model_index.json`) loads as well: see `diffusion.diffusers_folder`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffusion.forward import gather
+from diffusion.parameterization import eps_coefficients, x_start_coefficients
+from diffusion.schedule import Schedule, ScheduleConfig, ScheduleError
+from diffusion.unet import NetworkConfigError, UNet, UNetConfig
+
+FORMAT = 1
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A folder that is no usable checkpoint; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that is needed, beside the weights, to use a model.
+
+    prediction: epsilon, sample, v or mean. class_names: empty for an unconditional model.
+    crop: the (height, width) of the data inside the padded image, for display and bits/dim.
+    """
+
+    network: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    prediction: str = "epsilon"
+    class_names: tuple[str, ...] = ()
+    crop: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        if self.crop is not None:
+            object.__setattr__(self, "crop", tuple(self.crop))
+        x_start_coefficients(self.schedule.build(), self.prediction)
+        if self.class_names and len(self.class_names) != self.network.num_classes:
+            raise CheckpointError(
+                f"class_names: {len(self.class_names)} names for "
+                f"num_classes = {self.network.num_classes}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        out: dict[str, Any] = {
+            "format": FORMAT,
+            "network": dataclasses.asdict(self.network),
+            "schedule": self.schedule.to_dict(),
+            "prediction": self.prediction,
+            "class_names": list(self.class_names),
+        }
+        if self.crop is not None:
+            out["crop"] = list(self.crop)
+        return out
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`. Raises CheckpointError naming an unknown or bad field."""
+        fields = dict(raw)
+        version = fields.pop("format", None)
+        if version != FORMAT:
+            raise CheckpointError(f"format = {version!r}: this version reads format {FORMAT}")
+        try:
+            fields["network"] = UNetConfig(**fields["network"])
+            fields["schedule"] = ScheduleConfig(**fields["schedule"])
+            return cls(**fields)
+        except KeyError as error:
+            raise CheckpointError(f"{error.args[0]}: missing") from error
+        except (TypeError, NetworkConfigError, ScheduleError) as error:
+            raise CheckpointError(str(error)) from error
+
+
+class Model:
+    """ε_θ with its schedule. Tensors are [N, C, H, W] in [−1, 1]; t is [N], an index 0..T−1."""
+
+    def __init__(self, config: ModelConfig, network: UNet, digest: str = "") -> None:
+        self.config = config
+        self.network = network
+        self.schedule: Schedule = config.schedule.build()
+        self.digest = digest
+        self._eps_coefficients = eps_coefficients(self.schedule, config.prediction)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.network.conv_in.weight.device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        network = self.config.network
+        return network.in_channels, network.image_size, network.image_size
+
+    def eps(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
+        """ε̂ = ε_θ(x_t, t), float32, converted from whatever the network predicts.
+
+        x_t: [N, C, H, W]; t: [N] int64, index 0..T−1; class_label: [N] int64, or None for no
+        label. Raises ValueError for a label that the network cannot take.
+        """
+        return self.eps_from_output(self.output(x_t, t, class_label), x_t, t)
+
+    def output(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
+        """The network's raw output, float32 [N, C or 2C, H, W]."""
+        dtype = self.network.conv_in.weight.dtype
+        out: Tensor = self.network(x_t.to(dtype), t, class_label)
+        return out.to(torch.promote_types(x_t.dtype, torch.float32))
+
+    def eps_from_output(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """ε̂ [N, C, H, W] of a raw output; a learned variance's half is left out."""
+        out = out[:, : self.config.network.in_channels]
+        if self.config.prediction == "epsilon":
+            return out
+        e_x, e_out = self._eps_coefficients
+        return gather(e_x, t, x_t) * x_t + gather(e_out, t, x_t) * out
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 (hex) over config.json and the weights, in this order."""
+    sha = hashlib.sha256()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                sha.update(chunk)
+    return sha.hexdigest()
+
+
+def save(model: Model, folder: str | Path) -> None:
+    """Write config.json and model.safetensors; each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.network.state_dict().items()}
+    temporary = folder / f".{WEIGHTS_NAME}.tmp"
+    save_file(weights, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / WEIGHTS_NAME)
+    temporary = folder / f".{CONFIG_NAME}.tmp"
+    text = json.dumps(model.config.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(folder / CONFIG_NAME)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
+    """Load a checkpoint folder, ours or a diffusers pipeline's, ready to evaluate.
+
+    Raises CheckpointError: no such folder, a missing or broken file, weights that do not fit.
+    """
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        from diffusion.diffusers_folder import load_diffusers
+
+        return load_diffusers(folder, device)
+    config = ModelConfig.from_dict(read_json(folder / CONFIG_NAME))
+    network = build_network(config, read_weights(folder / WEIGHTS_NAME), device)
+    return Model(config, network, digest_of(folder))
+
+
+def build_network(
+    config: ModelConfig, weights: dict[str, Tensor], device: str | torch.device = "cpu"
+) -> UNet:
+    """The network with these weights, in evaluation mode, gradients off."""
+    with torch.device("meta"):
+        network = UNet(config.network)
+    network = network.to_empty(device=device)
+    try:
+        network.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"weights do not fit the network: {error}") from error
+    return network.eval().requires_grad_(False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError otherwise."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; is this a checkpoint folder?") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return raw
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; CheckpointError otherwise."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: broken weights file: {error}") from error

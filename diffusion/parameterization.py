@@ -1,0 +1,97 @@
+"""What the network's output means, and conversions between the four parameterisations.
+
+All are linear in (x_t, output), so each is a pair of coefficients a step:
+
+    epsilon   x̂_0 = (x_t − √(1−ᾱ_t) out)/√ᾱ_t                        (Ho et al. 2020, eq. 11)
+    sample    x̂_0 = out
+    v         x̂_0 = √ᾱ_t x_t − √(1−ᾱ_t) out                          (Salimans, Ho 2022)
+    mean      out = μ̃_t(x_t, x̂_0)                                    (Ho et al. 2020, eq. 8)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from diffusion.forward import gather
+from diffusion.schedule import Float64, Schedule
+
+Coefficients = tuple[Float64, Float64]
+
+
+def _epsilon(s: Schedule) -> Coefficients:
+    return 1 / np.sqrt(s.alphas_cumprod), -np.sqrt(s.one_minus_alphas_cumprod / s.alphas_cumprod)
+
+
+def _sample(s: Schedule) -> Coefficients:
+    return np.zeros(s.T), np.ones(s.T)
+
+
+def _v(s: Schedule) -> Coefficients:
+    return np.sqrt(s.alphas_cumprod), -np.sqrt(s.one_minus_alphas_cumprod)
+
+
+def _mean(s: Schedule) -> Coefficients:
+    coef_x_start = np.sqrt(s.alphas_cumprod_prev) * s.betas / s.one_minus_alphas_cumprod
+    one_minus_prev = np.append(0.0, s.one_minus_alphas_cumprod[:-1])
+    coef_x_t = np.sqrt(s.alphas) * one_minus_prev / s.one_minus_alphas_cumprod
+    return -coef_x_t / coef_x_start, 1 / coef_x_start
+
+
+_X_START_FROM: dict[str, Callable[[Schedule], Coefficients]] = {
+    "epsilon": _epsilon,
+    "sample": _sample,
+    "v": _v,
+    "mean": _mean,
+}
+PREDICTIONS = tuple(_X_START_FROM)
+
+
+class PredictionError(ValueError):
+    """An unknown parameterisation."""
+
+
+def x_start_coefficients(schedule: Schedule, prediction: str) -> Coefficients:
+    """(r_x [T], r_out [T]) with x̂_0 = r_x·x_t + r_out·out.
+
+    Raises PredictionError for a name not in PREDICTIONS.
+    """
+    if prediction not in _X_START_FROM:
+        raise PredictionError(
+            f"prediction = {prediction!r}: must be one of {', '.join(PREDICTIONS)}"
+        )
+    return _X_START_FROM[prediction](schedule)
+
+
+def eps_coefficients(schedule: Schedule, prediction: str) -> Coefficients:
+    """(e_x [T], e_out [T]) with ε = e_x·x_t + e_out·out."""
+    r_x, r_out = x_start_coefficients(schedule, prediction)
+    signal = np.sqrt(schedule.alphas_cumprod)
+    noise = np.sqrt(schedule.one_minus_alphas_cumprod)
+    if prediction == "epsilon":  # exactly (0, 1), without rounding
+        return np.zeros(schedule.T), np.ones(schedule.T)
+    return (1 - signal * r_x) / noise, -signal * r_out / noise
+
+
+def to_x_start(
+    schedule: Schedule, prediction: str, *, x_t: Tensor, t: Tensor, out: Tensor
+) -> Tensor:
+    """x̂_0 of a network output. x_t, out: [N, ...]; t: [N], index 0..T−1."""
+    r_x, r_out = x_start_coefficients(schedule, prediction)
+    return gather(r_x, t, x_t) * x_t + gather(r_out, t, x_t) * out
+
+
+def to_eps(schedule: Schedule, prediction: str, *, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
+    """ε̂ of a network output."""
+    e_x, e_out = eps_coefficients(schedule, prediction)
+    return gather(e_x, t, x_t) * x_t + gather(e_out, t, x_t) * out
+
+
+def target(
+    schedule: Schedule, prediction: str, *, x_start: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
+    """What a network of this parameterisation should put out: the inverse of `to_x_start`."""
+    r_x, r_out = x_start_coefficients(schedule, prediction)
+    return (x_start - gather(r_x, t, x_t) * x_t) / gather(r_out, t, x_t)

@@ -1,0 +1,201 @@
+"""Every sampler as a table: one row a network evaluation, one fused update for a mixed batch.
+
+A row evaluates the network at index t and then updates
+
+    x̂_0 = clip(r_x·x + r_eps·ε_θ(x, t))
+    x   ← a·x̂_0 + b·x + d·x̂_0,prev + c·z
+
+so rows of different samplers, at different timesteps, step together in one batch. Ancestral
+sampling: Ho et al. 2020, algorithm 2; over a sub-sequence, with the posterior of each jump. DDIM:
+Song et al. 2021, eq. 12. DPM-Solver++(2M): Lu et al. 2022, algorithm 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusion.noise import Purpose
+from diffusion.schedule import Float64, Schedule
+
+COLUMNS = ("r_x", "r_eps", "clip", "a", "b", "d", "c")
+
+
+class SamplerError(ValueError):
+    """Sampler options that make no table; the message names the field."""
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerTable:
+    """Rows of one sampler.
+
+    t: [R] int64, index 0..T−1 of each evaluation. coefficients: [R, 7] float64, see COLUMNS (clip
+    is the bound on |x̂_0|, ∞ for none). purpose: [R], the stream of each row's noise.
+    """
+
+    t: NDArray[np.int64]
+    coefficients: Float64
+    purpose: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return int(self.t.size)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a row reads x̂_0 of the row before it."""
+        return bool(np.any(self.coefficients[:, COLUMNS.index("d")]))
+
+
+def spaced_timesteps(T: int, steps: int, spacing: str = "uniform") -> list[int]:
+    """`steps` indices out of 0..T−1, descending, the first T−1 and (if steps > 1) the last 0.
+
+    spacing: uniform, or quadratic (denser near the image). Raises SamplerError.
+    """
+    if not 1 <= steps <= T:
+        raise SamplerError(f"steps = {steps}: must be 1..{T}")
+    if spacing not in ("uniform", "quadratic"):
+        raise SamplerError(f"spacing = {spacing!r}: must be uniform or quadratic")
+    u = np.linspace(0, 1, steps) if steps > 1 else np.ones(1)
+    raw = np.rint((T - 1) * (u if spacing == "uniform" else u**2)).astype(int)
+    # Quadratic spacing can round several to one index: push them apart, keeping both ends.
+    for i in range(1, steps):
+        raw[i] = max(raw[i], raw[i - 1] + 1)
+    return [int(t) for t in raw[::-1]]
+
+
+def checked_timesteps(T: int, timesteps: Sequence[int]) -> list[int]:
+    """The indices as a list, or SamplerError unless strictly descending within 0..T−1."""
+    ts = [int(t) for t in timesteps]
+    if not ts or ts[0] >= T or ts[-1] < 0 or any(a <= b for a, b in pairwise(ts)):
+        raise SamplerError(f"timesteps = {ts}: must be strictly descending within 0..{T - 1}")
+    return ts
+
+
+def _rows(schedule: Schedule, ts: list[int], clip: bool) -> Float64:
+    """Rows with r_x, r_eps and clip filled in, and a = b = c = d = 0."""
+    rows = np.zeros((len(ts), len(COLUMNS)))
+    alpha_bar, rest = schedule.alphas_cumprod[ts], schedule.one_minus_alphas_cumprod[ts]
+    rows[:, 0] = 1 / np.sqrt(alpha_bar)
+    rows[:, 1] = -np.sqrt(rest / alpha_bar)
+    rows[:, 2] = 1.0 if clip else math.inf
+    return rows
+
+
+def _table(ts: list[int], rows: Float64) -> SamplerTable:
+    purpose = np.full(len(ts), Purpose.STEP, dtype=np.int64)
+    return SamplerTable(np.array(ts, dtype=np.int64), rows, purpose)
+
+
+def ancestral(
+    schedule: Schedule, timesteps: Sequence[int], *, variance: str = "large", clip: bool = True
+) -> SamplerTable:
+    """DDPM over any descending sub-sequence; the last row lands on the image, without noise.
+
+    variance: σ² of each jump t→s: large 1 − ᾱ_t/ᾱ_s, small β̃.
+    """
+    if variance not in ("large", "small"):
+        raise SamplerError(f"variance = {variance!r}: must be large or small")
+    ts = checked_timesteps(schedule.T, timesteps)
+    rows = _rows(schedule, ts, clip)
+    for i, (t, s) in enumerate(zip(ts, [*ts[1:], -1], strict=True)):
+        jump = schedule.jump(t, s)
+        sigma2 = jump.beta if variance == "large" else jump.variance
+        rows[i, 3:] = jump.coef_x_start, jump.coef_x_t, 0.0, math.sqrt(sigma2) if s >= 0 else 0.0
+    return _table(ts, rows)
+
+
+def ddim(
+    schedule: Schedule, timesteps: Sequence[int], *, eta: float = 0.0, clip: bool = True
+) -> SamplerTable:
+    """DDIM: x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε̂ + σ z with σ² = η² β̃ of the jump.
+
+    ε̂ is the one that agrees with the clipped x̂_0. η = 1 is ancestral sampling with σ² small.
+    """
+    if not 0 <= eta <= 1:
+        raise SamplerError(f"eta = {eta}: must lie between 0 and 1")
+    ts = checked_timesteps(schedule.T, timesteps)
+    rows = _rows(schedule, ts, clip)
+    for i, (t, s) in enumerate(zip(ts, [*ts[1:], -1], strict=True)):
+        sigma2 = eta**2 * schedule.jump(t, s).variance
+        # ε̂ = (x − √ᾱ_t x̂_0)/√(1−ᾱ_t)
+        direction = math.sqrt(max(schedule.one_minus_alpha_bar(s) - sigma2, 0.0))
+        b = direction / math.sqrt(schedule.one_minus_alpha_bar(t))
+        a = math.sqrt(schedule.alpha_bar(s)) - b * math.sqrt(schedule.alpha_bar(t))
+        rows[i, 3:] = a, b, 0.0, math.sqrt(sigma2)
+    return _table(ts, rows)
+
+
+def dpmpp_2m(schedule: Schedule, timesteps: Sequence[int], *, clip: bool = True) -> SamplerTable:
+    """DPM-Solver++(2M), second order through x̂_0 of the row before; first and last row first order.
+
+    With λ = ln(√ᾱ/√(1−ᾱ)), h = λ_s − λ_t and r = h_prev/h:
+    x_s = √((1−ᾱ_s)/(1−ᾱ_t)) x_t − √ᾱ_s (e^{−h} − 1) ((1 + 1/2r) x̂_0 − x̂_0,prev/2r).
+    """
+    ts = checked_timesteps(schedule.T, timesteps)
+    rows = _rows(schedule, ts, clip)
+    h_prev = 0.0
+    for i, (t, s) in enumerate(zip(ts, [*ts[1:], -1], strict=True)):
+        if s == -1:  # λ = ∞: the step lands on x̂_0 itself
+            rows[i, 3:] = 1.0, 0.0, 0.0, 0.0
+            continue
+        h = _half_log_snr(schedule, s) - _half_log_snr(schedule, t)
+        gain = -math.sqrt(schedule.alpha_bar(s)) * math.expm1(-h)
+        half = h / (2 * h_prev) if i else 0.0  # 1/2r
+        b = math.sqrt(schedule.one_minus_alpha_bar(s) / schedule.one_minus_alpha_bar(t))
+        rows[i, 3:] = gain * (1 + half), b, -gain * half, 0.0
+        h_prev = h
+    return _table(ts, rows)
+
+
+def _half_log_snr(schedule: Schedule, t: int) -> float:
+    return 0.5 * math.log(schedule.snr[t])
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceTable:
+    """Tables laid end to end on a device: a row index is all a sample has to carry.
+
+    t: [R] int64; coefficients: [R, 7] float32; purpose: [R] int64.
+    """
+
+    t: Tensor
+    coefficients: Tensor
+    purpose: Tensor
+
+    @classmethod
+    def of(cls, tables: Sequence[SamplerTable], device: torch.device | str) -> DeviceTable:
+        """Concatenate tables; the rows of table k start at the sum of the lengths before it."""
+        return cls(
+            torch.from_numpy(np.concatenate([table.t for table in tables])).to(device),
+            torch.from_numpy(np.concatenate([table.coefficients for table in tables]))
+            .to(torch.float32)
+            .to(device),
+            torch.from_numpy(np.concatenate([table.purpose for table in tables])).to(device),
+        )
+
+
+def predict_x_start(rows: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+    """x̂_0 of each sample, clipped as its row says. rows: [N, 7]; x, eps: [N, ...]."""
+    r_x, r_eps, bound = (_column(rows, i, x) for i in range(3))
+    x_start = r_x * x + r_eps * eps
+    return torch.maximum(torch.minimum(x_start, bound), -bound)
+
+
+def update(rows: Tensor, x: Tensor, x_start: Tensor, x_start_prev: Tensor, z: Tensor) -> Tensor:
+    """The next x of each sample: a·x̂_0 + b·x + d·x̂_0,prev + c·z.
+
+    rows: [N, 7], the table's coefficients gathered at each sample's row; the rest [N, ...].
+    """
+    a, b, d, c = (_column(rows, i, x) for i in range(3, 7))
+    return a * x_start + b * x + d * x_start_prev + c * z
+
+
+def _column(rows: Tensor, i: int, like: Tensor) -> Tensor:
+    return rows[:, i].view(-1, *([1] * (like.ndim - 1)))

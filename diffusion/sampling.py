@@ -1,0 +1,240 @@
+"""Draw images from a model: the whole reverse chain as one call, or as a stream of its steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.model import Model
+from diffusion.noise import Purpose, check_seed, image_normals, normals
+from diffusion.samplers import (
+    DeviceTable,
+    SamplerError,
+    SamplerTable,
+    ancestral,
+    ddim,
+    dpmpp_2m,
+    predict_x_start,
+    spaced_timesteps,
+    update,
+)
+from diffusion.schedule import Schedule
+
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+ClassLabel = int | Sequence[int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of a chain, after its network evaluation.
+
+    row: 0, 1, …; t: index 0..T−1; x_t: what entered the step; x_start and eps: what was found
+    there; x_next: what left it. All [N, C, H, W].
+    """
+
+    row: int
+    t: int
+    x_t: Tensor
+    x_start: Tensor
+    eps: Tensor
+    x_next: Tensor
+
+
+def build_table(
+    schedule: Schedule,
+    *,
+    sampler: str = "ddpm",
+    steps: int = 100,
+    spacing: str = "uniform",
+    eta: float = 0.0,
+    variance: str = "large",
+    clip: bool = True,
+) -> SamplerTable:
+    """The table of a named sampler. Raises SamplerError naming the option."""
+    timesteps = spaced_timesteps(schedule.T, steps, spacing)
+    if sampler == "ddpm":
+        return ancestral(schedule, timesteps, variance=variance, clip=clip)
+    if sampler == "ddim":
+        return ddim(schedule, timesteps, eta=eta, clip=clip)
+    if sampler == "dpmpp_2m":
+        return dpmpp_2m(schedule, timesteps, clip=clip)
+    raise SamplerError(f"sampler = {sampler!r}: must be one of {', '.join(SAMPLERS)}")
+
+
+def guided_eps(
+    model: Model, x: Tensor, t: Tensor, *, class_label: Tensor | None, guidance: float = 1.0
+) -> Tensor:
+    """ε_u + g(ε_c − ε_u), classifier-free guidance (Ho, Salimans 2022); g = 1 is ε_c alone."""
+    if class_label is None or guidance == 1.0:
+        return model.eps(x, t, class_label)
+    null = model.config.network.null_label
+    if null is None:
+        raise SamplerError(f"guidance = {guidance}: needs a model with a null label")
+    both = torch.cat([torch.full_like(class_label, null), class_label])
+    eps_u, eps_c = model.eps(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    return eps_u + guidance * (eps_c - eps_u)
+
+
+@torch.inference_mode()
+def chain(
+    model: Model,
+    table: SamplerTable,
+    x_t: Tensor,
+    *,
+    seed: int = 0,
+    indices: Tensor | None = None,
+    class_label: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Iterator[Step]:
+    """Run the rows of a table from x_t [N, C, H, W], yielding every Step.
+
+    indices: [N], the image index that keys each image's noise (default 0..N−1).
+    """
+    n = x_t.shape[0]
+    indices = torch.arange(n, device=x_t.device) if indices is None else indices
+    seeds = torch.full_like(indices, check_seed(seed))
+    on_device = DeviceTable.of([table], x_t.device)
+    noisy = on_device.coefficients[:, -1] != 0
+    x, x_start_prev = x_t, torch.zeros_like(x_t)
+    for row, noisy_row in enumerate(noisy.tolist()):
+        rows = on_device.coefficients[row].expand(n, -1)
+        t = on_device.t[row].expand(n)
+        eps = guided_eps(model, x, t, class_label=class_label, guidance=guidance)
+        x_start = predict_x_start(rows, x, eps)
+        z = torch.zeros_like(x)
+        if noisy_row:
+            z = normals(
+                seeds,
+                indices,
+                rows=torch.full_like(indices, row),
+                purpose=Purpose(int(table.purpose[row])),
+                shape=model.shape,
+            )
+        x_next = update(rows, x, x_start, x_start_prev, z)
+        yield Step(row, int(table.t[row]), x, x_start, eps, x_next)
+        x, x_start_prev = x_next, x_start
+
+
+def sample(
+    model: Model,
+    num_images: int = 1,
+    *,
+    sampler: str = "ddpm",
+    steps: int = 100,
+    seed: int = 0,
+    class_label: ClassLabel = None,
+    guidance: float = 1.0,
+    spacing: str = "uniform",
+    eta: float = 0.0,
+    variance: str = "large",
+    clip: bool = True,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    batch_size: int = 64,
+    on_step: Callable[[int, int, Step], None] | None = None,
+) -> Tensor:
+    """Images [num_images, C, H, W] in [−1, 1], float32.
+
+    class_label: one label for all, or one an image. Image i depends on (seed, i) and not on
+    `batch_size`. dtype: of the network (default: bfloat16 where a probe finds it faster, else
+    float32). compile: through torch.compile (about a minute at first). on_step(first image of
+    the batch, rows done, Step) is called after every evaluation.
+    Raises SamplerError or ValueError naming the bad argument.
+    """
+    if num_images < 1:
+        raise SamplerError(f"num_images = {num_images}: must be 1 or more")
+    table = build_table(
+        model.schedule,
+        sampler=sampler,
+        steps=steps,
+        spacing=spacing,
+        eta=eta,
+        variance=variance,
+        clip=clip,
+    )
+    labels = class_labels(model, class_label, num_images)
+    fast = prepare(model, dtype=dtype or fast_dtype(model), compile=compile)
+    batches = []
+    for first in range(0, num_images, batch_size):
+        indices = torch.arange(first, min(first + batch_size, num_images), device=model.device)
+        x = image_normals(seed, indices, row=0, purpose=Purpose.X_T, shape=model.shape)
+        steps_of_chain = chain(
+            fast,
+            table,
+            x,
+            seed=seed,
+            indices=indices,
+            class_label=None if labels is None else labels[indices],
+            guidance=guidance,
+        )
+        for step in steps_of_chain:
+            x = step.x_next
+            if on_step is not None:
+                on_step(first, step.row + 1, step)
+        batches.append(x.clamp(-1, 1))
+    return torch.cat(batches)
+
+
+def class_labels(model: Model, class_label: ClassLabel, n: int) -> Tensor | None:
+    """Labels [n] on the model's device, or None. Raises ValueError for one out of range."""
+    network = model.config.network
+    if class_label is None:
+        if network.num_classes and network.null_label is None:
+            raise ValueError(
+                "class_label: this model has no null label; give one of "
+                f"0..{network.num_classes - 1}"
+            )
+        return None
+    if not network.num_classes:
+        raise ValueError("class_label: this model is unconditional and takes none")
+    labels = torch.as_tensor(class_label, dtype=torch.long, device=model.device)
+    labels = labels.expand(n) if labels.ndim == 0 else labels
+    if labels.shape != (n,):
+        raise ValueError(f"class_label: {labels.numel()} labels for {n} images")
+    bad = labels[(labels < 0) | (labels >= network.num_classes)]
+    if bad.numel():
+        raise ValueError(f"class_label = {int(bad[0])}: must be 0..{network.num_classes - 1}")
+    return labels
+
+
+def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> Model:
+    """A copy of the model for fast evaluation: `dtype`, channels last, compiled if asked."""
+    from copy import deepcopy
+
+    network = deepcopy(model.network).eval().requires_grad_(False)
+    network = network.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compile:
+        network.compile()
+    return Model(model.config, network, model.digest)
+
+
+@torch.inference_mode()
+def fast_dtype(model: Model, batch: int = 4) -> torch.dtype:
+    """bfloat16 if this device runs the network clearly faster in it, else float32: timed."""
+    x = torch.zeros(batch, *model.shape, device=model.device)
+    t = torch.zeros(batch, dtype=torch.long, device=model.device)
+    labels = t if model.config.network.num_classes else None
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        candidate = prepare(model, dtype=dtype)
+        candidate.eps(x, t, labels)
+        _synchronize(model.device)
+        best = float("inf")
+        for _ in range(2):
+            start = time.perf_counter()
+            candidate.eps(x, t, labels)
+            _synchronize(model.device)
+            best = min(best, time.perf_counter() - start)
+        seconds[dtype] = best
+    return (
+        torch.bfloat16 if seconds[torch.bfloat16] < 0.9 * seconds[torch.float32] else torch.float32
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

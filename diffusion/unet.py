@@ -1,0 +1,307 @@
+"""The U-Net ε_θ of Ho et al. 2020, appendix B, with an optional class label.
+
+The conventions (asymmetric padding on the way down, [sin | cos] time embedding with `half - 1` in
+the exponent, GroupNorm ε = 1e-6) are those of the paper's code and of the public `google/ddpm-*`
+checkpoints, so that those weights give the same numbers here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NetworkConfigError(ValueError):
+    """A network configuration that cannot be built; the message names the field."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the network.
+
+    channels: width of each resolution level, finest first; each level halves the side.
+    attention: for each level, whether its residual blocks are followed by self-attention.
+    res_blocks: residual blocks a level on the way down (one more on the way up).
+    head_dim: channels of an attention head; None means a single head (the paper).
+    num_classes: real classes; 0 for an unconditional network.
+    null_class: one more label, the last, stands for "no label" (needed for guidance).
+    learned_variance: the output has 2C channels; the second half is v of Improved DDPM.
+    """
+
+    image_size: int = 32
+    in_channels: int = 3
+    channels: tuple[int, ...] = (128, 256, 256, 256)
+    attention: tuple[bool, ...] = (False, True, False, False)
+    res_blocks: int = 2
+    groups: int = 32
+    norm_eps: float = 1e-6
+    head_dim: int | None = None
+    dropout: float = 0.0
+    num_classes: int = 0
+    null_class: bool = False
+    learned_variance: bool = False
+
+    def __post_init__(self) -> None:
+        # JSON and TOML hand over lists.
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "attention", tuple(self.attention))
+        _check(bool(self.channels), "channels", self.channels, "at least one level")
+        _check(
+            len(self.attention) == len(self.channels),
+            "attention",
+            self.attention,
+            f"one flag for each of the {len(self.channels)} levels",
+        )
+        for field in ("image_size", "in_channels", "res_blocks", "groups"):
+            value = getattr(self, field)
+            _check(value >= 1, field, value, "a positive integer")
+        for width in self.channels:
+            _check(
+                width > 0 and width % self.groups == 0,
+                "channels",
+                width,
+                f"multiples of groups = {self.groups}",
+            )
+            _check(
+                self.head_dim is None or width % self.head_dim == 0,
+                "head_dim",
+                self.head_dim,
+                f"None or a divisor of {width}",
+            )
+        _check(self.channels[0] % 2 == 0, "channels", self.channels[0], "an even first width")
+        _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 ≤ dropout < 1")
+        _check(self.num_classes >= 0, "num_classes", self.num_classes, "0 or more")
+        _check(
+            not self.null_class or self.num_classes > 0,
+            "null_class",
+            self.null_class,
+            "only with num_classes > 0",
+        )
+        factor = 2 ** (len(self.channels) - 1)
+        _check(
+            self.image_size % factor == 0,
+            "image_size",
+            self.image_size,
+            f"a multiple of {factor} for {len(self.channels)} levels",
+        )
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: C, or 2C with a learned variance."""
+        return self.in_channels * (2 if self.learned_variance else 1)
+
+    @property
+    def null_label(self) -> int | None:
+        """The index that means "no label", or None where there is none."""
+        return self.num_classes if self.null_class else None
+
+
+def _check(ok: bool, field: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise NetworkConfigError(f"{field} = {value!r}: must be {allowed}")
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """[sin | cos] features of the timestep index t (0..T−1), as in the paper's code.
+
+    t: [N]; returns float32 [N, dim]. Frequencies exp(−ln 10⁴ · k/(dim/2 − 1)).
+    """
+    half = dim // 2
+    k = torch.arange(half, dtype=torch.float32, device=t.device)
+    freqs = torch.exp(-math.log(10_000) * k / max(half - 1, 1))
+    angles = t.to(torch.float32)[:, None] * freqs[None, :]  # [N, half]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+@torch.no_grad()
+def _scaled_init(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
+    """Uniform fan-average ("variance scaling") weights, zero bias: the paper's initialiser."""
+    receptive = math.prod(layer.weight.shape[2:])
+    fan_avg = receptive * (layer.weight.shape[0] + layer.weight.shape[1]) / 2
+    bound = math.sqrt(3 * scale / fan_avg)
+    nn.init.uniform_(layer.weight, -bound, bound)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+NEAR_ZERO = 1e-10  # scale of the layers that close a residual branch
+
+
+class ResBlock(nn.Module):
+    """GroupNorm → SiLU → 3×3, plus the time embedding, twice; added to the (projected) input."""
+
+    def __init__(self, c_in: int, c_out: int, c_emb: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.groups, c_in, eps=config.norm_eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, c_out)
+        self.norm2 = nn.GroupNorm(config.groups, c_out, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.emb(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return torch.add(self.shortcut(x), h)
+
+
+class Attention(nn.Module):
+    """Self-attention over the H·W positions, scale (head width)^−½, added to its input."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.heads = 1 if config.head_dim is None else channels // config.head_dim
+        self.norm = nn.GroupNorm(config.groups, channels, eps=config.norm_eps)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        h = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C]
+        qkv = self.qkv(h).view(n, height * width, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, HW, C/heads]
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.out(h.transpose(1, 2).reshape(n, height * width, c))
+        return x + h.transpose(1, 2).view(n, c, height, width)
+
+
+class Downsample(nn.Module):
+    """3×3 convolution of stride 2, padded on the right and the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3×3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each with its attention if the level has it."""
+
+    def __init__(self, c_ins: list[int], c_out: int, attention: bool, config: UNetConfig) -> None:
+        super().__init__()
+        c_emb = 4 * config.channels[0]
+        self.res = nn.ModuleList(ResBlock(c_in, c_out, c_emb, config) for c_in in c_ins)
+        self.attn = nn.ModuleList(
+            Attention(c_out, config) if attention else nn.Identity() for _ in c_ins
+        )
+
+    def block(self, i: int, x: Tensor, emb: Tensor) -> Tensor:
+        out: Tensor = self.attn[i](self.res[i](x, emb))
+        return out
+
+
+class UNet(nn.Module):
+    """ε_θ(x_t, t, class): see the module docstring."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, blocks = config.channels, config.res_blocks
+        c_emb = 4 * widths[0]
+        self.time1 = nn.Linear(widths[0], c_emb)
+        self.time2 = nn.Linear(c_emb, c_emb)
+        labels = config.num_classes + config.null_class
+        self.label = nn.Embedding(labels, c_emb) if labels else None
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+
+        skips = [widths[0]]  # widths of the feature maps that the way up concatenates
+        current = widths[0]
+        self.down = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        for i, width in enumerate(widths):
+            c_ins = [current] + [width] * (blocks - 1)
+            self.down.append(Level(c_ins, width, config.attention[i], config))
+            skips += [width] * blocks
+            current = width
+            if i < len(widths) - 1:
+                self.downsample.append(Downsample(width))
+                skips.append(width)
+
+        self.mid1 = ResBlock(current, current, c_emb, config)
+        self.mid_attn = Attention(current, config)
+        self.mid2 = ResBlock(current, current, c_emb, config)
+
+        self.up = nn.ModuleList()  # coarsest first
+        self.upsample = nn.ModuleList()
+        for i in reversed(range(len(widths))):
+            c_ins = []
+            for _ in range(blocks + 1):
+                c_ins.append(current + skips.pop())
+                current = widths[i]
+            self.up.append(Level(c_ins, widths[i], config.attention[i], config))
+            if i > 0:
+                self.upsample.append(Upsample(widths[i]))
+
+        self.norm_out = nn.GroupNorm(config.groups, current, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(current, config.out_channels, 3, padding=1)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        closing: set[nn.Module] = {self.conv_out}
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                closing.add(module.conv2)
+            elif isinstance(module, Attention):
+                closing.add(module.out)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                _scaled_init(module, NEAR_ZERO if module in closing else 1.0)
+
+    def embed(self, t: Tensor, class_label: Tensor | None) -> Tensor:
+        """SiLU of the joint embedding of timestep index and label: [N, 4·channels[0]]."""
+        features = timestep_embedding(t, self.config.channels[0]).to(self.time1.weight.dtype)
+        emb = self.time2(F.silu(self.time1(features)))
+        if self.label is not None:
+            if class_label is None:
+                if self.config.null_label is None:
+                    raise ValueError(
+                        "class_label = None: this network has no null label, so each image "
+                        f"needs a label 0..{self.config.num_classes - 1}"
+                    )
+                class_label = torch.full_like(t, self.config.null_label, dtype=torch.long)
+            emb = emb + self.label(class_label)
+        elif class_label is not None:
+            raise ValueError("class_label: this network is unconditional and takes none")
+        return F.silu(emb)
+
+    def forward(self, x: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
+        """x: [N, C, H, W]; t: [N], index 0..T−1; class_label: [N] or None → [N, out, H, W]."""
+        emb = self.embed(t, class_label)
+        h = self.conv_in(x)
+        skips = [h]
+        for i, level in enumerate(self.down):
+            for j in range(self.config.res_blocks):
+                h = level.block(j, h, emb)
+                skips.append(h)
+            if i < len(self.downsample):
+                h = self.downsample[i](h)
+                skips.append(h)
+        h = self.mid2(self.mid_attn(self.mid1(h, emb)), emb)
+        for i, level in enumerate(self.up):
+            for j in range(self.config.res_blocks + 1):
+                h = level.block(j, torch.cat([h, skips.pop()], dim=1), emb)
+            if i < len(self.upsample):
+                h = self.upsample[i](h)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return out
