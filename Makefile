@@ -1,0 +1,62 @@
+# Every target makes .venv from nothing, with what it needs and no more, and says what it runs.
+#
+#   make up [PORT=8000]   serve: Redis, a worker with the models of models/, the HTTP API
+#   make test             what CI runs: lint, types, tests
+#   make test-slow        the tests that take minutes
+#   make lint             lint and types alone
+#   make format           let ruff rewrite what `make lint` would complain about
+
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# The first interpreter that is new enough; `make PYTHON=/path/to/python3 …` overrides it.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help up test test-slow lint format clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+up: $(VENV)/.serve
+	$(BIN)/ddpm up --port $(PORT)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is needed, and none is on the PATH" \
+		"(Debian: apt-get install python3.11 python3.11-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv" \
+		"(Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Serving takes from the lock only what it needs, so that the first `make up` is quick.
+$(VENV)/.serve: requirements.lock pyproject.toml | $(BIN)/python
+	$(PIP) install --constraint requirements.lock --editable '.[serve]'
+	@touch $@
+
+$(VENV)/.dev: requirements.lock pyproject.toml | $(BIN)/python
+	$(PIP) install --requirement requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@ $(VENV)/.serve

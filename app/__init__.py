@@ -1,0 +1,1 @@
+"""The HTTP front end: routes, events, and `ddpm up`. Imports jobs, never torch."""

@@ -1,0 +1,91 @@
+"""The console script `ddpm`: a group whose subcommands are imported only when they are used.
+
+So `ddpm api` and `ddpm --help` never load torch, and a part that is not installed is missed only
+by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import click
+
+DISTRIBUTION = "ddpm-serve"
+PACKAGES = ("app", "diffusion", "jobs", "training", "worker")
+
+
+class Entry(NamedTuple):
+    """Where a subcommand lives, and what the group knows of it without importing it."""
+
+    target: str  # "package.module:attribute"
+    extra: str  # what to install for it
+    help: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "up": Entry("app.commands:up", "serve", "Serve: start Redis, a worker and the HTTP API."),
+    "api": Entry("app.commands:api", "api", "Run the HTTP API alone, against REDIS_URL."),
+    "worker": Entry("worker.commands:worker", "worker", "Run one worker alone, on REDIS_URL."),
+    "train": Entry("training.commands:train", "train", "Train a network from a TOML file."),
+    "sample": Entry("training.commands:sample", "train", "Draw images, a grid or a film."),
+    "convert": Entry("training.commands:convert", "train", "Convert from and to diffusers."),
+}
+
+
+def load_command(name: str, entry: Entry) -> click.Command:
+    """The click command that `entry` names.
+
+    Raises click.ClickException, with what to install, if a package it needs is missing.
+    """
+    module_name, _, attribute = entry.target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if not missing or missing in PACKAGES:  # a mistake of ours, not a missing installation
+            raise
+        raise click.ClickException(
+            f"`ddpm {name}` needs {missing}, which is not installed: "
+            f"pip install '{DISTRIBUTION}[{entry.extra}]'"
+        ) from error
+    command: click.Command = getattr(module, attribute)
+    return command
+
+
+class LazyGroup(click.Group):
+    """A click group over a table of entries."""
+
+    def __init__(self, *args: Any, entries: Mapping[str, Entry], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.entries = entries
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.entries)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = self.entries.get(cmd_name)
+        return load_command(cmd_name, entry) if entry else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.entries:
+            ctx.fail(f"no command {args[0]!r}; the commands are {', '.join(self.entries)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # click's own would import every command for its short help.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in self.entries.items()])
+
+
+@click.group(cls=LazyGroup, entries=COMMANDS)
+@click.version_option(package_name=DISTRIBUTION, prog_name="ddpm")
+def main() -> None:
+    """Train, sample and serve denoising diffusion probabilistic models."""
+
+
+if __name__ == "__main__":
+    main()

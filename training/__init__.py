@@ -1,0 +1,1 @@
+"""Offline tools: training, sampling and conversion on the command line. Imports diffusion."""
