@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     Q_SAMPLE = 2
     LIKELIHOOD = 3
     CORRECTOR = 4
+    TRAINING = 5
+    TRAINING_DRAWS = 6
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -101,6 +103,12 @@ def normals(
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)  # [N, blocks, 4, 2]
     picked = _table_on(device)[halves.flatten(1)[:, :count]]
     return picked.view(-1, *shape)
+
+
+def uniform_words(seeds: Tensor, indices: Tensor, *, rows: Tensor, purpose: Purpose) -> Tensor:
+    """Four uniform 32-bit integers an image, int64 [N, 4]: block 0 of its counter, as it comes."""
+    counter = (indices, rows, torch.full_like(indices, int(purpose)), torch.zeros_like(indices))
+    return torch.stack(philox(counter, (seeds & _MASK, seeds >> 32)), dim=-1)
 
 
 def check_seed(seed: int) -> int:

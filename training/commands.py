@@ -1,0 +1,119 @@
+"""The offline commands: `ddpm train`, `ddpm sample` and `ddpm convert`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("config", type=PATH)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@click.option("--out", type=PATH, help="Run folder; default runs/ and the name of CONFIG.")
+@click.option("--resume", is_flag=True, help="Go on from the run folder's last checkpoint.")
+@click.option("--init", type=PATH, help="Start from the weights of this checkpoint folder.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def train(
+    config: Path,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    init: Path | None,
+    quiet: bool,
+) -> None:
+    """Train a model as CONFIG (a TOML file) says.
+
+    Any key can be overridden: `ddpm train mnist.toml steps=2000 optimizer.learning_rate=1e-3`.
+    Several processes: `accelerate launch --num_processes 2 -m ddpm train CONFIG`.
+    """
+    from diffusion.model import CheckpointError
+    from training.config import ConfigError, load_config
+    from training.data import DataError
+    from training.state import StateError
+    from training.trainer import Trainer, has_state
+
+    folder = out or Path("runs") / config.stem
+    try:
+        settings = load_config(config, overrides)
+        if has_state(folder) and not resume:
+            raise StateError(
+                f"{folder}: holds a run already; --resume goes on with it, --out starts another"
+            )
+        trainer = Trainer(settings, folder, init=init)
+        if resume:
+            step = trainer.resume()
+            click.echo(f"resuming {folder} at step {step} of {settings.steps}", err=True)
+        trainer.run(progress=not quiet)
+    except (CheckpointError, ConfigError, DataError, StateError) as error:
+        sys.exit(f"ddpm train: {error}")
+    if trainer.is_main:
+        click.echo(f"{folder}: step {trainer.step} of {settings.steps}")
+
+
+def _find_model(name: str) -> Path:
+    """A folder, or the name of one in models/ (DDPM_MODELS)."""
+    import os
+
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(os.environ.get("DDPM_MODELS", "models")) / name
+
+
+@click.command()
+@click.option("--model", default="mnist", show_default=True, help="A name in models/, or a folder.")
+@click.option("--num-images", "-n", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--class-label", help="A label or class name; several with commas, used in turn.")
+@click.option("--guidance", default=1.0, show_default=True, help="ε_u + g(ε_c − ε_u); 1 is off.")
+@click.option("--sampler", default="ddpm", show_default=True, help="ddpm, ddim or dpmpp_2m.")
+@click.option("--steps", default=100, show_default=True, help="Network evaluations an image.")
+@click.option("--spacing", default="uniform", show_default=True, help="uniform or quadratic.")
+@click.option("--eta", default=0.0, show_default=True, help="Noise of ddim: 0 none, 1 ancestral.")
+@click.option("--variance", default="large", show_default=True, help="σ² of ddpm: large or small.")
+@click.option("--seed", type=int, help="Default: drawn, and printed.")
+@click.option("--out", type=PATH, default=Path("grid.png"), show_default=True, help="See below.")
+@click.option("--snapshots", "every", type=click.IntRange(min=1), help="A row every N steps.")
+@click.option("--kind", type=click.Choice(["x_t", "x_start"]), default="x_start", show_default=True)
+@click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile; pays on long jobs.")
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def sample(**options: object) -> None:
+    """Draw images from a trained model, without a server.
+
+    --out decides what is written: FILE.png (or .webp) is the picture, a grid for several images;
+    a folder (no suffix, or a final /) gets 00000.png, 00001.png, …; FILE.gif is a film of the
+    chain (as is FILE.webp with --snapshots). With --snapshots N, FILE.png shows the chain as
+    columns: what x_t (or x̂_0) was every N steps.
+    """
+    from diffusion.model import CheckpointError
+    from training.sample import SampleOptions, draw
+
+    options["model"] = _find_model(str(options["model"]))
+    try:
+        written, seed = draw(SampleOptions(**options))  # type: ignore[arg-type]
+    except (CheckpointError, OSError, ValueError) as error:
+        sys.exit(f"ddpm sample: {error}")
+    click.echo(f"{written} (seed {seed})")
+
+
+@click.command()
+@click.argument("source", type=PATH)
+@click.argument("target", type=PATH)
+@click.option("--to", type=click.Choice(["ours", "diffusers"]), default="ours", show_default=True)
+def convert(source: Path, target: Path, to: str) -> None:
+    """Convert a checkpoint folder: SOURCE in our format or diffusers', TARGET in the one named."""
+    from diffusion import diffusers_folder
+    from diffusion.model import CheckpointError
+
+    if target.exists() and any(target.iterdir()):
+        sys.exit(f"ddpm convert: {target}: exists and is not empty")
+    try:
+        diffusers_folder.convert(source, target, to)
+    except (CheckpointError, OSError) as error:
+        sys.exit(f"ddpm convert: {error}")
+    click.echo(str(target))

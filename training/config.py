@@ -1,0 +1,195 @@
+"""The training configuration: one TOML file, every key overridable on the command line.
+
+It is stored beside each checkpoint, so a run can be understood and repeated from its folder.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from diffusion.model import CheckpointError, ModelConfig
+from diffusion.parameterization import PREDICTIONS
+from diffusion.schedule import ScheduleConfig, ScheduleError
+from diffusion.unet import NetworkConfigError, UNetConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names key, value and what is allowed."""
+
+
+class Section(BaseModel):
+    """Base of every table of the file: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class DataConfig(Section):
+    """Where the images come from and how they are made to fit.
+
+    source: a folder of images, a .parquet file, glob or folder, or a dataset id of the hub.
+    fit: error refuses an image whose size is not the network's; pad centres it on black;
+    resize scales its shorter side and crops the centre. in_memory: decode once and keep the
+    bytes (auto: if they take under 4 GiB).
+    """
+
+    source: str
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str = "label"
+    fit: Literal["error", "pad", "resize"] = "error"
+    flips: bool = False
+    in_memory: Literal["auto", "always", "never"] = "auto"
+    limit: int | None = Field(default=None, ge=1)
+
+
+class OptimizerConfig(Section):
+    """Adam: a linear warm-up, a constant rate, a linear decay to zero over the last steps."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    warmup_steps: int = Field(default=5000, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    grad_clip: float = Field(default=1.0, gt=0)
+
+
+class TrainConfig(Section):
+    """Everything of one training run. Lengths are in optimizer steps.
+
+    batch_size: images an optimizer step, over all processes; accumulate: backward passes it is
+    cut into. label_dropout: share of rows that train the null label. ema_decay: of the averaged
+    weights, warmed up as min(ema_decay, (1+n)/(10+n)).
+    """
+
+    data: DataConfig
+    network: UNetConfig = Field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    prediction: str = "epsilon"
+    steps: int = Field(default=800_000, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    seed: int = Field(default=0, ge=0, le=2**53 - 1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    device: str = "auto"
+    log_every: int = Field(default=50, ge=1)
+    checkpoint_every: int = Field(default=1000, ge=1)
+    sample_every: int = Field(default=5000, ge=0)
+    sample_images: int = Field(default=64, ge=1)
+    sample_steps: int = Field(default=50, ge=1)
+
+    @field_validator("network", mode="before")
+    @classmethod
+    def _network(cls, raw: object) -> object:
+        return _build(UNetConfig, raw)
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _schedule(cls, raw: object) -> object:
+        return _build(ScheduleConfig, raw)
+
+    @field_validator("prediction")
+    @classmethod
+    def _prediction(cls, name: str) -> str:
+        if name not in PREDICTIONS:
+            raise ValueError(f"must be one of {', '.join(PREDICTIONS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _lengths(self) -> TrainConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size = {self.batch_size}: must be a multiple of "
+                f"accumulate = {self.accumulate}"
+            )
+        if self.sample_steps > self.schedule.T:
+            raise ValueError(f"sample_steps = {self.sample_steps}: must be 1..{self.schedule.T}")
+        return self
+
+    def model(
+        self, class_names: Sequence[str] = (), crop: tuple[int, int] | None = None
+    ) -> ModelConfig:
+        """What the checkpoint says of the model."""
+        names = tuple(class_names) if self.network.num_classes else ()
+        try:
+            return ModelConfig(self.network, self.schedule, self.prediction, names, crop)
+        except CheckpointError as error:
+            raise ConfigError(f"network.num_classes: {error}") from error
+
+
+def _build(kind: type[Any], raw: object) -> object:
+    """A frozen dataclass from its table; errors become pydantic's, so they name the key."""
+    if not isinstance(raw, dict):
+        return raw
+    known = kind.__dataclass_fields__
+    for key in raw:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}; allowed: {', '.join(known)}")
+    try:
+        return kind(**raw)
+    except (NetworkConfigError, ScheduleError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a TOML file, apply `key.sub=value` overrides (values in TOML syntax or plain text).
+
+    Raises ConfigError: no such file, bad TOML, an unknown key, a value out of range.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], origin: str) -> TrainConfig:
+    """Validate a decoded configuration. Raises ConfigError naming every bad key."""
+    try:
+        return TrainConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "configuration"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    shown = problem.get("input")
+    return f"{key}: {message}" if isinstance(shown, dict) else f"{key} = {shown!r}: {message}"
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.lstrip("-").partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: must look like key=value or table.key=value")
+    *tables, last = key.replace("-", "_").split(".")
+    table = raw
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {name} is not a table")
+    table[last] = _parse_value(text)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

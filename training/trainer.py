@@ -1,0 +1,357 @@
+"""The training loop: L_simple by default, EMA, warm-up, clipping, resumable to the bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusion.forward import q_sample
+from diffusion.model import Model, ModelConfig, build_network, save
+from diffusion.parameterization import target
+from diffusion.sampling import fast_dtype, sample
+from diffusion.unet import UNet
+from training.batches import Batch, Batches
+from training.config import ConfigError, OptimizerConfig, TrainConfig
+from training.data import Images, load_images
+from training.ema import EMA
+from training.pictures import grid
+from training.state import StateError, find_state, load_state, save_state, write_failure
+
+CONFIG_FILE = "train.json"
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Rate of optimizer step 0, 1, …: linear warm-up, constant, linear decay to 0 at the end."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    left = (steps - step) / config.decay_steps if config.decay_steps else 1.0
+    return config.learning_rate * min(warm, left, 1.0)
+
+
+class Trainer:
+    """One run in one folder. `run()` trains to config.steps; see `training.state` for its files."""
+
+    def __init__(self, config: TrainConfig, folder: Path, *, init: Path | None = None) -> None:
+        self.config, self.folder = config, folder
+        device = torch.device(config.device) if config.device != "auto" else None
+        torch.manual_seed(config.seed)  # the initial weights
+        self.network = UNet(config.network)
+        self.accelerator = Accelerator(
+            cpu=device is not None and device.type == "cpu",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.accumulate, sync_with_dataloader=False
+            ),
+        )
+        self.device = self.accelerator.device
+        self._check_batch()
+        self.images: Images = load_images(
+            config.data,
+            channels=config.network.in_channels,
+            side=config.network.image_size,
+            num_classes=config.network.num_classes,
+            progress=self.accelerator.is_main_process,
+        )
+        self.model_config: ModelConfig = config.model(self.images.class_names, self._crop())
+        self.schedule = config.schedule.build()
+        self.batches = Batches(
+            self.images,
+            seed=config.seed,
+            T=self.schedule.T,
+            flips=config.data.flips,
+            null_label=config.network.null_label,
+            label_dropout=config.label_dropout,
+            labelled=config.network.num_classes > 0,
+            device=self.device,
+        )
+        self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(),
+            lr=optimizer.learning_rate,
+            betas=(optimizer.beta1, optimizer.beta2),
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        if init is not None:
+            self._start_from(init)
+        self.ema = EMA(self.network.parameters(), config.ema_decay)
+        self.step = 0
+        self.dtype = self._precision()
+        self._stop = False
+
+    def _check_batch(self) -> None:
+        parts = self.accelerator.num_processes * self.config.accumulate
+        if self.config.batch_size % parts:
+            raise ConfigError(
+                f"batch_size = {self.config.batch_size}: must be a multiple of processes × "
+                f"accumulate = {parts}"
+            )
+
+    def _crop(self) -> tuple[int, int] | None:
+        side = self.config.network.image_size
+        padded = self.config.data.fit == "pad" and self.images.size != (side, side)
+        return self.images.size if padded else None
+
+    def _start_from(self, init: Path) -> None:
+        from diffusion.model import load
+
+        weights = load(init).network.state_dict()
+        try:
+            self.network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise StateError(f"{init}: does not fit the configured network: {error}") from error
+
+    def _precision(self) -> torch.dtype:
+        if self.config.precision != "auto":
+            return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        if self.device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return fast_dtype(Model(self.model_config, self.network))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return bool(self.accelerator.is_main_process)
+
+    def resume(self) -> int:
+        """Continue from the folder's state; returns its step."""
+        self.step = load_state(
+            self.folder, network=self.network, ema=self.ema, optimizer=self.optimizer
+        )
+        return self.step
+
+    def loss(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """L_simple (Ho et al. 2020, eq. 14) in the network's parameterisation, a scalar."""
+        x_t = q_sample(self.schedule, batch.x_start, batch.t, batch.eps)
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        ):
+            out = network(x_t, batch.t, batch.class_label)
+        wanted = batch.eps
+        if self.config.prediction != "epsilon":
+            wanted = target(
+                self.schedule, self.config.prediction, x_start=batch.x_start, x_t=x_t, t=batch.t
+            )
+        return (out.float() - wanted).square().mean()
+
+    def run(self, *, progress: bool = True) -> None:
+        """Train to config.steps, or until interrupted: either way the last step is on disk."""
+        config = self.config
+        self.network.train()
+        network, optimizer = self.accelerator.prepare(self.network, self.optimizer)
+        if config.compile:
+            network = torch.compile(network)
+        log = RunLog(self.folder, self.step) if self.is_main else None
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc=self.folder.name,
+            unit="step",
+            disable=not (progress and self.is_main),
+        )
+        with self._stoppable(), bar:
+            meter = Meter(config.batch_size)
+            while self.step < config.steps and not self._stop:
+                rate = learning_rate(config.optimizer, self.step, config.steps)
+                loss, norm = self._optimize(network, optimizer, rate)
+                self.step += 1
+                self.ema.update(self.step)
+                meter.add(loss)
+                bar.update()
+                if self.step % config.log_every == 0:
+                    values = meter.read() | {"learning_rate": rate, "grad_norm": float(norm)}
+                    bar.set_postfix(loss=f"{values['loss']:.4f}", im_s=f"{values['images_s']:.0f}")
+                    if log is not None:
+                        log.write(self.step, values)
+                    self._check_finite(values["loss"])
+                if self._due(config.checkpoint_every):
+                    self.save()
+                if config.sample_every and self._due(config.sample_every) and self.is_main:
+                    self.save_samples(log)
+                    meter.restart()
+        self.save()
+        if log is not None:
+            log.close()
+        self.accelerator.end_training()
+
+    def _optimize(
+        self, network: Callable[..., Tensor], optimizer: Any, rate: float
+    ) -> tuple[Tensor, Tensor]:
+        """One optimizer step over config.batch_size images; returns loss and gradient norm."""
+        config, accelerator = self.config, self.accelerator
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        micro = config.batch_size // (config.accumulate * accelerator.num_processes)
+        first = self.step * config.batch_size + accelerator.process_index * micro
+        total = torch.zeros((), device=self.device)
+        norm = torch.zeros((), device=self.device)
+        for part in range(config.accumulate):
+            if config.network.dropout:
+                torch.manual_seed(hash((config.seed, first + part)) & 0x7FFFFFFF)
+            batch = self.batches.at(first + part * micro * accelerator.num_processes, micro)
+            with accelerator.accumulate(network):
+                loss = self.loss(network, batch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(
+                        self.network.parameters(), config.optimizer.grad_clip
+                    )
+                optimizer.step()
+                optimizer.zero_grad()
+            total += loss.detach() / config.accumulate
+        return accelerator.reduce(total, "mean"), norm
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or (self.step == self.config.steps)
+
+    def _check_finite(self, loss: float) -> None:
+        if not loss < float("inf"):
+            raise StateError(
+                f"step {self.step}: the loss is {loss}; lower optimizer.learning_rate = "
+                f"{self.config.optimizer.learning_rate} and resume from the last checkpoint"
+            )
+
+    def averaged_model(self) -> Model:
+        """The model with the averaged weights."""
+        names = [name for name, _ in self.network.named_parameters()]
+        return Model(
+            self.model_config,
+            build_network(self.model_config, self.ema.state(names), self.device),
+        )
+
+    def save(self) -> None:
+        """Write the model and the state. Raises StateError; what was there before stays whole."""
+        if not self.is_main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = self.config.model_dump_json(indent=2)
+            (self.folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            save(self.averaged_model(), self.folder)
+        except OSError as error:
+            raise StateError(write_failure(self.folder, error)) from error
+        save_state(
+            self.folder,
+            network=self.network,
+            ema=self.ema,
+            optimizer=self.optimizer,
+            step=self.step,
+        )
+
+    def save_samples(self, log: RunLog | None) -> Path:
+        """A grid of DDIM samples of the averaged weights, one class a column where there are."""
+        config, classes = self.config, self.config.network.num_classes
+        labels = [i % classes for i in range(config.sample_images)] if classes else None
+        images = sample(
+            self.averaged_model(),
+            config.sample_images,
+            sampler="ddim",
+            steps=config.sample_steps,
+            seed=config.seed,
+            class_label=labels,
+            dtype=self.dtype,
+        )
+        picture = grid(images, columns=classes if 1 < classes <= 20 else None)
+        path = self.folder / "samples" / f"step-{self.step:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        if log is not None:
+            log.picture(self.step, picture)
+        return path
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM end the loop after the step in hand; a second one kills."""
+
+        def stop(signum: int, frame: FrameType | None) -> None:
+            self._stop = True
+            signal.signal(signum, signal.SIG_DFL)
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Meter:
+    """Mean loss and images/s since the last reading; the loss is fetched only when read."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was added, start the clock."""
+        self.losses: list[Tensor] = []
+        self.start = time.perf_counter()
+
+    def add(self, loss: Tensor) -> None:
+        """Count one step."""
+        self.losses.append(loss)
+
+    def read(self) -> dict[str, float]:
+        """Mean loss and images/s; starts anew."""
+        if not self.losses:
+            return {"loss": float("nan"), "images_s": 0.0}
+        loss = float(torch.stack(self.losses).mean())
+        rate = len(self.losses) * self.batch_size / (time.perf_counter() - self.start)
+        self.restart()
+        return {"loss": loss, "images_s": rate}
+
+
+class RunLog:
+    """metrics.jsonl and TensorBoard scalars; lines past the resumed step are dropped."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+        self.file = self.path.open("a", buffering=1)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line and one scalar a value."""
+        self.file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, picture: Any) -> None:
+        """A sample grid."""
+        import numpy as np
+
+        array = np.asarray(picture)
+        form = "HW" if array.ndim == 2 else "HWC"
+        self.writer.add_image("samples", array, step, dataformats=form)
+
+    def close(self) -> None:
+        """Flush both."""
+        self.file.close()
+        self.writer.close()
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a run can be resumed there."""
+    return find_state(folder) is not None
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Number of trained values."""
+    return sum(p.numel() for p in network.parameters())
