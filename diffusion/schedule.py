@@ -60,7 +60,7 @@ class Schedule:
     @cached_property
     def alphas_cumprod(self) -> Float64:
         """ᾱ_t."""
-        return np.cumprod(self.alphas)
+        return np.cumprod(self.alphas, dtype=np.float64)
 
     @cached_property
     def alphas_cumprod_prev(self) -> Float64:
@@ -71,7 +71,8 @@ class Schedule:
     def one_minus_alphas_cumprod(self) -> Float64:
         """1 − ᾱ_t without cancellation: −expm1(Σ ln α_s)."""
         with np.errstate(divide="ignore"):  # β_T = 1 gives ln 0 = −∞ and rightly 1 − ᾱ_T = 1
-            return -np.expm1(np.cumsum(np.log1p(-self.betas)))
+            rest: Float64 = -np.expm1(np.cumsum(np.log1p(-self.betas)))
+        return rest
 
     @cached_property
     def snr(self) -> Float64:
@@ -82,13 +83,15 @@ class Schedule:
     def posterior_variance(self) -> Float64:
         """β̃_t; β̃_1 = 0."""
         one_minus_prev = np.append(0.0, self.one_minus_alphas_cumprod[:-1])
-        return self.betas * one_minus_prev / self.one_minus_alphas_cumprod
+        variance: Float64 = self.betas * one_minus_prev / self.one_minus_alphas_cumprod
+        return variance
 
     @cached_property
     def posterior_log_variance_clipped(self) -> Float64:
         """ln β̃_t with ln β̃_1 := ln β̃_2, as in the paper's code (T = 1: ln β_1)."""
         first = self.posterior_variance[1] if self.T > 1 else self.betas[0]
-        return np.log(np.append(first, self.posterior_variance[1:]))
+        clipped: Float64 = np.log(np.append(first, self.posterior_variance[1:]))
+        return clipped
 
     def alpha_bar(self, t: int) -> float:
         """ᾱ at index t, where t = −1 is the image (ᾱ_0 = 1)."""

@@ -1,8 +1,8 @@
 """The U-Net ε_θ of Ho et al. 2020, appendix B, with an optional class label.
 
-The conventions (asymmetric padding on the way down, [sin | cos] time embedding with `half - 1` in
-the exponent, GroupNorm ε = 1e-6) are those of the paper's code and of the public `google/ddpm-*`
-checkpoints, so that those weights give the same numbers here.
+The default conventions (asymmetric padding on the way down, [sin | cos] time embedding with
+`half - 1` in the exponent, GroupNorm ε = 1e-6) are those of the paper's code and of the public
+`google/ddpm-*` checkpoints, so that those weights give the same numbers here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ class UNetConfig:
     attention: for each level, whether its residual blocks are followed by self-attention.
     res_blocks: residual blocks a level on the way down (one more on the way up).
     head_dim: channels of an attention head; None means a single head (the paper).
+    downsample_padding: 0 pads the right and the bottom only, 1 all four sides.
+    cos_first: [cos | sin] features of the timestep instead of the paper's [sin | cos].
+    freq_shift: their frequencies are exp(−ln 10⁴ · k/(channels[0]/2 − freq_shift)).
     num_classes: real classes; 0 for an unconditional network.
     null_class: one more label, the last, stands for "no label" (needed for guidance).
     learned_variance: the output has 2C channels; the second half is v of Improved DDPM.
@@ -40,6 +43,9 @@ class UNetConfig:
     groups: int = 32
     norm_eps: float = 1e-6
     head_dim: int | None = None
+    downsample_padding: int = 0
+    cos_first: bool = False
+    freq_shift: float = 1.0
     dropout: float = 0.0
     num_classes: int = 0
     null_class: bool = False
@@ -49,45 +55,31 @@ class UNetConfig:
         # JSON and TOML hand over lists.
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "attention", tuple(self.attention))
-        _check(bool(self.channels), "channels", self.channels, "at least one level")
-        _check(
-            len(self.attention) == len(self.channels),
-            "attention",
-            self.attention,
-            f"one flag for each of the {len(self.channels)} levels",
-        )
         for field in ("image_size", "in_channels", "res_blocks", "groups"):
             value = getattr(self, field)
-            _check(value >= 1, field, value, "a positive integer")
+            _check(isinstance(value, int) and value >= 1, field, value, "a positive integer")
+        _check(bool(self.channels), "channels", self.channels, "at least one level")
         for width in self.channels:
-            _check(
-                width > 0 and width % self.groups == 0,
-                "channels",
-                width,
-                f"multiples of groups = {self.groups}",
-            )
-            _check(
-                self.head_dim is None or width % self.head_dim == 0,
-                "head_dim",
-                self.head_dim,
-                f"None or a divisor of {width}",
-            )
+            ok = isinstance(width, int) and width > 0 and width % self.groups == 0
+            _check(ok, "channels", width, f"multiples of groups = {self.groups}")
         _check(self.channels[0] % 2 == 0, "channels", self.channels[0], "an even first width")
+        levels = f"one flag for each of the {len(self.channels)} levels"
+        _check(len(self.attention) == len(self.channels), "attention", self.attention, levels)
+        attending = [w for w, on in zip(self.channels, self.attention, strict=True) if on]
+        for width in (*attending, self.channels[-1]):
+            ok = self.head_dim is None or (self.head_dim > 0 and width % self.head_dim == 0)
+            _check(ok, "head_dim", self.head_dim, f"None or a divisor of {width}")
+        pad = self.downsample_padding
+        _check(pad in (0, 1), "downsample_padding", pad, "0 or 1")
+        below = self.channels[0] // 2
+        _check(self.freq_shift < below, "freq_shift", self.freq_shift, f"below {below}")
         _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 ≤ dropout < 1")
         _check(self.num_classes >= 0, "num_classes", self.num_classes, "0 or more")
-        _check(
-            not self.null_class or self.num_classes > 0,
-            "null_class",
-            self.null_class,
-            "only with num_classes > 0",
-        )
+        ok = not self.null_class or self.num_classes > 0
+        _check(ok, "null_class", self.null_class, "false without classes (num_classes = 0)")
         factor = 2 ** (len(self.channels) - 1)
-        _check(
-            self.image_size % factor == 0,
-            "image_size",
-            self.image_size,
-            f"a multiple of {factor} for {len(self.channels)} levels",
-        )
+        allowed = f"a multiple of {factor} for {len(self.channels)} levels"
+        _check(self.image_size % factor == 0, "image_size", self.image_size, allowed)
 
     @property
     def out_channels(self) -> int:
@@ -105,16 +97,19 @@ def _check(ok: bool, field: str, value: object, allowed: str) -> None:
         raise NetworkConfigError(f"{field} = {value!r}: must be {allowed}")
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+def timestep_embedding(
+    t: Tensor, dim: int, *, freq_shift: float = 1.0, cos_first: bool = False
+) -> Tensor:
     """[sin | cos] features of the timestep index t (0..T−1), as in the paper's code.
 
-    t: [N]; returns float32 [N, dim]. Frequencies exp(−ln 10⁴ · k/(dim/2 − 1)).
+    t: [N]; returns float32 [N, dim]. Frequencies exp(−ln 10⁴ · k/(dim/2 − freq_shift)).
     """
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
-    freqs = torch.exp(-math.log(10_000) * k / max(half - 1, 1))
+    freqs = torch.exp(-math.log(10_000) * k / (half - freq_shift))
     angles = t.to(torch.float32)[:, None] * freqs[None, :]  # [N, half]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    sin, cos = angles.sin(), angles.cos()
+    return torch.cat([cos, sin] if cos_first else [sin, cos], dim=1)
 
 
 @torch.no_grad()
@@ -148,7 +143,8 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.emb(emb)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return torch.add(self.shortcut(x), h)
+        out: Tensor = self.shortcut(x) + h
+        return out
 
 
 class Attention(nn.Module):
@@ -168,18 +164,21 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, HW, C/heads]
         h = F.scaled_dot_product_attention(q, k, v)
         h = self.out(h.transpose(1, 2).reshape(n, height * width, c))
-        return x + h.transpose(1, 2).view(n, c, height, width)
+        out: Tensor = x + h.transpose(1, 2).view(n, c, height, width)
+        return out
 
 
 class Downsample(nn.Module):
-    """3×3 convolution of stride 2, padded on the right and the bottom only."""
+    """3×3 convolution of stride 2; in the paper, padded on the right and the bottom only."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
+        first = config.downsample_padding
+        self.pad = (first, 1, first, 1)  # left, right, top, bottom
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(F.pad(x, self.pad))
         return out
 
 
@@ -196,7 +195,10 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each with its attention if the level has it."""
+    """The residual blocks of one resolution, each with its attention if the level has it.
+
+    Called for block i at a time: the way up concatenates a skip connection before each.
+    """
 
     def __init__(self, c_ins: list[int], c_out: int, attention: bool, config: UNetConfig) -> None:
         super().__init__()
@@ -206,7 +208,7 @@ class Level(nn.Module):
             Attention(c_out, config) if attention else nn.Identity() for _ in c_ins
         )
 
-    def block(self, i: int, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, i: int, x: Tensor, emb: Tensor) -> Tensor:
         out: Tensor = self.attn[i](self.res[i](x, emb))
         return out
 
@@ -235,7 +237,7 @@ class UNet(nn.Module):
             skips += [width] * blocks
             current = width
             if i < len(widths) - 1:
-                self.downsample.append(Downsample(width))
+                self.downsample.append(Downsample(width, config))
                 skips.append(width)
 
         self.mid1 = ResBlock(current, current, c_emb, config)
@@ -270,16 +272,19 @@ class UNet(nn.Module):
 
     def embed(self, t: Tensor, class_label: Tensor | None) -> Tensor:
         """SiLU of the joint embedding of timestep index and label: [N, 4·channels[0]]."""
-        features = timestep_embedding(t, self.config.channels[0]).to(self.time1.weight.dtype)
-        emb = self.time2(F.silu(self.time1(features)))
+        config = self.config
+        features = timestep_embedding(
+            t, config.channels[0], freq_shift=config.freq_shift, cos_first=config.cos_first
+        )
+        emb = self.time2(F.silu(self.time1(features.to(self.time1.weight.dtype))))
         if self.label is not None:
             if class_label is None:
-                if self.config.null_label is None:
+                if config.null_label is None:
                     raise ValueError(
                         "class_label = None: this network has no null label, so each image "
-                        f"needs a label 0..{self.config.num_classes - 1}"
+                        f"needs a label 0..{config.num_classes - 1}"
                     )
-                class_label = torch.full_like(t, self.config.null_label, dtype=torch.long)
+                class_label = torch.full_like(t, config.null_label, dtype=torch.long)
             emb = emb + self.label(class_label)
         elif class_label is not None:
             raise ValueError("class_label: this network is unconditional and takes none")
@@ -292,7 +297,7 @@ class UNet(nn.Module):
         skips = [h]
         for i, level in enumerate(self.down):
             for j in range(self.config.res_blocks):
-                h = level.block(j, h, emb)
+                h = level(j, h, emb)
                 skips.append(h)
             if i < len(self.downsample):
                 h = self.downsample[i](h)
@@ -300,7 +305,7 @@ class UNet(nn.Module):
         h = self.mid2(self.mid_attn(self.mid1(h, emb)), emb)
         for i, level in enumerate(self.up):
             for j in range(self.config.res_blocks + 1):
-                h = level.block(j, torch.cat([h, skips.pop()], dim=1), emb)
+                h = level(j, torch.cat([h, skips.pop()], dim=1), emb)
             if i < len(self.upsample):
                 h = self.upsample[i](h)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
