@@ -1,0 +1,101 @@
+"""Every Redis key of ours. No other module spells one out, RQ's keys are never written here.
+
+ddpm:job:{id}            hash    the record
+ddpm:job:{id}:events     stream  what happened, for server-sent events
+ddpm:job:{id}:outputs    hash    i:{index} and s:{t}:{kind}:{index} → float32 [C,H,W] bytes
+ddpm:job:{id}:index      hash    the same fields → JSON about the output
+ddpm:job:{id}:inputs     string  uploaded images, uint8 [N,H,W,C]
+ddpm:job:{id}:state      hash    image index → saved chain state, while the job is active
+ddpm:jobs[:status:{s}|:model:{m}]   sorted sets of ids (score 0: ids sort by time)
+ddpm:queue:{q}           hash    image-steps admitted and completed, ever
+ddpm:queue:{q}:{status}  sorted set of ids, queued and running
+ddpm:totals              hash    output bytes held, counters for the metrics
+ddpm:clients             hash    client → outstanding image-steps
+ddpm:due                 sorted set  "expire:{id}", "forget:{id}" by time
+ddpm:webhooks            sorted set  id by time of the next attempt
+ddpm:webhook_attempts    hash    id → attempts made
+ddpm:models              hash    name → model card
+ddpm:rates:{model}       hash    worker → measured image-steps/s
+ddpm:workers             hash    name → what the worker last said of itself
+ddpm:suspects            hash    id → since when our record and RQ's disagree
+"""
+
+from __future__ import annotations
+
+PREFIX = "ddpm:"
+JOBS = PREFIX + "jobs"
+QUEUES = PREFIX + "queues"
+TOTALS = PREFIX + "totals"
+CLIENTS = PREFIX + "clients"
+ADMISSIONS = PREFIX + "admissions"
+DUE = PREFIX + "due"
+WEBHOOKS = PREFIX + "webhooks"
+WEBHOOK_ATTEMPTS = PREFIX + "webhook_attempts"
+MODELS = PREFIX + "models"
+WORKERS = PREFIX + "workers"
+SUSPECTS = PREFIX + "suspects"
+
+
+def job(job_id: str) -> str:
+    return f"{PREFIX}job:{job_id}"
+
+
+def events(job_id: str) -> str:
+    return f"{PREFIX}job:{job_id}:events"
+
+
+def outputs(job_id: str) -> str:
+    return f"{PREFIX}job:{job_id}:outputs"
+
+
+def index(job_id: str) -> str:
+    return f"{PREFIX}job:{job_id}:index"
+
+
+def inputs(job_id: str) -> str:
+    return f"{PREFIX}job:{job_id}:inputs"
+
+
+def state(job_id: str) -> str:
+    return f"{PREFIX}job:{job_id}:state"
+
+
+def by_status(status: str) -> str:
+    return f"{JOBS}:status:{status}"
+
+
+def by_model(model: str) -> str:
+    return f"{JOBS}:model:{model}"
+
+
+def queue(name: str) -> str:
+    return f"{PREFIX}queue:{name}"
+
+
+def in_queue(name: str, status: str) -> str:
+    return f"{PREFIX}queue:{name}:{status}"
+
+
+def idempotency(digest: str) -> str:
+    return f"{PREFIX}idempotency:{digest}"
+
+
+def rates(model: str) -> str:
+    return f"{PREFIX}rates:{model}"
+
+
+def lock(name: str) -> str:
+    return f"{PREFIX}lock:{name}"
+
+
+def wake(reader: str) -> str:
+    """Stream by which an API process wakes its own blocked reader."""
+    return f"{PREFIX}wake:{reader}"
+
+
+def image_field(index: int) -> str:
+    return f"i:{index}"
+
+
+def snapshot_field(t: int, kind: str, index: int) -> str:
+    return f"s:{t}:{kind}:{index}"

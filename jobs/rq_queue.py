@@ -1,0 +1,93 @@
+"""The service's use of RQ: enqueue, cancel, delete, look. Public names of RQ only.
+
+Workers import none of this but JOB_FUNCTION; the private half of RQ is the worker's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+from rq import Queue, Retry
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job
+from rq.registry import clean_registries
+from rq.serializers import JSONSerializer
+
+JOB_FUNCTION = "worker.run:run_job"  # args: [job_id]; stock RQ workers call it too
+_DAY_S = 86_400
+ENDED = frozenset({"finished", "failed", "stopped", "canceled"})
+
+
+class Queues:
+    """RQ queues by name, kept so that each asks for the server's version only once."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        self._redis = connection
+        self._queues: dict[str, Queue] = {}
+
+    def get(self, name: str) -> Queue:
+        """The queue, with the JSON serializer."""
+        if name not in self._queues:
+            queue = Queue(name, connection=self._redis, serializer=JSONSerializer)
+            queue.get_redis_server_version()  # now: inside a MULTI it could not be asked
+            self._queues[name] = queue
+        return self._queues[name]
+
+    def enqueue(
+        self, name: str, job_id: str, *, pipeline: Any, description: str, at_front: bool
+    ) -> None:
+        """Add RQ's own enqueue commands to a pipeline (which enters MULTI if it has not)."""
+        self.get(name).enqueue_call(
+            JOB_FUNCTION,
+            args=(job_id,),
+            job_id=job_id,
+            timeout=-1,  # the worker keeps its own deadline; RQ's default ends long jobs
+            result_ttl=_DAY_S,
+            failure_ttl=_DAY_S,
+            description=description,
+            at_front=at_front,
+            # A worker killed again and again must not fail a job that makes progress.
+            retry=Retry(max=1000, enqueue_at_front=True),
+            pipeline=pipeline,
+        )
+
+    def cancel(self, job_id: str) -> None:
+        """Take a job off its queue. A job that has already left it is left alone."""
+        job = self._fetch(job_id)
+        if job is None or job.get_status(refresh=False) in ENDED:
+            return
+        try:
+            job.cancel()
+        except InvalidJobOperation:  # canceled in between
+            return
+
+    def delete(self, job_id: str) -> None:
+        """Remove a job and all that RQ keeps of it."""
+        job = self._fetch(job_id)
+        if job is not None:
+            job.delete()
+
+    def statuses(self, job_ids: Sequence[str]) -> list[str | None]:
+        """RQ's status of each job, None where RQ has no such job."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hget(Job.key_for(job_id), "status")
+            return [None if status is None else status.decode() for status in pipe.execute()]
+
+    def clean(self, name: str) -> None:
+        """Requeue the jobs of dead workers. Only under the store's lock: two at once would
+        requeue a job twice."""
+        clean_registries(self.get(name))
+
+    def _fetch(self, job_id: str) -> Job | None:
+        try:
+            return Job.fetch(job_id, connection=self._redis, serializer=JSONSerializer)
+        except NoSuchJobError:
+            return None
+
+
+def queue_key(name: str) -> str:
+    """RQ's list of waiting ids, to be read only."""
+    return f"{Queue.redis_queue_namespace_prefix}{name}"

@@ -1,0 +1,280 @@
+"""What a job is asked to do: one class a kind, with every check that needs no HTTP.
+
+A spec goes through three hands: `parse` (fields and types), `check` (against the model's card and
+the limits) and `fill` (defaults that depend on the model, and the seed). What `fill` returns says
+everything: posted again, with the same model digest, it makes the same images.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, assert_never
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from jobs.cards import ModelCard
+from jobs.errors import SpecError
+from jobs.settings import Settings
+
+MAX_SEED = 2**53 - 1
+DEFAULT_STEPS = 100
+
+Timestep = Annotated[int, Field(ge=1, description="the paper's t: 1..T")]
+Kind = Literal["x_t", "x_start", "eps"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job costs, known before it starts.
+
+    evaluations: images × network evaluations (image-steps). output_bytes: float32 images and
+    snapshots, the most there can be.
+    """
+
+    images: int
+    evaluations: int
+    output_bytes: int
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors, and a number is a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Snapshots(Strict):
+    """Which states of the chain to keep: each holds the x_t that enters a step, or what the
+    network finds there (`x_start`, `eps`)."""
+
+    every: int | None = Field(
+        None, ge=1, description="every k-th step, counted from the first (t = T)"
+    )
+    at: tuple[Timestep, ...] | None = Field(
+        None, min_length=1, description="at these t; each taken at the nearest t the chain visits"
+    )
+    kinds: tuple[Kind, ...] = Field(("x_t",), min_length=1, max_length=3)
+    preview_px: int | None = Field(
+        None, ge=8, le=512, description="put a PNG with this longer side into each snapshot event"
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if (self.every is None) == (self.at is None):
+            raise ValueError("give either `every` or `at`")
+        return self
+
+    def count(self, steps: int) -> int:
+        """How many times a chain of so many steps is looked at, at most."""
+        if self.at is not None:
+            return min(len(set(self.at)), steps)
+        assert self.every is not None
+        return -(-steps // self.every)
+
+
+class CommonSpec(Strict):
+    """Fields of every kind of job."""
+
+    model: str | None = Field(None, description="a name from GET /models")
+    model_digest: str | None = Field(
+        None, description="run only with exactly this model (SHA-256 from a job's manifest)"
+    )
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="image i uses the noise of (seed, i); drawn if absent"
+    )
+    deterministic: bool = Field(False, description="the same bytes in any batch, on one backend")
+    format: Literal["png", "webp", "npy"] = Field("png", description="what `images[].url` gives")
+    ttl_s: int | None = Field(None, ge=1, description="seconds to keep the outputs")
+    webhook_url: str | None = Field(
+        None, max_length=2000, pattern=r"^https?://", description="told when the job ends"
+    )
+    priority: Literal["normal", "high"] = Field("normal", description="high: front of the queue")
+    provenance: dict[str, Any] | None = Field(
+        None, exclude=True, description="ignored, so that a manifest can be posted as it is"
+    )
+
+    def check_common(self, card: ModelCard, settings: Settings) -> None:
+        """Raise SpecError for what this model or these limits do not allow."""
+        if self.model_digest is not None and self.model_digest != card.digest:
+            raise SpecError("/model_digest", f"model {card.name} is {card.digest} now")
+        if self.ttl_s is not None and self.ttl_s > settings.max_ttl_s:
+            raise SpecError("/ttl_s", f"{self.ttl_s}: must be at most {settings.max_ttl_s}")
+        if self.webhook_url is not None and settings.webhook_secret is None:
+            raise SpecError("/webhook_url", "webhooks are off here: DDPM_WEBHOOK_SECRET is not set")
+
+    def common_defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
+        """Values for the common fields that were left out."""
+        return {
+            "model": card.name,
+            "seed": secrets.randbelow(MAX_SEED + 1) if self.seed is None else self.seed,
+            "ttl_s": settings.ttl_s if self.ttl_s is None else self.ttl_s,
+        }
+
+
+class GenerateSpec(CommonSpec):
+    """The reverse chain: `num_images` images from noise."""
+
+    kind: Literal["generate"] = "generate"
+    num_images: int = Field(1, ge=1)
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "langevin"] = "ddpm"
+    steps: int | None = Field(None, ge=1, description="network evaluations an image; default 100")
+    spacing: Literal["uniform", "quadratic"] = "uniform"
+    eta: float | None = Field(None, ge=0, le=1, description="ddim only: 0 deterministic (default)")
+    variance: Literal["large", "small", "learned"] | None = Field(
+        None, description="ddpm only: β, β̃ (default) or the network's own"
+    )
+    corrector_steps: int | None = Field(
+        None, ge=0, le=100, description="Langevin steps after each step (langevin: a level)"
+    )
+    class_label: int | None = Field(None, ge=0, description="what to draw; absent: anything")
+    guidance: float = Field(1.0, ge=0, le=50, description="ε_u + g(ε_c − ε_u); 1 is off")
+    snapshots: Snapshots | None = None
+
+    def check(self, card: ModelCard, settings: Settings) -> None:
+        """Raise SpecError for what this model or these limits do not allow."""
+        self.check_common(card, settings)
+        if self.num_images > settings.max_images:
+            raise SpecError(
+                "/num_images", f"{self.num_images}: must be at most {settings.max_images}"
+            )
+        if self.steps is not None and self.steps > card.T:
+            raise SpecError("/steps", f"{self.steps}: model {card.name} has T = {card.T}")
+        self._check_sampler(card)
+        self._check_label(card)
+        for i, t in enumerate(self.snapshots.at or () if self.snapshots else ()):
+            check_timestep(f"/snapshots/at/{i}", t, card)
+
+    def _check_sampler(self, card: ModelCard) -> None:
+        if self.sampler not in card.samplers:
+            raise SpecError(
+                "/sampler", f"{self.sampler}: model {card.name} runs {', '.join(card.samplers)}"
+            )
+        if self.eta is not None and self.sampler != "ddim":
+            raise SpecError("/eta", f"is for sampler ddim, not {self.sampler}")
+        if self.variance is not None and self.sampler != "ddpm":
+            raise SpecError("/variance", f"is for sampler ddpm, not {self.sampler}")
+        if self.variance == "learned" and not card.learned_variance:
+            raise SpecError("/variance", f"model {card.name} has no learned variance")
+        if self.corrector_steps and "langevin" not in card.samplers:
+            raise SpecError("/corrector_steps", f"model {card.name} runs no Langevin steps")
+
+    def _check_label(self, card: ModelCard) -> None:
+        if self.class_label is None:
+            if card.num_classes and card.null_label is None:
+                raise SpecError("/class_label", f"model {card.name} needs a label")
+            if self.guidance != 1.0:
+                raise SpecError("/guidance", "needs a class_label")
+            return
+        if not card.num_classes:
+            raise SpecError("/class_label", f"model {card.name} has no classes")
+        if self.class_label >= card.num_classes:
+            raise SpecError(
+                "/class_label", f"{self.class_label}: must be 0..{card.num_classes - 1}"
+            )
+        if self.guidance != 1.0 and card.null_label is None:
+            raise SpecError("/guidance", f"model {card.name} was trained without label dropping")
+
+    def fill(self, card: ModelCard, settings: Settings) -> GenerateSpec:
+        """The same request with every default written out."""
+        defaults = self.common_defaults(card, settings)
+        defaults["steps"] = min(DEFAULT_STEPS, card.T) if self.steps is None else self.steps
+        if self.sampler == "ddim" and self.eta is None:
+            defaults["eta"] = 0.0
+        if self.sampler == "ddpm" and self.variance is None:
+            defaults["variance"] = "learned" if card.learned_variance else "small"
+        if self.corrector_steps is None:
+            defaults["corrector_steps"] = 1 if self.sampler == "langevin" else 0
+        return self.model_copy(update=defaults)
+
+    def plan(self, card: ModelCard, num_inputs: int) -> Plan:
+        """Cost of a filled spec; `num_inputs` uploaded images (none for this kind)."""
+        assert self.steps is not None and self.corrector_steps is not None
+        rows = self.steps * (self.corrector_steps + (self.sampler != "langevin"))
+        nets = 2 if self.guidance != 1.0 else 1
+        kept = 1
+        if self.snapshots is not None:
+            kept += self.snapshots.count(rows) * len(set(self.snapshots.kinds))
+        return Plan(
+            images=self.num_images,
+            evaluations=self.num_images * rows * nets,
+            output_bytes=self.num_images * kept * card.plane_bytes,
+        )
+
+
+class NoiseSpec(CommonSpec):
+    """The forward process: x_t of uploaded images at many t. The results are snapshots."""
+
+    kind: Literal["noise"] = "noise"
+    t: tuple[Timestep, ...] = Field(min_length=1, max_length=10_000)
+    mode: Literal["closed", "stepwise"] = Field(
+        "closed", description="q(x_t|x_0) with one ε for all t, or the chain step by step"
+    )
+    kinds: tuple[Literal["x_t", "eps"], ...] = Field(("x_t",), min_length=1, max_length=2)
+
+    def check(self, card: ModelCard, settings: Settings) -> None:
+        """Raise SpecError for what this model or these limits do not allow."""
+        self.check_common(card, settings)
+        for i, t in enumerate(self.t):
+            check_timestep(f"/t/{i}", t, card)
+            if t in self.t[:i]:
+                raise SpecError(f"/t/{i}", f"{t}: is there twice")
+
+    def fill(self, card: ModelCard, settings: Settings) -> NoiseSpec:
+        """The same request with every default written out."""
+        return self.model_copy(update=self.common_defaults(card, settings))
+
+    def plan(self, card: ModelCard, num_inputs: int) -> Plan:
+        """Cost of a filled spec for so many images: no network evaluation at all."""
+        planes = len(self.t) * len(set(self.kinds))
+        return Plan(
+            images=num_inputs, evaluations=0, output_bytes=num_inputs * planes * card.plane_bytes
+        )
+
+
+def check_timestep(pointer: str, t: int, card: ModelCard) -> None:
+    """Raise SpecError unless 1 ≤ t ≤ T."""
+    if not 1 <= t <= card.T:
+        raise SpecError(pointer, f"{t}: must be 1..{card.T} for model {card.name}")
+
+
+# A new kind is one more class here, and one more case in the worker.
+JobSpec = Annotated[GenerateSpec | NoiseSpec, Field(discriminator="kind")]
+_adapter: TypeAdapter[JobSpec] = TypeAdapter(JobSpec)
+
+
+def parse(text: str | bytes) -> GenerateSpec | NoiseSpec:
+    """The spec of a JSON text with a `kind`. Raises pydantic.ValidationError."""
+    return _adapter.validate_json(text)
+
+
+def admit(
+    spec: GenerateSpec | NoiseSpec, card: ModelCard, settings: Settings, num_inputs: int = 0
+) -> tuple[GenerateSpec | NoiseSpec, Plan]:
+    """Check, fill and cost a spec. Raises SpecError: all or nothing, never silently less."""
+    spec.check(card, settings)
+    filled = spec.fill(card, settings)
+    plan = filled.plan(card, num_inputs)
+    if plan.images > settings.max_images:
+        raise SpecError("/images", f"{plan.images}: must be at most {settings.max_images}")
+    if plan.evaluations > settings.max_job_evaluations:
+        raise SpecError(
+            "/steps",
+            f"{plan.evaluations} image-steps: a job may take {settings.max_job_evaluations}",
+        )
+    if plan.output_bytes > settings.max_job_bytes:
+        raise SpecError(
+            largest_part(spec),
+            f"{plan.output_bytes} bytes of output: a job may keep {settings.max_job_bytes}",
+        )
+    return filled, plan
+
+
+def largest_part(spec: GenerateSpec | NoiseSpec) -> str:
+    """Pointer of the field that makes the outputs large."""
+    match spec:
+        case GenerateSpec():
+            return "/snapshots" if spec.snapshots is not None else "/num_images"
+        case NoiseSpec():
+            return "/t"
+        case _:
+            assert_never(spec)

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from jobs import keys
+from jobs.states import Status
+from jobs.store import Fate, JobStore, WorkerInfo
+
+Submit = Callable[..., str]
+X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
+
+
+def names(store: JobStore, job_id: str) -> list[str]:
+    return [fields[b"event"].decode() for _, fields in store.redis.xrange(keys.events(job_id))]
+
+
+def totals(store: JobStore) -> tuple[int, int, int]:
+    """(outstanding image-steps of the queue, of the client, output bytes)."""
+    ends = store.redis.hmget(keys.queue("ddpm"), ["admitted", "completed"])
+    admitted, completed = (int(value or 0) for value in ends)
+    client = int(store.redis.hget(keys.CLIENTS, "me") or 0)
+    return admitted - completed, client, int(store.redis.hget(keys.TOTALS, "output_bytes") or 0)
+
+
+def test_a_job_from_admission_to_success(store: JobStore, submit: Submit) -> None:
+    job_id = submit(num_images=2, steps=10, seed=5)
+    assert totals(store) == (20, 20, 2 * 256)
+    started = store.start(job_id, "e1", worker="w", digest="d1")
+    assert started is not None and started.attempts == 1 and started.inputs is None
+    record = started.record
+    assert record.status is Status.RUNNING and record.spec.seed == 5 and record.work == 20
+    batch = store.batch()
+    batch.progress(record, "e1", done=12, t=400, eta_s=1.5)
+    batch.checkpoint(record, "e1", index=0, state=b"zero")
+    batch.checkpoint(record, "e1", index=1, state=b"one")
+    batch.snapshot(record, "e1", t=500, kind="x_t", index=0, x=X)
+    batch.image(record, "e1", index=0, x=X)
+    assert batch.send() == {job_id: Fate.OK}
+    assert batch.send() == {}
+    assert totals(store)[:2] == (8, 8)
+    resumed = store.start(job_id, "e1", worker="w", digest="d1")
+    assert resumed is not None
+    assert resumed.states == {1: b"one"} and resumed.finished == {0}
+    batch.image(record, "e1", index=1, x=X)
+    batch.send()
+    assert store.succeed(job_id, "e1", provenance={"torch": "2"})
+    after = store.record(job_id)
+    assert after is not None and after.status is Status.SUCCEEDED
+    assert after.provenance == {"torch": "2"} and after.done == 12
+    assert totals(store) == (0, 0, 3 * 256)
+    assert store.redis.exists(keys.state(job_id)) == 0
+    assert names(store, job_id) == [
+        "status", "status", "progress", "snapshot", "image", "image", "status", "done",
+    ]  # fmt: skip
+    assert not store.succeed(job_id, "e1", provenance={})
+
+
+def test_a_fenced_worker_writes_nothing(store: JobStore, submit: Submit) -> None:
+    job_id = submit()
+    first = store.start(job_id, "old", worker="a", digest="d")
+    assert first is not None
+    assert store.start(job_id, "new", worker="b", digest="d") is not None
+    batch = store.batch()
+    batch.image(first.record, "old", index=0, x=X)
+    assert batch.send() == {job_id: Fate.LOST}
+    assert not store.fail(job_id, "old", code="worker_error", detail="thawed")
+    assert not store.requeue(job_id, "old")
+    assert store.redis.exists(keys.outputs(job_id)) == 0
+    record = store.record(job_id)
+    assert record is not None and record.worker == "b" and record.status is Status.RUNNING
+
+
+def test_attempts_count_starts_without_progress(store: JobStore, submit: Submit) -> None:
+    job_id = submit(steps=10)
+    for attempt in (1, 2):
+        started = store.start(job_id, f"e{attempt}", worker="w", digest="d")
+        assert started is not None and started.attempts == attempt
+    batch = store.batch()
+    batch.progress(started.record, "e2", done=3, t=700)
+    batch.send()
+    again = store.start(job_id, "e3", worker="w", digest="d")
+    assert again is not None and again.attempts == 1
+    batch.progress(started.record, "e3", done=3, t=700)  # only what had been done before
+    batch.send()
+    assert store.requeue(job_id, "e3")  # given back: not an attempt
+    last = store.start(job_id, "e4", worker="w", digest="d")
+    assert last is not None and last.attempts == 1
+
+
+def test_cancel_reaches_a_running_job_between_writes(store: JobStore, submit: Submit) -> None:
+    job_id = submit()
+    started = store.start(job_id, "e", worker="w", digest="d")
+    assert started is not None and store.cancel_requested([job_id]) == set()
+    assert store.cancel(job_id) == "requested"
+    assert store.cancel_requested([job_id, "nobody"]) == {job_id, "nobody"}
+    batch = store.batch()
+    batch.snapshot(started.record, "e", t=3, kind="x_start", index=0, x=X)
+    assert batch.send() == {job_id: Fate.CANCEL}
+    assert store.canceled(job_id, "e")
+    assert store.cancel(job_id) == "ended"
+    record = store.record(job_id)
+    assert record is not None and record.status is Status.CANCELED
+    assert totals(store) == (0, 0, 256)
+
+
+def test_a_canceled_queued_job_is_never_started(store: JobStore, submit: Submit) -> None:
+    job_id = submit()
+    assert store.cancel(job_id) == "canceled"
+    assert store.start(job_id, "e", worker="w", digest="d") is None
+    assert names(store, job_id) == ["status", "status", "done"]
+    assert store.cancel("nobody") == "missing"
+    assert totals(store) == (0, 0, 0)
+
+
+def test_a_dead_workers_canceled_job_ends_at_the_next_start(
+    store: JobStore, submit: Submit
+) -> None:
+    job_id = submit()
+    store.start(job_id, "dead", worker="w", digest="d")
+    store.cancel(job_id)
+    assert store.start(job_id, "next", worker="v", digest="d") is None
+    record = store.record(job_id)
+    assert record is not None and record.status is Status.CANCELED
+
+
+def test_purge_leaves_no_key_and_no_debt(store: JobStore, submit: Submit) -> None:
+    before = {key for key in store.redis.keys("ddpm:*") if b":job:" in key}
+    job_id = submit(num_images=3)
+    started = store.start(job_id, "e", worker="w", digest="d")
+    assert started is not None
+    batch = store.batch()
+    batch.checkpoint(started.record, "e", index=0, state=b"s")
+    batch.image(started.record, "e", index=1, x=X)
+    batch.send()
+    assert store.purge(job_id)
+    assert not store.purge(job_id)
+    assert {key for key in store.redis.keys("ddpm:*") if b":job:" in key} == before
+    assert totals(store) == (0, 0, 0)
+    assert store.redis.zcard(keys.JOBS) == 0
+    batch.image(started.record, "e", index=2, x=X)
+    assert batch.send() == {job_id: Fate.LOST}
+
+
+def test_writes_survive_a_redis_that_forgot_its_scripts(store: JobStore, submit: Submit) -> None:
+    started = store.start(submit(), "e", worker="w", digest="d")
+    assert started is not None
+    store.redis.script_flush()
+    batch = store.batch()
+    batch.image(started.record, "e", index=0, x=X)
+    assert batch.send() == {started.record.id: Fate.OK}
+
+
+def test_a_plane_of_the_wrong_shape_is_refused(store: JobStore, submit: Submit) -> None:
+    started = store.start(submit(), "e", worker="w", digest="d")
+    assert started is not None
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 4\), must be \(1, 8, 8\)"):
+        store.batch().image(started.record, "e", index=0, x=X[:, :4, :4])
+
+
+def test_workers_and_locks(store: JobStore) -> None:
+    info = WorkerInfo(name="w1", queue="ddpm", models=("mnist",), active=3)
+    store.heartbeat(info, rates={"mnist": 100.0})
+    assert store.workers() == [info] and info.alive(time.time())
+    assert not info.alive(time.time() + 60)
+    store.goodbye("w1")
+    assert store.workers() == []
+    with store.lock("x") as first, store.lock("x") as second:
+        assert first and not second
+    with store.lock("x") as third:
+        assert third
