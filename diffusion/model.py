@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from diffusion.forward import gather
 from diffusion.parameterization import eps_coefficients, x_start_coefficients
-from diffusion.schedule import Schedule, ScheduleConfig, ScheduleError
-from diffusion.unet import NetworkConfigError, UNet, UNetConfig
+from diffusion.samplers import SamplingDefaults
+from diffusion.schedule import Schedule, ScheduleConfig
+from diffusion.unet import UNet, UNetConfig
 
 FORMAT = 1
 CONFIG_NAME = "config.json"
@@ -38,6 +40,7 @@ class ModelConfig:
 
     prediction: epsilon, sample, v or mean. class_names: empty for an unconditional model.
     crop: the (height, width) of the data inside the padded image, for display and bits/dim.
+    sampling: what `sample` does where its caller says nothing.
     """
 
     network: UNetConfig = field(default_factory=UNetConfig)
@@ -45,6 +48,7 @@ class ModelConfig:
     prediction: str = "epsilon"
     class_names: tuple[str, ...] = ()
     crop: tuple[int, int] | None = None
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -56,6 +60,8 @@ class ModelConfig:
                 f"class_names: {len(self.class_names)} names for "
                 f"num_classes = {self.network.num_classes}"
             )
+        if self.sampling.variance == "learned" and not self.network.learned_variance:
+            raise CheckpointError("sampling: variance = 'learned' needs learned_variance = true")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -65,6 +71,7 @@ class ModelConfig:
             "schedule": self.schedule.to_dict(),
             "prediction": self.prediction,
             "class_names": list(self.class_names),
+            "sampling": dataclasses.asdict(self.sampling),
         }
         if self.crop is not None:
             out["crop"] = list(self.crop)
@@ -80,10 +87,11 @@ class ModelConfig:
         try:
             fields["network"] = UNetConfig(**fields["network"])
             fields["schedule"] = ScheduleConfig(**fields["schedule"])
+            fields["sampling"] = SamplingDefaults(**fields.get("sampling", {}))
             return cls(**fields)
         except KeyError as error:
             raise CheckpointError(f"{error.args[0]}: missing") from error
-        except (TypeError, NetworkConfigError, ScheduleError) as error:
+        except (TypeError, ValueError) as error:
             raise CheckpointError(str(error)) from error
 
 
@@ -112,7 +120,8 @@ class Model:
         """ε̂ = ε_θ(x_t, t), float32, converted from whatever the network predicts.
 
         x_t: [N, C, H, W]; t: [N] int64, index 0..T−1; class_label: [N] int64, or None for no
-        label. Raises ValueError for a label that the network cannot take.
+        label. Raises ValueError for labels that an unconditional network gets, or that one
+        without a null label lacks.
         """
         return self.eps_from_output(self.output(x_t, t, class_label), x_t, t)
 
@@ -131,11 +140,11 @@ class Model:
         return gather(e_x, t, x_t) * x_t + gather(e_out, t, x_t) * out
 
 
-def digest_of(folder: Path) -> str:
-    """SHA-256 (hex) over config.json and the weights, in this order."""
+def digest_of(files: Iterable[Path]) -> str:
+    """SHA-256 (hex) over the contents of these files, in this order."""
     sha = hashlib.sha256()
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        with (folder / name).open("rb") as file:
+    for path in files:
+        with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 sha.update(chunk)
     return sha.hexdigest()
@@ -145,29 +154,44 @@ def save(model: Model, folder: str | Path) -> None:
     """Write config.json and model.safetensors; each file appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.network.state_dict().items()}
-    temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / WEIGHTS_NAME)
-    temporary = folder / f".{CONFIG_NAME}.tmp"
-    text = json.dumps(model.config.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    write_weights(model.network.state_dict(), folder / WEIGHTS_NAME)
+    write_json(model.config.to_dict(), folder / CONFIG_NAME)
+
+
+def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    """A JSON file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / CONFIG_NAME)
+    temporary.replace(path)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
-    """Load a checkpoint folder, ours or a diffusers pipeline's, ready to evaluate.
+    """Load a checkpoint folder, ours or one of diffusers, ready to evaluate.
 
     Raises CheckpointError: no such folder, a missing or broken file, weights that do not fit.
     """
-    folder = Path(folder)
-    if (folder / "model_index.json").is_file():
-        from diffusion.diffusers_folder import load_diffusers
+    from diffusion.diffusers_folder import is_diffusers_folder, load_diffusers  # needs this module
 
+    folder = Path(folder)
+    if is_diffusers_folder(folder):
         return load_diffusers(folder, device)
-    config = ModelConfig.from_dict(read_json(folder / CONFIG_NAME))
-    network = build_network(config, read_weights(folder / WEIGHTS_NAME), device)
-    return Model(config, network, digest_of(folder))
+    files = (folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+    raw = read_json(files[0])
+    try:
+        config = ModelConfig.from_dict(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{files[0]}: {error}") from error
+    network = build_network(config, read_weights(files[1]), device)
+    return Model(config, network, digest_of(files))
 
 
 def build_network(

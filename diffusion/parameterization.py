@@ -50,17 +50,21 @@ PREDICTIONS = tuple(_X_START_FROM)
 
 
 class PredictionError(ValueError):
-    """An unknown parameterisation."""
+    """A parameterisation that is unknown, or impossible with a schedule."""
 
 
 def x_start_coefficients(schedule: Schedule, prediction: str) -> Coefficients:
     """(r_x [T], r_out [T]) with x̂_0 = r_x·x_t + r_out·out.
 
-    Raises PredictionError for a name not in PREDICTIONS.
+    Raises PredictionError for a name not in PREDICTIONS, and for ε where x_T holds no signal.
     """
     if prediction not in _X_START_FROM:
         raise PredictionError(
             f"prediction = {prediction!r}: must be one of {', '.join(PREDICTIONS)}"
+        )
+    if prediction == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+        raise PredictionError(
+            "prediction = 'epsilon': no x̂_0 follows from ε where ᾱ_T = 0; must be sample, v or mean"
         )
     return _X_START_FROM[prediction](schedule)
 

@@ -26,10 +26,37 @@ from diffusion.noise import Purpose
 from diffusion.schedule import Float64, Schedule
 
 COLUMNS = ("r_x", "r_eps", "clip", "a", "b", "d", "c")
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+SPACINGS = ("uniform", "quadratic", "leading", "trailing")
+VARIANCES = ("large", "small", "learned")
 
 
 class SamplerError(ValueError):
     """Sampler options that make no table; the message names the field."""
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How a model is meant to be sampled: what holds where the caller says nothing.
+
+    sampler, variance, clip, spacing: as in the functions below. A `learned` variance is that of
+    a network with `learned_variance`.
+    """
+
+    sampler: str = "ddpm"
+    variance: str = "large"
+    clip: bool = True
+    spacing: str = "uniform"
+
+    def __post_init__(self) -> None:
+        _check_name("sampler", self.sampler, SAMPLERS)
+        _check_name("variance", self.variance, VARIANCES)
+        _check_name("spacing", self.spacing, SPACINGS)
+
+
+def _check_name(field: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise SamplerError(f"{field} = {value!r}: must be one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +81,22 @@ class SamplerTable:
 
 
 def spaced_timesteps(T: int, steps: int, spacing: str = "uniform") -> list[int]:
-    """`steps` indices out of 0..T−1, descending, the first T−1 and (if steps > 1) the last 0.
+    """`steps` indices out of 0..T−1, descending.
 
-    spacing: uniform, or quadratic (denser near the image). Raises SamplerError.
+    spacing: uniform, or quadratic (denser near the image): the first is T−1 and, if steps > 1,
+    the last 0. leading counts every (T // steps)-th from 0, trailing every (T/steps)-th from
+    T−1, as diffusers does: they leave out one of the two ends. Raises SamplerError.
     """
     if not 1 <= steps <= T:
         raise SamplerError(f"steps = {steps}: must be 1..{T}")
-    if spacing not in ("uniform", "quadratic"):
-        raise SamplerError(f"spacing = {spacing!r}: must be uniform or quadratic")
+    _check_name("spacing", spacing, SPACINGS)
     u = np.linspace(0, 1, steps) if steps > 1 else np.ones(1)
-    raw = np.rint((T - 1) * (u if spacing == "uniform" else u**2)).astype(int)
+    if spacing == "leading":
+        raw = np.arange(steps) * (T // steps)
+    elif spacing == "trailing":
+        raw = np.rint(T - np.arange(steps) * T / steps)[::-1].astype(int) - 1
+    else:
+        raw = np.rint((T - 1) * (u if spacing == "uniform" else u**2)).astype(int)
     # Quadratic spacing can round several to one index: push them apart, keeping both ends.
     for i in range(1, steps):
         raw[i] = max(raw[i], raw[i - 1] + 1)
@@ -82,6 +115,8 @@ def _rows(schedule: Schedule, ts: list[int], clip: bool) -> Float64:
     """Rows with r_x, r_eps and clip filled in, and a = b = c = d = 0."""
     rows = np.zeros((len(ts), len(COLUMNS)))
     alpha_bar, rest = schedule.alphas_cumprod[ts], schedule.one_minus_alphas_cumprod[ts]
+    if alpha_bar[0] == 0:
+        raise SamplerError(f"timesteps: t = {ts[0]} holds no signal (ᾱ = 0), so no x̂_0 follows")
     rows[:, 0] = 1 / np.sqrt(alpha_bar)
     rows[:, 1] = -np.sqrt(rest / alpha_bar)
     rows[:, 2] = 1.0 if clip else math.inf

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion.model import Model
 from diffusion.noise import Purpose, check_seed, image_normals, normals
 from diffusion.samplers import (
+    SAMPLERS,
     DeviceTable,
     SamplerError,
     SamplerTable,
@@ -24,7 +25,6 @@ from diffusion.samplers import (
 )
 from diffusion.schedule import Schedule
 
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 ClassLabel = int | Sequence[int] | Tensor | None
 
 
@@ -123,15 +123,15 @@ def sample(
     model: Model,
     num_images: int = 1,
     *,
-    sampler: str = "ddpm",
+    sampler: str | None = None,
     steps: int = 100,
     seed: int = 0,
     class_label: ClassLabel = None,
     guidance: float = 1.0,
-    spacing: str = "uniform",
+    spacing: str | None = None,
     eta: float = 0.0,
-    variance: str = "large",
-    clip: bool = True,
+    variance: str | None = None,
+    clip: bool | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
     batch_size: int = 64,
@@ -139,22 +139,27 @@ def sample(
 ) -> Tensor:
     """Images [num_images, C, H, W] in [−1, 1], float32.
 
-    class_label: one label for all, or one an image. Image i depends on (seed, i) and not on
-    `batch_size`. dtype: of the network (default: bfloat16 where a probe finds it faster, else
-    float32). compile: through torch.compile (about a minute at first). on_step(first image of
-    the batch, rows done, Step) is called after every evaluation.
+    sampler, spacing, variance, clip: by default as the model's config says. class_label: one
+    label for all, or one an image. Image i depends on (seed, i) and not on `batch_size`. dtype:
+    of the network (default: bfloat16 where a probe finds it faster, else float32). compile:
+    through torch.compile (about a minute at first). on_step(first image of the batch, rows done,
+    Step) is called after every evaluation.
     Raises SamplerError or ValueError naming the bad argument.
     """
-    if num_images < 1:
-        raise SamplerError(f"num_images = {num_images}: must be 1 or more")
+    for field, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise SamplerError(f"{field} = {value}: must be 1 or more")
+    if guidance != 1.0 and class_label is None:
+        raise SamplerError(f"guidance = {guidance}: needs a class_label to guide towards")
+    defaults = model.config.sampling
     table = build_table(
         model.schedule,
-        sampler=sampler,
+        sampler=sampler or defaults.sampler,
         steps=steps,
-        spacing=spacing,
+        spacing=spacing or defaults.spacing,
         eta=eta,
-        variance=variance,
-        clip=clip,
+        variance=variance or defaults.variance,
+        clip=defaults.clip if clip is None else clip,
     )
     labels = class_labels(model, class_label, num_images)
     fast = prepare(model, dtype=dtype or fast_dtype(model), compile=compile)
