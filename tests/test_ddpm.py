@@ -1,0 +1,50 @@
+"""The console script: every subcommand exists, and what is missing or wrong is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import ddpm
+from tests.house import project
+
+
+@pytest.mark.parametrize("name", sorted(ddpm.COMMANDS))
+def test_every_subcommand_exists_and_explains_itself(name: str) -> None:
+    result = CliRunner().invoke(ddpm.main, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    assert f"{name} [OPTIONS]" in result.output
+    assert ddpm.COMMANDS[name].extra in project()["optional-dependencies"]
+
+
+def test_help_lists_every_subcommand() -> None:
+    result = CliRunner().invoke(ddpm.main, ["--help"])
+    listed = re.findall(r"^  (\w+)  +\S", result.output.partition("Commands:")[2], re.MULTILINE)
+    assert listed == list(ddpm.COMMANDS)
+
+
+def test_an_unknown_subcommand_is_refused_with_the_known_ones() -> None:
+    result = CliRunner().invoke(ddpm.main, ["serve"])
+    assert result.exit_code == 2
+    assert "no command 'serve'" in result.output
+    assert all(name in result.output for name in ddpm.COMMANDS)
+
+
+def test_a_missing_package_is_named_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "probe_commands.py").write_text("import package_nobody_has.part\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(click.ClickException) as caught:
+        ddpm.load_command("worker", ddpm.Entry("probe_commands:worker", "worker", ""))
+    assert "`ddpm worker` needs package_nobody_has" in caught.value.message
+    assert "pip install 'ddpm-serve[worker]'" in caught.value.message
+
+
+def test_a_mistake_of_our_own_is_not_hidden() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"jobs\.nowhere"):
+        ddpm.load_command("up", ddpm.Entry("jobs.nowhere:up", "serve", ""))

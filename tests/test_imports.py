@@ -1,0 +1,122 @@
+"""The direction of imports, read from the source of every file, and what a process really loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"app", "benchmarks", "ddpm", "diffusion", "jobs", "tests", "training", "worker"}
+
+# What each package may import of ours, besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "app": {"jobs"},
+    "diffusion": set(),
+    "jobs": set(),
+    "training": {"diffusion"},
+    "worker": {"diffusion", "jobs"},
+}
+# Third parties that a package, or one of its files, must do without.
+WEB = {"fastapi", "starlette", "uvicorn"}
+LEARNING = {"accelerate", "datasets", "diffusers", "safetensors", "torch"}
+FORBIDDEN: dict[str, set[str]] = {
+    "app": LEARNING,
+    "ddpm.py": LEARNING | WEB | {"redis", "rq"},
+    "jobs": LEARNING | WEB,
+    "training": WEB | {"redis", "rq"},
+    "worker": WEB | {"accelerate", "datasets", "diffusers"},
+    "worker/engine.py": {"jobs", "redis", "rq"},
+}
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of the modules that absolute imports name, wherever in the file they are."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def files_of(place: str) -> list[Path]:
+    """The Python files of a package, or the one file."""
+    path = ROOT / place
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    assert files, f"{place} holds no Python file"
+    return files
+
+
+def importers(place: str, names: set[str]) -> dict[str, list[str]]:
+    """file → the modules among `names` that it imports, for the files that import any."""
+    found = {str(p.relative_to(ROOT)): imported(p.read_text("utf-8")) for p in files_of(place)}
+    return {file: sorted(modules & names) for file, modules in found.items() if modules & names}
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints, started in the repository."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+LOAD_ALL = """
+import importlib, pkgutil, sys
+package = importlib.import_module({package!r})
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    importlib.import_module(module.name)
+"""
+PRINT_LOADED = """
+print("loaded:", *sorted({{{names}}} & set(sys.modules)))
+"""
+
+
+def loaded_by(code: str, names: set[str]) -> list[str]:
+    """The modules among `names` that are loaded once a fresh interpreter has run `code`."""
+    report = PRINT_LOADED.format(names=", ".join(map(repr, sorted(names))))
+    return run_python(code + report).rpartition("loaded:")[2].split()
+
+
+def test_imported_sees_every_form() -> None:
+    source = "import a.b, c\nfrom d.e import f\nfrom . import g\ndef h():\n    import i as j\n"
+    assert imported(source) == {"a", "c", "d", "i"}
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_direction_of_imports(package: str) -> None:
+    assert importers(package, OURS - ALLOWED[package] - {package}) == {}
+
+
+@pytest.mark.parametrize("place", sorted(FORBIDDEN))
+def test_what_each_part_does_without(place: str) -> None:
+    assert importers(place, FORBIDDEN[place]) == {}
+
+
+def test_diffusion_needs_torch_numpy_and_safetensors_alone() -> None:
+    for path in files_of("diffusion"):
+        others = imported(path.read_text("utf-8")) - set(sys.stdlib_module_names)
+        assert others <= {"diffusion", "numpy", "safetensors", "torch"}, path.name
+
+
+def test_the_probe_would_notice_torch() -> None:
+    assert loaded_by("import sys, torch", {"fastapi", "torch"}) == ["torch"]
+
+
+@pytest.mark.parametrize(("package", "names"), [("app", LEARNING), ("jobs", LEARNING | WEB)])
+def test_importing_all_of_a_package_never_loads(package: str, names: set[str]) -> None:
+    assert loaded_by(LOAD_ALL.format(package=package), names) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["up", "--help"], ["api", "--help"]]
+)
+def test_the_command_line_never_loads_torch(arguments: list[str]) -> None:
+    code = f"import sys, ddpm\nddpm.main({arguments!r}, standalone_mode=False)\n"
+    assert loaded_by(code, LEARNING) == []
