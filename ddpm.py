@@ -7,7 +7,8 @@ by the command that needs it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import click
@@ -34,23 +35,29 @@ COMMANDS: dict[str, Entry] = {
 }
 
 
+@contextmanager
+def missing_package_named(name: str, entry: Entry) -> Iterator[None]:
+    """Turns a package that is not installed into one sentence that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package, _, inner = (error.name or "").partition(".")
+        if not package or (package in PACKAGES and inner):  # our mistake, not the installation's
+            raise
+        raise click.ClickException(
+            f"`ddpm {name}` needs {package}, which is not installed: "
+            f"pip install '{DISTRIBUTION}[{entry.extra}]'"
+        ) from error
+
+
 def load_command(name: str, entry: Entry) -> click.Command:
     """The click command that `entry` names.
 
     Raises click.ClickException, with what to install, if a package it needs is missing.
     """
     module_name, _, attribute = entry.target.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if not missing or missing in PACKAGES:  # a mistake of ours, not a missing installation
-            raise
-        raise click.ClickException(
-            f"`ddpm {name}` needs {missing}, which is not installed: "
-            f"pip install '{DISTRIBUTION}[{entry.extra}]'"
-        ) from error
-    command: click.Command = getattr(module, attribute)
+    with missing_package_named(name, entry):
+        command: click.Command = getattr(importlib.import_module(module_name), attribute)
     return command
 
 
@@ -74,6 +81,16 @@ class LazyGroup(click.Group):
         if args[0] not in self.entries:
             ctx.fail(f"no command {args[0]!r}; the commands are {', '.join(self.entries)}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError:  # commands import what is slow to load when they run
+            name = ctx.invoked_subcommand
+            if name is None:
+                raise
+            with missing_package_named(name, self.entries[name]):
+                raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # click's own would import every command for its short help.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
-import click
 import pytest
 from click.testing import CliRunner
 
@@ -34,15 +34,26 @@ def test_an_unknown_subcommand_is_refused_with_the_known_ones() -> None:
     assert all(name in result.output for name in ddpm.COMMANDS)
 
 
+ABSENT = "import package_nobody_has.part\n"
+COMMAND = "import click\n@click.command()\ndef worker() -> None:\n"
+
+
+@pytest.mark.parametrize(
+    "source", [ABSENT, f"{COMMAND}    {ABSENT}"], ids=["when loaded", "when run"]
+)
 def test_a_missing_package_is_named_with_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "probe_commands.py").write_text("import package_nobody_has.part\n")
+    (tmp_path / "probe_commands.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(click.ClickException) as caught:
-        ddpm.load_command("worker", ddpm.Entry("probe_commands:worker", "worker", ""))
-    assert "`ddpm worker` needs package_nobody_has" in caught.value.message
-    assert "pip install 'ddpm-serve[worker]'" in caught.value.message
+    monkeypatch.delitem(sys.modules, "probe_commands", raising=False)
+    entry = ddpm.Entry("probe_commands:worker", "worker", "")
+    result = CliRunner().invoke(ddpm.LazyGroup(entries={"worker": entry}), ["worker"])
+    assert result.exit_code == 1
+    assert result.output == (
+        "Error: `ddpm worker` needs package_nobody_has, which is not installed: "
+        "pip install 'ddpm-serve[worker]'\n"
+    )
 
 
 def test_a_mistake_of_our_own_is_not_hidden() -> None:
