@@ -1,1 +1,1 @@
-"""The HTTP front end: routes, events, and `ddpm up`. Imports jobs, never torch."""
+"""The HTTP front end and the supervisor. Importing it never loads torch."""

@@ -91,3 +91,24 @@ def last_event(status: Status, fault: JobFault | None) -> tuple[str, str]:
     if fault is None:
         return "done", dump(DoneEvent(status=status))
     return "error", dump(ErrorEvent(status=status, **dict[str, Any](fault.model_dump())))
+
+
+class ResetEvent(BaseModel):
+    """`reset`: earlier events are not to be had; the job as it stands says all they said.
+
+    `new` opens the stream of a POST, `trimmed` answers a Last-Event-ID that is gone.
+    """
+
+    reason: Literal["new", "trimmed"]
+    job: dict[str, Any]
+
+
+EVENTS: dict[str, type[BaseModel]] = {
+    "status": StatusEvent,
+    "progress": ProgressEvent,
+    "snapshot": SnapshotEvent,
+    "image": ImageEvent,
+    "done": DoneEvent,
+    "error": ErrorEvent,
+    "reset": ResetEvent,
+}

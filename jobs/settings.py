@@ -21,60 +21,77 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DDPM_", frozen=True, populate_by_name=True)
 
     redis_url: str = Field(
-        "redis://127.0.0.1:6379/0",
+        default="redis://127.0.0.1:6379/0",
         validation_alias=AliasChoices("REDIS_URL", "redis_url"),
         description="Redis, as redis://, rediss:// or unix:// URL (variable REDIS_URL)",
     )
-    models: Path = Field(Path("models"), description="folder of checkpoint folders")
+    models: Path = Field(default=Path("models"), description="folder of checkpoint folders")
     default_model: str | None = Field(
-        None, description="model of a request that names none; else the only one, else mnist"
+        default=None,
+        description="model of a request that names none; else the only one, else mnist",
     )
-    queue: str = Field("ddpm", description="RQ queue a worker listens to")
+    queue: str = Field(default="ddpm", description="RQ queue a worker listens to")
 
     # Limits of one request
-    max_images: int = Field(64, ge=1, description="images a job")
-    max_job_bytes: int = Field(256 * MIB, ge=1, description="output bytes a job (float32)")
-    max_job_evaluations: int = Field(1_000_000, ge=1, description="images × evaluations a job")
-    max_upload_bytes: int = Field(16 * MIB, ge=1, description="bytes of a request body")
-    max_upload_pixels: int = Field(4096 * 4096, ge=1, description="pixels of an uploaded picture")
+    max_images: int = Field(default=64, ge=1, description="images a job")
+    max_job_bytes: int = Field(default=256 * MIB, ge=1, description="output bytes a job (float32)")
+    max_job_evaluations: int = Field(
+        default=1_000_000, ge=1, description="images × evaluations a job"
+    )
+    max_upload_bytes: int = Field(default=16 * MIB, ge=1, description="bytes of a request body")
+    max_upload_pixels: int = Field(
+        default=4096 * 4096, ge=1, description="pixels of an uploaded picture"
+    )
 
     # Limits of the service
-    max_queued_jobs: int = Field(2000, ge=1, description="jobs that wait in one queue")
-    max_output_bytes: int = Field(2048 * MIB, ge=1, description="output bytes of all jobs")
+    max_queued_jobs: int = Field(default=2000, ge=1, description="jobs that wait in one queue")
+    max_output_bytes: int = Field(default=2048 * MIB, ge=1, description="output bytes of all jobs")
     client_quota: int = Field(
-        0, ge=0, description="outstanding images × evaluations a client may have; 0: no quota"
+        default=0,
+        ge=0,
+        description="outstanding images × evaluations a client may have; 0: no quota",
     )
-    job_deadline_s: float = Field(6 * 3600.0, gt=0, description="running time a job may take")
+    job_deadline_s: float = Field(
+        default=6 * 3600.0, gt=0, description="running time a job may take"
+    )
 
     # Lifetimes
-    ttl_s: int = Field(DAY_S, ge=1, description="seconds that outputs are kept")
-    max_ttl_s: int = Field(7 * DAY_S, ge=1, description="largest ttl_s a request may ask for")
-    record_ttl_s: int = Field(7 * DAY_S, ge=1, description="seconds a record outlives its outputs")
-    idempotency_ttl_s: int = Field(DAY_S, ge=1, description="seconds an Idempotency-Key is kept")
-    events_maxlen: int = Field(2000, ge=10, description="events kept a job, about")
+    ttl_s: int = Field(default=DAY_S, ge=1, description="seconds that outputs are kept")
+    max_ttl_s: int = Field(
+        default=7 * DAY_S, ge=1, description="largest ttl_s a request may ask for"
+    )
+    record_ttl_s: int = Field(
+        default=7 * DAY_S, ge=1, description="seconds a record outlives its outputs"
+    )
+    idempotency_ttl_s: int = Field(
+        default=DAY_S, ge=1, description="seconds an Idempotency-Key is kept"
+    )
+    events_maxlen: int = Field(default=2000, ge=10, description="events kept a job, about")
 
     # The API
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="bearer keys, separated by commas; none: no authentication"
+        default=(), description="bearer keys, separated by commas; none: no authentication"
     )
     allow_public_without_keys: bool = Field(
-        False, description="let the API listen on a public address without keys"
+        default=False, description="let the API listen on a public address without keys"
     )
     webhook_secret: SecretStr | None = Field(
-        None, description="whsec_ and base64, signs webhooks; none: webhooks are off"
+        default=None, description="whsec_ and base64, signs webhooks; none: webhooks are off"
     )
     webhook_private_addresses: bool = Field(
-        False, description="let webhooks reach private addresses"
+        default=False, description="let webhooks reach private addresses"
     )
-    sse_comment_s: float = Field(15.0, gt=0, description="seconds between comment lines")
-    janitor_s: float = Field(10.0, gt=0, description="seconds between maintenance runs")
+    sse_comment_s: float = Field(default=15.0, gt=0, description="seconds between comment lines")
+    janitor_s: float = Field(default=10.0, gt=0, description="seconds between maintenance runs")
 
     # The worker
-    slots: int = Field(64, ge=1, description="images stepped together, a model")
-    checkpoint_steps: int = Field(25, ge=1, description="steps between saved chain states")
-    compile: bool = Field(True, description="compile the network in the background")
-    drain_s: float = Field(8.0, ge=0, description="seconds to finish work on SIGTERM")
-    stall_limit_s: float = Field(120.0, gt=0, description="seconds without a step: device hung")
+    slots: int = Field(default=64, ge=1, description="images stepped together, a model")
+    checkpoint_steps: int = Field(default=25, ge=1, description="steps between saved chain states")
+    compile: bool = Field(default=True, description="compile the network in the background")
+    drain_s: float = Field(default=8.0, ge=0, description="seconds to finish work on SIGTERM")
+    stall_limit_s: float = Field(
+        default=120.0, gt=0, description="seconds without a step: device hung"
+    )
 
     @field_validator("api_keys", mode="before")
     @classmethod

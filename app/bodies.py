@@ -1,0 +1,109 @@
+"""Request bodies: JSON or multipart, limited in bytes before anything is decoded."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from app.problems import Problem, field_problem
+
+
+@dataclass(frozen=True)
+class Body:
+    """A request body: its JSON text, and the files that came with it (part name `image`)."""
+
+    text: bytes
+    files: tuple[bytes, ...] = ()
+
+    def fingerprint(self, kind: str) -> str:
+        """Digest of what was asked, whatever the order of fields or the multipart boundary."""
+        try:
+            canonical = json.dumps(json.loads(self.text), sort_keys=True).encode()
+        except ValueError:
+            canonical = self.text
+        digest = hashlib.sha256(kind.encode() + b"\0" + canonical)
+        for file in self.files:
+            digest.update(hashlib.sha256(file).digest())
+        return digest.hexdigest()
+
+
+async def read_body(request: Request, *, limit: int, most_files: int = 0) -> Body:
+    """The body, at most `limit` bytes. Raises Problem 413, 415 or 422.
+
+    most_files: how many `image` parts a multipart body may have; 0: JSON only.
+    """
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media == "application/json" or (media.startswith("application/") and "+json" in media):
+        async with aclosing(_limited(request, limit)) as chunks:
+            return Body(b"".join([chunk async for chunk in chunks]))
+    if media == "multipart/form-data" and most_files:
+        return await _multipart(request, limit, most_files)
+    kinds = "application/json or multipart/form-data" if most_files else "application/json"
+    raise Problem("unsupported_media_type", f"Content-Type {media or '(none)'}: must be {kinds}")
+
+
+async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    """The body's chunks; 413 as soon as it is known to be too large."""
+    declared = request.headers.get("content-length", "")
+    size = int(declared) if declared.isdecimal() else 0
+    if size > limit:
+        raise Problem("too_large", f"{size} bytes: must be at most {limit}")
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise Problem("too_large", f"more than {limit} bytes")
+        yield chunk
+
+
+async def _multipart(request: Request, limit: int, most_files: int) -> Body:
+    try:
+        async with aclosing(_limited(request, limit)) as chunks:
+            # One more than allowed, so that the error can be ours.
+            parser = MultiPartParser(
+                request.headers, chunks, max_files=most_files + 1, max_fields=2, max_part_size=limit
+            )
+            form = await parser.parse()
+    except MultiPartException as error:
+        raise Problem("invalid_request", error.message) from error
+    try:
+        return await _parts(form, most_files)
+    finally:
+        await form.close()
+
+
+async def _parts(form: FormData, most_files: int) -> Body:
+    text: bytes = b"{}"
+    files = []
+    for name, value in form.multi_items():
+        content = await value.read() if isinstance(value, UploadFile) else value.encode()
+        if name == "request":
+            text = content
+        elif name == "image" and isinstance(value, UploadFile):
+            files.append(content)
+        else:
+            raise field_problem(f"/{name}", "unknown part: there are `image` files and `request`")
+    if len(files) > most_files:
+        raise field_problem("/image", f"{len(files)} pictures: must be at most {most_files}")
+    return Body(text, tuple(files))
+
+
+def from_base64(texts: tuple[str, ...]) -> tuple[bytes, ...]:
+    """Pictures given as base64 (a `data:` prefix is allowed). Raises Problem 422."""
+    pictures = []
+    for i, text in enumerate(texts):
+        payload = text.partition(",")[2] if text.startswith("data:") else text
+        try:
+            pictures.append(base64.b64decode(payload, validate=True))
+        except binascii.Error as error:
+            raise field_problem(f"/images/{i}", f"is not base64: {error}") from error
+    return tuple(pictures)

@@ -1,0 +1,94 @@
+"""The application, made by a factory: nothing happens at import."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from app import problems
+from app.middleware import Edge
+from app.routes import create, jobs, models, outputs, system
+from app.services import Services
+from app.views import JobView
+from jobs.events import EVENTS
+from jobs.settings import Settings
+from jobs.specs import GenerateSpec
+
+STATIC = Path(__file__).parent / "static"
+DESCRIPTION = """Denoising diffusion as a service: images from noise, noise from images, and every
+state in between. A request makes a job; the job is there at once, can be watched, canceled,
+repeated to the byte, and fetched again."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The API. settings: read from the environment if absent."""
+    services = Services(settings or Settings())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with services.running():
+            yield
+
+    app = FastAPI(
+        title="ddpm-serve",
+        version=_version(),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.services = services
+    problems.install(app)
+    for module in (create, jobs, outputs, models, system):
+        app.include_router(module.router)
+    app.add_api_route("/", page, include_in_schema=False)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.add_middleware(Edge, keyring=services.keyring, metrics=services.metrics)
+    app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+async def page() -> FileResponse:
+    """The web page."""
+    return FileResponse(STATIC / "index.html")
+
+
+def openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with the schemas that routes name by reference."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        named: list[type[BaseModel]] = [
+            GenerateSpec,
+            create.NoiseBody,
+            JobView,
+            problems.ProblemBody,
+            *EVENTS.values(),
+        ]
+        _, found = models_json_schema(
+            [(model, "validation") for model in named],
+            ref_template="#/components/schemas/{model}",
+        )
+        components = schema.setdefault("components", {})
+        components["schemas"] = {**found["$defs"], **components.get("schemas", {})}
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"bearer": []}, {}]
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _version() -> str:
+    try:
+        return version("ddpm-serve")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0"

@@ -1,0 +1,71 @@
+"""What every request passes: an id, the key check, the clock. Plain ASGI, so streams stream."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.auth import Keyring
+from app.metrics import Metrics
+from app.problems import Problem, internal, response
+
+log = logging.getLogger(__name__)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class Edge:
+    """Outermost layer: `X-Request-ID` in and out, 401 without a key, metrics by route."""
+
+    def __init__(self, app: ASGIApp, *, keyring: Keyring, metrics: Metrics) -> None:
+        self._app = app
+        self._keyring = keyring
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope["request_id"] = request_id
+        scope["client_id"] = self._keyring.client(scope)
+        began, started = time.perf_counter(), False
+
+        async def send_marked(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                self._count(scope, message["status"], time.perf_counter() - began)
+            await send(message)
+
+        if not self._keyring.admits(scope):
+            problem = Problem(
+                "unauthorized",
+                "this service needs a key: Authorization: Bearer …",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await response(problem, request_id)(scope, receive, send_marked)
+            return
+        try:
+            await self._app(scope, receive, send_marked)
+        except Exception:
+            log.exception("request %s: %s %s", request_id, scope["method"], scope["path"])
+            if started:
+                raise
+            await response(internal(), request_id)(scope, receive, send_marked)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        # The route's template, never the path: ids would make a metric each.
+        route = getattr(scope.get("route"), "path", "other")
+        self._metrics.requests.labels(scope["method"], route, str(status)).inc()
+        self._metrics.seconds.labels(scope["method"], route).observe(seconds)
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)

@@ -1,0 +1,128 @@
+"""Outputs as files: fetched from the store as float32, encoded on the way out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from fastapi.responses import Response
+
+from app.problems import Problem
+from app.services import Services
+from app.views import manifest
+from jobs import keys, pictures
+from jobs.errors import OutputExpired
+from jobs.pictures import Float32, UInt8, from_bytes, to_uint8
+from jobs.reader import JobState
+from jobs.records import JobRecord
+from jobs.specs import GenerateSpec, NoiseSpec
+from jobs.states import ACTIVE
+
+MEDIA = {
+    "png": "image/png",
+    "webp": "image/webp",
+    "gif": "image/gif",
+    "npy": "application/x-npy",
+    "zip": "application/zip",
+}
+_KEEP = {"Cache-Control": "private, max-age=3600"}  # an output never changes
+
+
+def file_response(content: bytes, suffix: str, name: str | None = None) -> Response:
+    """A file. name: what a browser that saves it should call it."""
+    headers = dict(_KEEP)
+    if name is not None:
+        headers["Content-Disposition"] = f'inline; filename="{name}"'
+    return Response(content, media_type=MEDIA[suffix], headers=headers)
+
+
+async def fetch(services: Services, record: JobRecord, fields: Sequence[str]) -> list[Float32]:
+    """Output planes [C,H,W]. Raises OutputExpired, Problem not_ready or not_found."""
+    if record.outputs_gone:
+        raise OutputExpired(f"the outputs of job {record.id} have expired")
+    planes = await services.reader.planes(record.id, list(fields)) if fields else []
+    found = [from_bytes(plane, record.shape) for plane in planes if plane is not None]
+    if found and len(found) == len(fields):
+        return found
+    if record.status in ACTIVE:
+        raise Problem("not_ready", f"job {record.id} is {record.status}; this is not there yet")
+    raise Problem("not_found", f"job {record.id} ({record.status}) has no such output")
+
+
+async def in_thread(call: Callable[[], bytes]) -> bytes:
+    """Encode away from the event loop."""
+    return await asyncio.to_thread(call)
+
+
+def encode_image(record: JobRecord, index: int, x: Float32, *, suffix: str, px: int = 0) -> bytes:
+    """One image as png (with its manifest), webp or npy."""
+    if suffix == "npy":
+        return pictures.encode_npy(x)
+    if suffix == "webp":
+        return pictures.encode_webp(to_uint8(x))
+    return pictures.encode_png(to_uint8(x), manifest(record, index=index), px=px)
+
+
+def encode_grid(record: JobRecord, planes: Sequence[Float32], *, suffix: str, px: int = 0) -> bytes:
+    """All pictures of a job in one; a noise job's has a row an image, t from left to right."""
+    columns = len(record.spec.t) if isinstance(record.spec, NoiseSpec) else 0
+    pixels = pictures.grid([to_uint8(x) for x in planes], columns=columns)
+    if suffix == "webp":
+        return pictures.encode_webp(pixels)
+    return pictures.encode_png(pixels, manifest(record), px=px)
+
+
+def grid_fields(record: JobRecord) -> list[str]:
+    """What a job's grid is made of: its images, or each image's x_t by rising t."""
+    match record.spec:
+        case GenerateSpec():
+            return [keys.image_field(i) for i in range(record.images)]
+        case NoiseSpec(t=ts, kinds=kinds):
+            kind = "x_t" if "x_t" in kinds else kinds[0]
+            return [
+                keys.snapshot_field(t, kind, i) for i in range(record.images) for t in sorted(ts)
+            ]
+
+
+async def picture(services: Services, state: JobState, suffix: str) -> Response:
+    """The answer to a POST that takes a picture: the image, or the grid of several."""
+    record = state.record
+    planes = await fetch(services, record, grid_fields(record))
+    if len(planes) == 1:
+        content = encode_image(record, 0, planes[0], suffix=suffix)
+    else:
+        content = await in_thread(lambda: encode_grid(record, planes, suffix=suffix))
+    return file_response(content, suffix)
+
+
+def film_frames(state: JobState, kind: str, index: int | None) -> list[list[str]]:
+    """For each frame of a film the fields of its pictures: t falls (noise: rises).
+
+    Frames in which a picture is missing are left out; a finished chain ends with its images.
+    """
+    by_t: dict[int, list[int]] = {}
+    for t, snapshot_kind, i in state.snapshots:
+        if snapshot_kind == kind and index in (None, i):
+            by_t.setdefault(t, []).append(i)
+    most = max((len(indices) for indices in by_t.values()), default=0)
+    forward = isinstance(state.record.spec, NoiseSpec)
+    frames = [
+        [keys.snapshot_field(t, kind, i) for i in sorted(indices)]
+        for t, indices in sorted(by_t.items(), reverse=not forward)
+        if len(indices) == most
+    ]
+    last = [i for i in state.images if index in (None, i)]
+    if frames and kind != "eps" and len(last) == most:
+        frames.append([keys.image_field(i) for i in last])
+    return frames
+
+
+def encode_film(frames: Sequence[Sequence[Float32]], suffix: str, px: int) -> bytes:
+    """An animation with one grid a frame, enlarged to `px`."""
+    grids = [pictures.grid([to_uint8(x) for x in planes]) for planes in frames]
+    return pictures.film([_enlarged(grid, px) for grid in grids], suffix)
+
+
+def _enlarged(pixels: UInt8, px: int) -> UInt8:
+    factor = max(1, px // max(pixels.shape[:2]))
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -1,0 +1,225 @@
+"""Errors as RFC 9457 problems. This is the one place where an HTTP error is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from pydantic import BaseModel, Field, ValidationError
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+from jobs.errors import (
+    JobNotFound,
+    OutputExpired,
+    PictureError,
+    PictureMedia,
+    PictureTooLarge,
+    Refused,
+    SpecError,
+)
+
+MEDIA_TYPE = "application/problem+json"
+
+# code → status: every code the service answers with.
+CODES: dict[str, int] = {
+    "unauthorized": 401,
+    "not_found": 404,
+    "not_ready": 404,
+    "method_not_allowed": 405,
+    "job_canceled": 409,
+    "expired": 410,
+    "too_large": 413,
+    "unsupported_media_type": 415,
+    "invalid_request": 422,
+    "idempotency_conflict": 422,
+    "quota_exceeded": 429,
+    "internal": 500,
+    "job_failed": 500,
+    "no_models": 503,
+    "queue_full": 503,
+    "storage_full": 503,
+    "store_unavailable": 503,
+}
+
+
+class FieldError(BaseModel):
+    """What is wrong with one field."""
+
+    pointer: str = Field(description="JSON pointer into the request", examples=["/num_images"])
+    detail: str
+
+
+class ProblemBody(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    code: str
+    detail: str
+    request_id: str
+    errors: list[FieldError] = []
+
+
+class Problem(Exception):
+    """An answer that is an error. Raise it anywhere below a route."""
+
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        errors: Sequence[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+        self.errors = list(errors)
+        self.headers = dict(headers or {})
+
+
+def field_problem(pointer: str, detail: str) -> Problem:
+    """A 422 about one field."""
+    error = FieldError(pointer=pointer, detail=detail)
+    return Problem("invalid_request", f"{pointer}: {detail}", errors=[error])
+
+
+def validation_problem(error: ValidationError) -> Problem:
+    """A 422 with everything that pydantic found."""
+    found = [
+        FieldError(pointer=_pointer(item["loc"]), detail=item["msg"]) for item in error.errors()
+    ]
+    first = found[0]
+    return Problem("invalid_request", f"{first.pointer or '/'}: {first.detail}", errors=found)
+
+
+def _pointer(location: Sequence[int | str]) -> str:
+    escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in location)
+    return "".join(f"/{part}" for part in escaped)
+
+
+def from_error(error: Exception) -> Problem | None:
+    """The problem for an error of the packages below; None: it is not one of those."""
+    match error:
+        case Problem():
+            return error
+        case Refused():
+            wait = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+            return Problem(error.code, error.detail, headers=wait)
+        case SpecError():
+            return field_problem(error.pointer, error.detail)
+        case ValidationError():
+            return validation_problem(error)
+        case JobNotFound():
+            return Problem("not_found", str(error))
+        case OutputExpired():
+            return Problem("expired", str(error))
+        case PictureTooLarge():
+            return Problem("too_large", str(error))
+        case PictureMedia():
+            return Problem("unsupported_media_type", str(error))
+        case PictureError():
+            return Problem("invalid_request", str(error))
+        case RedisError():
+            detail = "Redis does not answer; jobs that were taken in are kept"
+            return Problem("store_unavailable", detail, headers={"Retry-After": "5"})
+        case _:
+            return None
+
+
+def response(problem: Problem, request_id: str) -> Response:
+    """The HTTP response for a problem."""
+    status = CODES[problem.code]
+    body = ProblemBody(
+        title=HTTPStatus(status).phrase,
+        status=status,
+        code=problem.code,
+        detail=problem.detail,
+        request_id=request_id,
+        errors=problem.errors,
+    )
+    return Response(body.model_dump_json(), status, headers=problem.headers, media_type=MEDIA_TYPE)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return response(from_error(error) or internal(), request.scope.get("request_id", ""))
+
+
+def internal() -> Problem:
+    """The 500 that stands for a mistake of ours."""
+    return Problem("internal", "an error of ours; the log has it under the request id")
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    by_status = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    code = by_status.get(error.status_code, "invalid_request")
+    detail = f"no such route: {request.url.path}" if error.status_code == 404 else error.detail
+    return response(
+        Problem(code, str(detail), headers=error.headers), request.scope.get("request_id", "")
+    )
+
+
+async def _on_parameters(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = [
+        FieldError(pointer=_pointer(item["loc"]), detail=item["msg"]) for item in error.errors()
+    ]
+    detail = f"{found[0].pointer}: {found[0].detail}"
+    return response(
+        Problem("invalid_request", detail, errors=found), request.scope.get("request_id", "")
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error as a problem."""
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RequestValidationError, _on_parameters)
+    known: tuple[type[Exception], ...] = (
+        Problem, Refused, SpecError, ValidationError, JobNotFound, OutputExpired, PictureError,
+        RedisError,
+    )  # fmt: skip
+    for kind in known:
+        app.add_exception_handler(kind, _on_error)
+
+
+def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route: these codes, each with its schema and an example."""
+    by_status: dict[int | str, dict[str, Any]] = {}
+    for code in codes:
+        status = CODES[code]
+        entry = by_status.setdefault(status, {"description": HTTPStatus(status).phrase})
+        media = entry.setdefault("content", {}).setdefault(
+            MEDIA_TYPE, {"schema": {"$ref": "#/components/schemas/ProblemBody"}, "examples": {}}
+        )
+        media["examples"][code] = {"value": _example(code, status)}
+        if status in (429, 503):
+            entry["headers"] = {
+                "Retry-After": {"description": "Seconds", "schema": {"type": "integer"}}
+            }
+    return by_status
+
+
+def _example(code: str, status: int) -> dict[str, Any]:
+    details = {
+        "invalid_request": "/num_images: 65: must be at most 64",
+        "quota_exceeded": "5000 of 5000 image-steps are outstanding",
+        "queue_full": "2000 jobs are waiting already",
+        "expired": "the outputs of this job have expired",
+    }
+    errors = [{"pointer": "/num_images", "detail": "65: must be at most 64"}]
+    return {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "code": code,
+        "detail": details.get(code, code.replace("_", " ")),
+        "request_id": "0c5d1f2e9a7b4c3d",
+        "errors": errors if code == "invalid_request" else [],
+    }

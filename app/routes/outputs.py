@@ -1,0 +1,151 @@
+"""The files of a job: images, snapshots, grids, films, archives."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import Response
+
+from app import documents
+from app.outputs import (
+    encode_film,
+    encode_grid,
+    encode_image,
+    fetch,
+    file_response,
+    film_frames,
+    grid_fields,
+    in_thread,
+)
+from app.problems import Problem, documented
+from app.services import services
+from app.views import manifest
+from jobs import keys, pictures
+from jobs.errors import OutputExpired
+from jobs.pictures import Float32
+from jobs.records import JobRecord
+from jobs.specs import NoiseSpec
+
+router = APIRouter(tags=["outputs"])
+ERRORS = documented(
+    "unauthorized", "not_found", "not_ready", "expired", "invalid_request", "store_unavailable"
+)
+Index = Annotated[int, Path(ge=0)]
+Suffix = Literal["png", "webp", "npy"]
+Kind = Literal["x_t", "x_start", "eps"]
+Px = Annotated[int, Query(ge=8, le=2048, description="enlarge the longer side to about this")]
+NO_PX = 0
+
+
+@router.get(
+    "/jobs/{job_id}/images.zip",
+    response_class=Response,
+    responses={200: documents.files("zip"), **ERRORS},
+)
+async def images_zip(
+    request: Request, job_id: str, suffix: Annotated[Suffix | None, Query(alias="format")] = None
+) -> Response:
+    """All images of a job, and `manifest.json`."""
+    held = services(request)
+    state = await held.job(job_id)
+    record = state.record
+    planes = await fetch(held, record, [keys.image_field(i) for i in range(record.images)])
+    chosen = suffix or record.spec.format
+    content = await in_thread(functools.partial(_zip, record, planes, chosen))
+    return file_response(content, "zip", f"{job_id}.zip")
+
+
+def _zip(record: JobRecord, planes: list[Float32], suffix: str) -> bytes:
+    files = [
+        (f"{i:04}.{suffix}", encode_image(record, i, x, suffix=suffix))
+        for i, x in enumerate(planes)
+    ]
+    text = json.dumps(manifest(record), indent=2, ensure_ascii=False)
+    return pictures.zip_files([*files, ("manifest.json", text.encode())])
+
+
+@router.get(
+    "/jobs/{job_id}/images/{index}.{suffix}",
+    response_class=Response,
+    responses={200: documents.files("png", "webp", "npy"), **ERRORS},
+)
+async def image(
+    request: Request, job_id: str, index: Index, suffix: Suffix, px: Px = NO_PX
+) -> Response:
+    """One image. A PNG carries the manifest that makes it again; npy is float32 [C,H,W]."""
+    held = services(request)
+    record = (await held.job(job_id)).record
+    [x] = await fetch(held, record, [keys.image_field(index)])
+    return file_response(encode_image(record, index, x, suffix=suffix, px=px), suffix)
+
+
+@router.get(
+    "/jobs/{job_id}/grid.{suffix}",
+    response_class=Response,
+    responses={200: documents.files("png", "webp"), **ERRORS},
+)
+async def grid(
+    request: Request, job_id: str, suffix: Literal["png", "webp"], px: Px = NO_PX
+) -> Response:
+    """All images of a job in one picture; of a noise job, x_t with t from left to right."""
+    held = services(request)
+    record = (await held.job(job_id)).record
+    planes = await fetch(held, record, grid_fields(record))
+    encode = functools.partial(encode_grid, record, planes, suffix=suffix, px=px)
+    return file_response(await in_thread(encode), suffix)
+
+
+@router.get(
+    "/jobs/{job_id}/snapshots.{suffix}",
+    response_class=Response,
+    responses={200: documents.files("gif", "webp"), **ERRORS},
+)
+async def film(
+    request: Request,
+    job_id: str,
+    suffix: Literal["gif", "webp"],
+    kind: Annotated[Kind, Query()] = "x_t",
+    index: Annotated[int | None, Query(ge=0, description="one image; else all in a grid")] = None,
+    px: Px = 128,
+) -> Response:
+    """The chain as a film: one frame a kept t, and the finished images at the end."""
+    held = services(request)
+    state = await held.job(job_id)
+    if state.record.outputs_gone:
+        raise OutputExpired(f"the outputs of job {job_id} have expired")
+    frames = film_frames(state, kind, index)
+    if not frames:
+        raise Problem("not_found", f"job {job_id} kept no snapshots of {kind}")
+    planes = iter(await fetch(held, state.record, [field for f in frames for field in f]))
+    grouped = [[next(planes) for _ in fields] for fields in frames]
+    return file_response(await asyncio.to_thread(encode_film, grouped, suffix, px), suffix)
+
+
+@router.get(
+    "/jobs/{job_id}/snapshots/{t}/{index}.{suffix}",
+    response_class=Response,
+    responses={200: documents.files("png", "npy"), **ERRORS},
+)
+async def snapshot(
+    request: Request,
+    job_id: str,
+    t: Annotated[int, Path(ge=1)],
+    index: Index,
+    suffix: Literal["png", "npy"],
+    kind: Annotated[Kind, Query()] = "x_t",
+    px: Px = NO_PX,
+) -> Response:
+    """A kept state of the chain at t. A PNG shows −1..1 as black to white and clips the rest;
+    npy is the float32 [C,H,W] itself."""
+    held = services(request)
+    record = (await held.job(job_id)).record
+    [x] = await fetch(held, record, [keys.snapshot_field(t, kind, index)])
+    response = file_response(encode_image(record, index, x, suffix=suffix, px=px), suffix)
+    levels = record.levels or {}
+    if isinstance(record.spec, NoiseSpec) and str(t) in levels:
+        response.headers["X-Alpha-Bar"] = repr(levels[str(t)][0])
+    return response

@@ -1,0 +1,153 @@
+"""GET /queue, /healthz, /readyz, /metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ConfigDict
+
+from app.problems import Problem, documented
+from app.routes.jobs import json_response
+from app.services import services
+from jobs.rates import eta_s
+from jobs.reader import JobReader, QueueState
+
+router = APIRouter(tags=["system"])
+
+
+class QueueView(BaseModel):
+    """One queue. image_steps: not yet done. eta_s: until all of it is done, at the measured rate
+    of the models it serves."""
+
+    name: str
+    queued: int
+    running: int
+    image_steps: int
+    eta_s: float | None
+
+
+class WorkerView(BaseModel):
+    """A worker that spoke lately. active: images in flight."""
+
+    name: str
+    queue: str
+    models: tuple[str, ...]
+    device: str
+    active: int
+
+
+class QueuesView(BaseModel):
+    """All queues and workers."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "queues": [
+                    {
+                        "name": "ddpm",
+                        "queued": 3,
+                        "running": 2,
+                        "image_steps": 420,
+                        "eta_s": 1.08,
+                    }
+                ],
+                "workers": [
+                    {
+                        "name": "ddpm-4f1c",
+                        "queue": "ddpm",
+                        "models": ["mnist"],
+                        "device": "cpu",
+                        "active": 6,
+                    }
+                ],
+            }
+        }
+    )
+
+    queues: list[QueueView]
+    workers: list[WorkerView]
+
+
+class Health(BaseModel):
+    """Alive."""
+
+    status: str = "ok"
+
+
+class Readiness(BaseModel):
+    """Ready: Redis answers and at least one model is known."""
+
+    status: str = "ready"
+    models: int
+    workers: int
+
+
+@router.get(
+    "/queue",
+    response_model=QueuesView,
+    responses=documented("unauthorized", "store_unavailable"),
+)
+async def queue(request: Request) -> Response:
+    """How much waits, how much runs, who works."""
+    reader = services(request).reader
+    views = [await _queue_view(reader, state) for state in await reader.queues()]
+    workers = [
+        WorkerView(name=w.name, queue=w.queue, models=w.models, device=w.device, active=w.active)
+        for w in await reader.workers()
+    ]
+    return json_response(QueuesView(queues=views, workers=workers).model_dump_json())
+
+
+async def _queue_view(reader: JobReader, state: QueueState) -> QueueView:
+    cards = (await reader.cards()).values()
+    rates = [await reader.rate(card.name) for card in cards if card.queue == state.name]
+    known = [rate for rate in rates if rate is not None]
+    rate = sum(known) / len(known) if known else None  # work is not kept apart by model
+    return QueueView(
+        name=state.name,
+        queued=state.queued,
+        running=state.running,
+        image_steps=state.outstanding,
+        eta_s=eta_s(state.outstanding, rate),
+    )
+
+
+@router.get("/healthz", response_model=Health)
+async def healthz() -> Response:
+    """Whether this process answers."""
+    return json_response('{"status":"ok"}')
+
+
+@router.get(
+    "/readyz", response_model=Readiness, responses=documented("no_models", "store_unavailable")
+)
+async def readyz(request: Request) -> Response:
+    """Whether jobs can be taken in. No worker needs to live for that: they wait."""
+    reader = services(request).reader
+    await reader.ping()
+    cards = await reader.cards()
+    if not cards:
+        detail = "no worker has published a model yet"
+        raise Problem("no_models", detail, headers={"Retry-After": "5"})
+    view = Readiness(models=len(cards), workers=len(await reader.workers()))
+    return json_response(view.model_dump_json())
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Prometheus text",
+            "content": {
+                "text/plain": {"example": 'ddpm_queue_jobs{queue="ddpm",status="queued"} 3.0\n'}
+            },
+        },
+        **documented("unauthorized", "store_unavailable"),
+    },
+)
+async def metrics(request: Request) -> Response:
+    """Counters and gauges for Prometheus."""
+    held = services(request)
+    return Response(await held.metrics.render(held.reader), media_type=CONTENT_TYPE_LATEST)

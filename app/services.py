@@ -1,0 +1,134 @@
+"""What one API process holds: connections, threads and background tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from fastapi import Request
+from redis.exceptions import RedisError
+
+from app.auth import Keyring
+from app.metrics import Metrics
+from app.webhooks import Courier
+from jobs.admission import Admission, Admitted, Order
+from jobs.errors import JobNotFound
+from jobs.hub import EventHub
+from jobs.janitor import Janitor
+from jobs.reader import JobReader, JobState, connect
+from jobs.settings import Settings
+from jobs.store import JobStore
+from jobs.webhooks import WebhookQueue
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Services:
+    """Built by `create_app`; opens nothing until `running` is entered."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.keyring = Keyring(settings)
+        self.metrics = Metrics()
+        self.closing = asyncio.Event()  # streams end when it is set
+        self.store = JobStore.connect(settings)
+        self.admission = Admission(self.store)
+        self._redis = connect(settings)
+        self._blocked = connect(settings)
+        self.reader = JobReader(self._redis)
+        self.hub = EventHub(self._redis, self._blocked)
+        self.courier = Courier(settings, WebhookQueue(self._redis), self.reader, self.metrics)
+        self._janitor = Janitor(self.store)
+        # RQ has no asyncio. One thread admits, so that admissions never collide in a process.
+        self._admitter = ThreadPoolExecutor(1, thread_name_prefix="admission")
+        self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="janitor")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the background tasks."""
+        tasks = [
+            asyncio.create_task(self.hub.run(), name="event hub"),
+            asyncio.create_task(self._maintain(), name="janitor"),
+        ]
+        if self.settings.webhook_secret is not None:
+            tasks.append(asyncio.create_task(self.courier.run(), name="webhooks"))
+        try:
+            yield
+        finally:
+            self.closing.set()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._close()
+
+    async def _close(self) -> None:
+        self._admitter.shutdown()
+        self._sweeper.shutdown()
+        try:
+            await self.hub.close()
+        except RedisError as error:
+            log.info("closing: %s", error)
+        await self.courier.close()
+        await self._blocked.aclose()
+        await self._redis.aclose()
+        self.store.redis.close()
+
+    async def _maintain(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                await loop.run_in_executor(self._sweeper, self._janitor.run)
+            except RedisError as error:
+                log.warning("maintenance: %s; trying again", error)
+            except Exception:
+                log.exception("maintenance failed; trying again")
+            await asyncio.sleep(self.settings.janitor_s)
+
+    async def admit(self, order: Order) -> Admitted:
+        """Take a job in. Raises what Admission.admit raises."""
+        return await self.in_admission(functools.partial(self.admission.admit, order))
+
+    async def in_admission(self, call: Callable[[], T]) -> T:
+        """Run a call of `admission` in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._admitter, call)
+
+    async def job(self, job_id: str) -> JobState:
+        """The job, or JobNotFound."""
+        state = await self.reader.job(job_id)
+        if state is None:
+            raise JobNotFound(f"no job {job_id}")
+        return state
+
+    async def cancel(self, job_id: str) -> None:
+        """Ask a job to stop; JobNotFound. A job that has ended is left as it is."""
+        if await asyncio.to_thread(self._cancel, job_id) == "missing":
+            raise JobNotFound(f"no job {job_id}")
+
+    def _cancel(self, job_id: str) -> str:
+        # First our record: from then on no worker starts the job, even if RQ hands it out.
+        what = self.store.cancel(job_id)
+        if what == "canceled":
+            self._janitor.queues.cancel(job_id)
+        return what
+
+    async def purge(self, job_id: str) -> None:
+        """Delete a job and all that belongs to it; JobNotFound."""
+        if not await asyncio.to_thread(self._purge, job_id):
+            raise JobNotFound(f"no job {job_id}")
+
+    def _purge(self, job_id: str) -> bool:
+        there = self.store.purge(job_id)
+        self._janitor.queues.delete(job_id)
+        return there
+
+
+def services(request: Request) -> Services:
+    """The services of the application that serves this request."""
+    held: Services = request.app.state.services
+    return held

@@ -1,0 +1,215 @@
+"""Server-sent events: a job's stream in Redis as text, resumable by its entry ids."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from app.services import Services
+from app.views import dump, job_view
+from jobs import keys
+from jobs.events import ErrorEvent, last_event
+from jobs.events import dump as dump_event
+from jobs.hub import ENDS, START, Entry, order
+from jobs.pictures import encode_png, from_bytes, to_uint8
+from jobs.reader import JobState
+from jobs.records import JobRecord
+from jobs.specs import GenerateSpec
+from jobs.states import ACTIVE
+
+MEDIA_TYPE = "text/event-stream"
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_RETRY = b"retry: 1000\n\n"
+_COMMENT = b": still here\n\n"
+
+
+def frame(name: str, data: str, entry_id: str | None = None) -> bytes:
+    """One event. data: a JSON text, which has no line breaks."""
+    head = "" if entry_id is None else f"id: {entry_id}\n"
+    return f"{head}event: {name}\ndata: {data}\n\n".encode()
+
+
+class EventStream(Response):
+    """A response that ends with its source, with the client, or with the server.
+
+    on_disconnect: called if the client went away before the source ended.
+    """
+
+    def __init__(
+        self,
+        source: AsyncIterator[bytes],
+        *,
+        services: Services,
+        headers: dict[str, str] | None = None,
+        on_disconnect: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._source = source
+        self._services = services
+        self._on_disconnect = on_disconnect
+        self.status_code = 200
+        self.media_type = MEDIA_TYPE
+        self.background = None
+        self.body = b""
+        self.init_headers({**HEADERS, **(headers or {})})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        pump = asyncio.create_task(self._pump(send))
+        gone = asyncio.create_task(disconnected(receive))
+        closing = asyncio.create_task(self._services.closing.wait())
+        with self._services.metrics.streams.track_inprogress():
+            try:
+                await asyncio.wait({pump, gone, closing}, return_when=asyncio.FIRST_COMPLETED)
+                left = gone.done() and not pump.done()
+            finally:
+                for task in (pump, gone, closing):
+                    task.cancel()
+                await asyncio.gather(pump, gone, closing, return_exceptions=True)
+        if left and self._on_disconnect is not None:
+            await self._on_disconnect()
+        if not left:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if pump.done() and not pump.cancelled() and (error := pump.exception()):
+            raise error
+
+    async def _pump(self, send: Send) -> None:
+        async for chunk in self._source:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has gone away. Only after the request's body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def has_ended(services: Services, record: JobRecord, last_event_id: str | None) -> bool:
+    """Whether a client that comes back with this Last-Event-ID has seen everything."""
+    if last_event_id is None or record.status in ACTIVE:
+        return False
+    return await services.hub.last_id(record.id) == last_event_id
+
+
+async def job_frames(
+    services: Services, state: JobState, *, last_event_id: str | None, inline: bool, new: bool
+) -> AsyncIterator[bytes]:
+    """The frames of a job's stream, to its end.
+
+    last_event_id: resume after it; if it is gone, `reset` comes first. inline: pictures as base64
+    in their events. new: begin with the job itself (the stream of a POST).
+    """
+    job_id = state.record.id
+    yield _RETRY
+    after = await _resume_at(services, state.record, last_event_id)
+    if new:
+        yield _reset_frame("new", state)
+    elif after is None:
+        after = await services.hub.last_id(job_id)
+        state = await services.job(job_id)
+        yield _reset_frame("trimmed", state, after)
+    source = services.hub.follow(
+        job_id, after or START, idle_s=0.0 if _is_over(state) else services.settings.sse_comment_s
+    )
+    async with aclosing(source) as batches:
+        async for entries in batches:
+            for chunk in await _frames(services, state.record, entries, inline):
+                yield chunk
+            if any(entry.name in ENDS for entry in entries):
+                return
+            if not entries:
+                last = await _closing_frame(services, job_id)
+                yield last or _COMMENT
+                if last is not None:
+                    return
+
+
+async def _resume_at(services: Services, record: JobRecord, last: str | None) -> str | None:
+    """The id to go on after; None: what followed is (partly) gone."""
+    hub = services.hub
+    if last is None or last in ("0", START):
+        complete = await hub.length(record.id) >= record.events
+        return START if complete else None
+    try:
+        order(last)
+    except ValueError:
+        return None
+    return last if await hub.knows(record.id, last) else None
+
+
+def _is_over(state: JobState) -> bool:
+    return state.record.status not in ACTIVE
+
+
+def _reset_frame(reason: str, state: JobState, entry_id: str | None = None) -> bytes:
+    job = dump(job_view(state))
+    return frame("reset", f'{{"reason":"{reason}","job":{job}}}', entry_id)
+
+
+async def _closing_frame(services: Services, job_id: str) -> bytes | None:
+    """The last event of a job whose stream no longer has it; None: the job goes on."""
+    record = await services.reader.record(job_id)
+    if record is None:
+        gone = ErrorEvent(code="not_found", detail="the job was deleted")
+        return frame("error", dump_event(gone))
+    if record.status in ACTIVE:
+        return None
+    return frame(*last_event(record.status, record.fault))
+
+
+async def _frames(
+    services: Services, record: JobRecord, entries: list[Entry], inline: bool
+) -> list[bytes]:
+    px = _preview_px(record)
+    wanted = [_plane_field(e) if inline or (px and e.name == "snapshot") else None for e in entries]
+    pictures = await _pictures(services, record, [f for f in wanted if f is not None], px)
+    frames = []
+    for entry, field in zip(entries, wanted, strict=True):
+        data = entry.data
+        if field is not None and field in pictures:
+            data = json.dumps({**json.loads(data), "png": pictures[field]}, separators=(",", ":"))
+        frames.append(frame(entry.name, data, entry.id))
+    return frames
+
+
+def _preview_px(record: JobRecord) -> int:
+    spec = record.spec
+    if isinstance(spec, GenerateSpec) and spec.snapshots is not None:
+        return spec.snapshots.preview_px or 0
+    return 0
+
+
+def _plane_field(entry: Entry) -> str | None:
+    if entry.name not in ("image", "snapshot"):
+        return None
+    data = json.loads(entry.data)
+    if entry.name == "image":
+        return keys.image_field(data["index"])
+    return keys.snapshot_field(data["t"], data["kind"], data["index"])
+
+
+async def _pictures(
+    services: Services, record: JobRecord, fields: list[str], px: int
+) -> dict[str, str]:
+    """field → base64 PNG, for those whose output is there."""
+    if not fields:
+        return {}
+    planes = await services.reader.planes(record.id, fields)
+    found = {f: plane for f, plane in zip(fields, planes, strict=True) if plane is not None}
+    return await asyncio.to_thread(_encode, found, record, px)
+
+
+def _encode(planes: dict[str, bytes], record: JobRecord, px: int) -> dict[str, str]:
+    return {
+        field: base64.b64encode(
+            encode_png(to_uint8(from_bytes(plane, record.shape)), px=px)
+        ).decode()
+        for field, plane in planes.items()
+    }

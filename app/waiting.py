@@ -1,0 +1,53 @@
+"""Holding a request until its job ends."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+from fastapi import Request
+
+from app.services import Services
+from app.streams import disconnected
+from jobs.hub import ENDS
+from jobs.reader import JobState
+from jobs.states import ACTIVE
+
+_LOOK_S = 5.0  # how often to look whether the job is still there at all
+
+
+async def until_ended(
+    services: Services,
+    request: Request,
+    job_id: str,
+    *,
+    seconds: float,
+    cancel_on_disconnect: bool = False,
+) -> JobState:
+    """The job as it is when it ends, when the time is over, or when nobody listens any more."""
+    state = await services.job(job_id)
+    if seconds <= 0 or state.record.status not in ACTIVE:
+        return state
+    ended = asyncio.create_task(_ended(services, job_id))
+    gone = asyncio.create_task(disconnected(request.receive))
+    closing = asyncio.create_task(services.closing.wait())
+    tasks = {ended, gone, closing}
+    try:
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        left = gone.done() and not ended.done()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    if left and cancel_on_disconnect:
+        await services.cancel(job_id)
+    return await services.job(job_id)
+
+
+async def _ended(services: Services, job_id: str) -> None:
+    async with aclosing(services.hub.follow(job_id, idle_s=_LOOK_S)) as batches:
+        async for entries in batches:
+            if any(entry.name in ENDS for entry in entries):
+                return
+            if not entries and await services.reader.record(job_id) is None:
+                return
