@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     CORRECTOR = 4
     TRAINING = 5
     TRAINING_DRAWS = 6
+    LIKELIHOOD_DRAWS = 7
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,0 +1,227 @@
+"""Estimates of the bound for images, term by term.
+
+One evaluation is (image, t): noise x_0 to x_t, run the network once, compute one term. Its noise
+is counter-based, keyed by (seed, image index, t), so the same images, seed and t give the same
+number in any batch, on any device, and whichever program asks. Which t: see `term_plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusion.bound import (
+    BoundError,
+    BoundTable,
+    bits_per_dim,
+    bound_table,
+    learned_log_variance,
+    prior_nats,
+    transition_nats,
+)
+from diffusion.forward import gather, q_sample
+from diffusion.model import Model
+from diffusion.noise import Purpose, check_seed, normals
+from diffusion.parameterization import to_x_start
+from diffusion.schedule import Float64, Schedule
+from diffusion.term_plan import Plan, full_plan, monte_carlo_plan, pairs
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One term for each of N (image, t) pairs.
+
+    nats: [N] float64; squared_error: mean square of x_0 − x̂_0 over the dimensions, [N] float64.
+    """
+
+    nats: Tensor
+    squared_error: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """The bound of N images, by term. nats and squared_error: [N, K] as planned; prior: L_T [N]."""
+
+    plan: Plan
+    prior: Tensor
+    nats: Tensor
+    squared_error: Tensor
+    dims: int
+
+    @property
+    def decoder(self) -> Tensor:
+        """L_0 [N], nats."""
+        return self._sum(self.plan.row == 0)
+
+    @property
+    def transitions(self) -> Tensor:
+        """L_1 + … + L_{T−1} [N], nats; an unbiased estimate for a Monte Carlo plan."""
+        return self._sum(self.plan.row > 0)
+
+    @property
+    def bits_per_dim(self) -> Tensor:
+        """(L_T + … + L_0)/(D ln 2), [N]."""
+        return bits_per_dim(self.prior + self.transitions + self.decoder, self.dims)
+
+    def _sum(self, chosen: NDArray[np.bool_]) -> Tensor:
+        weight = torch.from_numpy(np.where(chosen, self.plan.weight, 0.0))
+        return (self.nats * weight).sum(1)
+
+
+def likelihood_x_t(
+    schedule: Schedule,
+    x_start: Tensor,
+    t: Tensor,
+    *,
+    seeds: Tensor,
+    indices: Tensor,
+    repeat: Tensor | int = 0,
+) -> Tensor:
+    """x_t ~ q(x_t|x_0) with the noise of (seed, image index, row = t + T·repeat).
+
+    x_start: [N, ...]; t, seeds, indices, repeat: int64 [N].
+    """
+    rows = t + schedule.T * repeat
+    shape = tuple(x_start.shape[1:])
+    eps = normals(seeds, indices, rows=rows, purpose=Purpose.LIKELIHOOD, shape=shape)
+    return q_sample(schedule, x_start, t, eps.to(x_start.dtype))
+
+
+def evaluate_output(
+    model: Model,
+    table: BoundTable,
+    *,
+    row: Tensor,
+    x_start: Tensor,
+    x_t: Tensor,
+    out: Tensor,
+    sigma: str,
+    clip: bool = True,
+) -> Evaluation:
+    """The terms of rows [N] from the network's raw output [N, C or 2C, H, W] at x_t.
+
+    sigma: large, small or learned (`check_sigma`); clip: x̂_0 to [−1, 1], as for the paper's
+    bits/dim.
+    """
+    t = torch.from_numpy(table.t).to(row.device)[row]
+    channels = x_start.shape[1]
+    prediction = model.config.prediction
+    x_start_hat = to_x_start(model.schedule, prediction, x_t=x_t, t=t, out=out[:, :channels])
+    x_start_hat = x_start_hat.clamp(-1, 1) if clip else x_start_hat
+    if sigma == "learned":
+        log_variance = learned_log_variance(table, row, out[:, channels:])
+    else:
+        log_variance = gather(table.log_sigma2(sigma), row, x_start)
+    nats = transition_nats(
+        table, row, x_start=x_start, x_start_hat=x_start_hat, log_variance=log_variance
+    )
+    square = (x_start - x_start_hat).square().flatten(1).mean(1)
+    return Evaluation(nats.double(), square.double())
+
+
+def check_sigma(model: Model, sigma: str | None) -> str:
+    """The choice of σ²: by default the network's own where it has one, else small.
+
+    Raises BoundError for a name that is none, or learned without a learned variance.
+    """
+    learned = model.config.network.learned_variance
+    allowed = ("large", "small", "learned") if learned else ("large", "small")
+    if sigma is None:
+        return "learned" if learned else "small"
+    if sigma not in allowed:
+        raise BoundError(f"sigma = {sigma!r}: must be one of {', '.join(allowed)} for this model")
+    return sigma
+
+
+@torch.inference_mode()
+def evaluate_pairs(
+    model: Model,
+    table: BoundTable,
+    plan: Plan,
+    x_start: Tensor,
+    *,
+    image: NDArray[np.int64],
+    draw: NDArray[np.int64],
+    seed: int,
+    indices: Tensor,
+    sigma: str,
+    clip: bool = True,
+    class_label: Tensor | None = None,
+) -> Evaluation:
+    """One network call for the planned terms at these (image, draw) positions.
+
+    x_start: [N, C, H, W], all images of the plan, on any device; indices: [N], their keys;
+    class_label: [N] or None.
+    """
+    device = model.device
+    row = torch.from_numpy(plan.row[image, draw]).to(device)
+    repeat = torch.from_numpy(plan.repeat[image, draw]).to(device)
+    pick = torch.from_numpy(image)
+    x = x_start[pick.to(x_start.device)].to(device)
+    keys = indices[pick.to(indices.device)].to(device)
+    t = torch.from_numpy(table.t).to(device)[row]
+    seeds = torch.full_like(keys, check_seed(seed))
+    x_t = likelihood_x_t(model.schedule, x, t, seeds=seeds, indices=keys, repeat=repeat)
+    label = None if class_label is None else class_label[pick.to(class_label.device)].to(device)
+    out = model.output(x_t, t, label)
+    return evaluate_output(
+        model, table, row=row, x_start=x, x_t=x_t, out=out, sigma=sigma, clip=clip
+    )
+
+
+def likelihood(
+    model: Model,
+    x_start: Tensor,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    indices: Tensor | None = None,
+    sigma: str | None = None,
+    class_label: Tensor | None = None,
+    proposal: Float64 | None = None,
+    batch_size: int = 64,
+    clip: bool = True,
+    on_batch: Callable[[int], None] | None = None,
+) -> Likelihood:
+    """The bound of images [N, C, H, W] in [−1, 1] (grey levels k/127.5 − 1), term by term.
+
+    samples: None for the full sum of T evaluations an image, else the evaluations of a Monte
+    Carlo estimate. indices: [N], what keys each image's noise (default 0..N−1). sigma: see
+    `check_sigma`. class_label: [N] int64, or None. on_batch(evaluations) after every network
+    call. Raises BoundError naming the bad argument.
+    """
+    indices = torch.arange(len(x_start)) if indices is None else indices
+    table = bound_table(model.schedule)
+    plan = (
+        full_plan(table, len(x_start))
+        if samples is None
+        else monte_carlo_plan(table, seed=seed, indices=indices, samples=samples, proposal=proposal)
+    )
+    nats = torch.empty(plan.row.shape, dtype=torch.float64)
+    squared_error = torch.empty_like(nats)
+    for image, draw in pairs(plan, batch_size):
+        found = evaluate_pairs(
+            model,
+            table,
+            plan,
+            x_start,
+            image=image,
+            draw=draw,
+            seed=seed,
+            indices=indices,
+            sigma=check_sigma(model, sigma),
+            clip=clip,
+            class_label=class_label,
+        )
+        nats[image, draw] = found.nats.cpu()
+        squared_error[image, draw] = found.squared_error.cpu()
+        if on_batch is not None:
+            on_batch(len(image))
+    return Likelihood(
+        plan, prior_nats(model.schedule, x_start).cpu(), nats, squared_error, x_start[0].numel()
+    )

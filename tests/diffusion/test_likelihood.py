@@ -1,0 +1,189 @@
+"""Estimates of the bound with a network: the plans, their noise, and agreement between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import Model, ScheduleConfig
+from diffusion.bound import BoundError, bound_table
+from diffusion.likelihood import likelihood, likelihood_x_t
+from diffusion.noise import Purpose, image_normals
+from diffusion.term_plan import (
+    full_plan,
+    measured_proposal,
+    monte_carlo_plan,
+    pairs,
+    schedule_proposal,
+)
+from tests.diffusion.networks import TINY, build_model
+
+N = 6
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    levels = torch.randint(0, 256, (N, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    return levels / 127.5 - 1
+
+
+def quiet_model(**config: object) -> Model:
+    """Random weights, a small output: predictions of about the right size."""
+    model = build_model(**config)
+    model.network.conv_out.weight.mul_(0.1)
+    return model
+
+
+def test_terms_of_the_full_sum_are_those_of_a_loop_by_hand(images: torch.Tensor) -> None:
+    model = quiet_model()
+    found = likelihood(model, images, seed=5, batch_size=7, sigma="large")
+    schedule, k = model.schedule, 37
+    eps = image_normals(5, torch.arange(N), row=k, purpose=Purpose.LIKELIHOOD, shape=model.shape)
+    signal, noise = math.sqrt(schedule.alpha_bar(k)), math.sqrt(schedule.one_minus_alpha_bar(k))
+    x_t = signal * images + noise * eps
+    with torch.inference_mode():
+        eps_hat = model.eps(x_t, torch.full((N,), k))
+    x_start = ((x_t - noise * eps_hat) / signal).clamp(-1, 1).double()
+    jump = schedule.jump(k, k - 1)
+    square = (jump.coef_x_start * (images - x_start)).square().flatten(1).sum(1)
+    ratio = jump.variance / jump.beta
+    wanted = 0.5 * (64 * (ratio - 1 - math.log(ratio)) + square / jump.beta)
+    torch.testing.assert_close(found.nats[:, k], wanted, rtol=1e-4, atol=1e-6)
+    mse = (images - x_start).square().flatten(1).mean(1)
+    torch.testing.assert_close(found.squared_error[:, k], mse, rtol=1e-4, atol=1e-7)
+    total = found.prior + found.nats.sum(1)
+    torch.testing.assert_close(found.bits_per_dim, total / (64 * math.log(2)))
+    torch.testing.assert_close(found.decoder, found.nats[:, 0])
+
+
+def test_numbers_do_not_depend_on_batch_or_company(images: torch.Tensor) -> None:
+    model = quiet_model()
+    for samples in (None, 5):
+        whole = likelihood(model, images, samples=samples, seed=3, batch_size=64)
+        parts = [
+            likelihood(
+                model,
+                images[i : i + 1],
+                samples=samples,
+                seed=3,
+                indices=torch.tensor([i]),
+                batch_size=9,
+            )
+            for i in range(N)
+        ]
+        alone = torch.cat([part.bits_per_dim for part in parts])
+        torch.testing.assert_close(whole.bits_per_dim, alone, rtol=0, atol=1e-5)
+    other = likelihood(model, images, samples=5, seed=4).bits_per_dim
+    assert not torch.allclose(other, whole.bits_per_dim, atol=1e-4)
+
+
+def test_monte_carlo_agrees_with_the_full_sum(images: torch.Tensor) -> None:
+    """The mean over many seeds is the full sum's, within 4 standard errors of both."""
+    model = quiet_model(schedule=ScheduleConfig(T=40, beta_end=0.3))
+    x = images[:1].expand(300, -1, -1, -1)
+    indices = torch.arange(300)
+    full = likelihood(model, x, seed=1, indices=indices, batch_size=500).bits_per_dim
+    drawn = likelihood(model, x, samples=5, seed=2, indices=indices, batch_size=500).bits_per_dim
+    spread = math.sqrt(float(full.var() + drawn.var()) / 300)
+    assert abs(float(full.mean() - drawn.mean())) < 4 * spread
+    assert spread < 0.02 * float(full.mean())
+
+
+def test_full_plan_visits_every_term_and_repeats_with_new_noise() -> None:
+    table = bound_table(build_model().schedule)
+    plan = full_plan(table, 2, repeats=3)
+    assert plan.row.shape == (2, 300)
+    keys = {(int(r), int(k)) for r, k in zip(plan.row[0], plan.repeat[0], strict=True)}
+    assert len(keys) == 300
+    np.testing.assert_allclose(plan.weight.sum(1), 100)
+
+
+def test_monte_carlo_plan_is_unbiased_and_stratified() -> None:
+    table = bound_table(build_model().schedule)
+    n, samples = 2000, 9
+    plan = monte_carlo_plan(table, seed=1, indices=torch.arange(n), samples=samples)
+    assert np.all(plan.row[:, 0] == 0) and np.all(plan.weight[:, 0] == 1)
+    assert np.all(np.diff(plan.row[:, 1:], axis=1) >= 0)
+    # The expected weight of each row is 1: that is what makes every estimate unbiased.
+    totals = np.zeros((n, len(table)))
+    np.add.at(totals, (np.arange(n)[:, None], plan.row), plan.weight)
+    error = totals.std(0)[1:] / math.sqrt(n)
+    assert np.all(np.abs(totals.mean(0)[1:] - 1) < 5 * error)
+    again = monte_carlo_plan(table, seed=1, indices=torch.arange(5, 8), samples=samples)
+    np.testing.assert_array_equal(again.row, plan.row[5:8])
+    # Draws of one row by one image differ in `repeat`.
+    keyed = np.stack([plan.row, plan.repeat], -1)
+    assert all(len({tuple(pair) for pair in line}) == samples for line in keyed[:50].tolist())
+
+
+def test_proposals_follow_the_terms() -> None:
+    table = bound_table(build_model(schedule=ScheduleConfig()).schedule)
+    p = schedule_proposal(table)
+    assert p.shape == (1000,) and p[1:].sum() == pytest.approx(1)
+    assert p[1:].min() >= 0.1 / 999
+    nats = np.tile(np.arange(1.0, 11.0), (4, 1))
+    q = measured_proposal(nats)
+    np.testing.assert_allclose(q[1:], 0.9 * np.arange(2, 11) + 0.1 * 6)
+    plan = monte_carlo_plan(
+        bound_table(build_model(schedule=ScheduleConfig(T=10)).schedule),
+        seed=0,
+        indices=torch.arange(3000),
+        samples=2,
+        proposal=q,
+    )
+    share = np.bincount(plan.row[:, 1], minlength=10)[1:] / 3000
+    expected = q[1:] / q[1:].sum()
+    assert np.all(np.abs(share - expected) < 4.5 * np.sqrt(expected / 3000))
+
+
+def test_pairs_cover_the_plan_once() -> None:
+    plan = full_plan(bound_table(build_model().schedule), 3)
+    seen = [
+        (i, j)
+        for image, draw in pairs(plan, 64)
+        for i, j in zip(image.tolist(), draw.tolist(), strict=True)
+    ]
+    assert seen == [(i, j) for i in range(3) for j in range(100)]
+
+
+def test_noise_of_a_repeat_is_fresh(images: torch.Tensor) -> None:
+    schedule = build_model().schedule
+    t = torch.full((N,), 50)
+    seeds, indices = torch.zeros(N, dtype=torch.long), torch.arange(N)
+    first, second = (
+        likelihood_x_t(
+            schedule, images, t, seeds=seeds, indices=indices, repeat=torch.full((N,), r)
+        )
+        for r in (0, 1)
+    )
+    assert not torch.allclose(first, second)
+
+
+def test_learned_variance_enters_through_the_second_half(images: torch.Tensor) -> None:
+    network = dataclasses.replace(TINY, learned_variance=True)
+    model = quiet_model(network=network)
+    model.network.conv_out.weight[1:].zero_()
+    results = {}
+    for v, sigma in ((-1.0, "small"), (1.0, "large")):
+        model.network.conv_out.bias[1:] = v
+        learned = likelihood(model, images, batch_size=500)
+        fixed = likelihood(model, images, sigma=sigma, batch_size=500)
+        torch.testing.assert_close(learned.nats[:, 1:], fixed.nats[:, 1:], rtol=1e-3, atol=1e-4)
+        results[sigma] = learned.bits_per_dim
+    assert not torch.allclose(results["small"], results["large"], rtol=1e-3)
+
+
+def test_labels_matter_and_bad_options_are_refused(images: torch.Tensor) -> None:
+    model = quiet_model()
+    labelled = likelihood(model, images, samples=4, class_label=torch.ones(N, dtype=torch.long))
+    assert not torch.equal(labelled.bits_per_dim, likelihood(model, images, samples=4).bits_per_dim)
+    with pytest.raises(BoundError, match="samples = 1"):
+        likelihood(model, images, samples=1)
+    with pytest.raises(BoundError, match="sigma = 'learned'"):
+        likelihood(model, images, samples=4, sigma="learned")
+    with pytest.raises(BoundError, match="proposal"):
+        likelihood(model, images, samples=4, proposal=np.ones(3))
