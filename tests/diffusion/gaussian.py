@@ -1,0 +1,69 @@
+"""Data x_0 ~ N(mean, variance): the exact denoiser is linear, so every chain has a closed form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.forward import gather
+from diffusion.noise import Purpose, image_normals
+from diffusion.samplers import SamplerTable
+from diffusion.sampling import chain
+from diffusion.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class GaussianDenoiser:
+    """E[ε | x_t] of pixels drawn independently from N(mean, variance); stands for a Model."""
+
+    schedule: Schedule
+    variance: float
+    mean: float = 0.0
+    shape: tuple[int, int, int] = (1, 128, 128)
+
+    def eps(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
+        """√(1−ᾱ)(x_t − √ᾱ m)/(ᾱ v + 1 − ᾱ)."""
+        alpha_bar, rest = self.schedule.alphas_cumprod, self.schedule.one_minus_alphas_cumprod
+        gain = np.sqrt(rest) / (alpha_bar * self.variance + rest)
+        return gather(gain, t, x_t) * (x_t - gather(np.sqrt(alpha_bar) * self.mean, t, x_t))
+
+
+def output_moments(table: SamplerTable, denoiser: GaussianDenoiser) -> tuple[float, float]:
+    """Mean and variance of what an unclipped table makes of x_T ~ N(0, 1), in float64.
+
+    The pair (x, x̂_0 of the row before) is a linear-Gaussian Markov chain.
+    """
+    mean, covariance = np.zeros(2), np.diag([1.0, 0.0])
+    for t, (r_x, r_eps, _, a, b, d, c) in zip(table.t, table.coefficients, strict=True):
+        alpha_bar = denoiser.schedule.alphas_cumprod[t]
+        rest = denoiser.schedule.one_minus_alphas_cumprod[t]
+        slope = math.sqrt(rest) / (alpha_bar * denoiser.variance + rest)  # of ε̂ in x
+        k = r_x + r_eps * slope  # x̂_0 = k x + offset
+        offset = -r_eps * slope * math.sqrt(alpha_bar) * denoiser.mean
+        step = np.array([[a * k + b, d], [k, 0.0]])
+        mean = step @ mean + np.array([a * offset, offset])
+        covariance = step @ covariance @ step.T + np.diag([c**2, 0.0])
+    return float(mean[0]), float(covariance[0, 0])
+
+
+def run_chain(
+    denoiser: GaussianDenoiser, table: SamplerTable, *, images: int = 4, seed: int = 0
+) -> Tensor:
+    """The last x of the chain, [images, *shape]."""
+    indices = torch.arange(images)
+    x = image_normals(seed, indices, row=0, purpose=Purpose.X_T, shape=denoiser.shape)
+    for step in chain(denoiser, table, x, seed=seed):  # type: ignore[arg-type]
+        x = step.x_next
+    return x
+
+
+def assert_normal(x: Tensor, mean: float, variance: float) -> None:
+    """Sample mean and variance within 4 standard errors of those of N(mean, variance)."""
+    n = x.numel()
+    found = x.double()
+    assert abs(found.mean().item() - mean) < 4 * math.sqrt(variance / n)
+    assert abs(found.var().item() / variance - 1) < 4 * math.sqrt(2 / n)

@@ -1,0 +1,107 @@
+"""Whole chains on Gaussian data, where the exact denoiser gives a closed form for what comes out.
+
+The closed form is not the data's own variance: a finite chain misses it, by a known amount.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from diffusion.noise import Purpose, image_normals
+from diffusion.samplers import SamplerTable
+from diffusion.sampling import build_table
+from diffusion.schedule import Schedule, linear_schedule
+from tests.diffusion.gaussian import GaussianDenoiser, assert_normal, output_moments, run_chain
+
+PAPER = linear_schedule()
+SAMPLERS = {
+    "small": {"sampler": "ddpm", "variance": "small"},
+    "large": {"sampler": "ddpm", "variance": "large"},
+    "ddim": {"sampler": "ddim"},
+    "ddim-eta-1": {"sampler": "ddim", "eta": 1.0},
+    "dpmpp_2m": {"sampler": "dpmpp_2m"},
+}
+
+
+def table_of(name: str, steps: int, schedule: Schedule = PAPER) -> SamplerTable:
+    return build_table(schedule, steps=steps, clip=False, **SAMPLERS[name])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("variance", "name", "ratio"),
+    [
+        (0.25, "small", 0.985),
+        (0.25, "large", 1.003),
+        (0.25, "ddim", 0.994),
+        (0.04, "small", 0.963),
+        (0.04, "large", 1.009),
+        (0.04, "ddim", 0.985),
+    ],
+)
+def test_variance_of_the_full_chain(variance: float, name: str, ratio: float) -> None:
+    mean, found = output_moments(table_of(name, 1000), GaussianDenoiser(PAPER, variance))
+    assert mean == 0
+    assert found / variance == pytest.approx(ratio, abs=5e-4)
+
+
+def variance_error(name: str, T: int) -> float:
+    """Relative error of the output's variance, the same process being cut into T steps."""
+    schedule = linear_schedule(T, 0.1 / T, 20 / T)
+    _, variance = output_moments(table_of(name, T, schedule), GaussianDenoiser(schedule, 0.25))
+    return abs(variance / 0.25 - 1)
+
+
+@pytest.mark.parametrize("name", ["small", "large", "ddim", "ddim-eta-1"])
+def test_the_error_of_first_order_samplers_falls_like_1_over_T(name: str) -> None:
+    errors = [variance_error(name, T) for T in (1000, 2000, 4000)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.05)
+
+
+def test_the_second_order_sampler_is_far_closer() -> None:
+    for T in (500, 1000, 2000):
+        assert variance_error("dpmpp_2m", T) < 0.05 * variance_error("ddim", T)
+
+
+@pytest.mark.parametrize(("name", "other"), [("small", "large"), ("large", "small")])
+def test_the_1000_step_chain_returns_its_closed_form(name: str, other: str) -> None:
+    denoiser = GaussianDenoiser(PAPER, variance=0.04, mean=0.3)
+    table = table_of(name, 1000)
+    x = run_chain(denoiser, table, images=2)
+    assert_normal(x, *output_moments(table, denoiser))
+    # Tight enough to tell the two choices of σ² apart.
+    with pytest.raises(AssertionError):
+        assert_normal(x, *output_moments(table_of(other, 1000), denoiser))
+
+
+@pytest.mark.parametrize("spread", [0.04, 0.25])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_50_step_chains_return_their_closed_form(name: str, spread: float) -> None:
+    denoiser = GaussianDenoiser(PAPER, variance=spread, mean=-0.2)
+    table = table_of(name, 50)
+    mean, variance = output_moments(table, denoiser)
+    x = run_chain(denoiser, table, seed=1)
+    assert_normal(x, mean, variance)
+    assert stats.kstest(x.flatten().numpy(), "norm", (mean, variance**0.5)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_chain_is_replayed_element_for_element(name: str) -> None:
+    """In float64, from the documented noise: row 0 of x_T, then row r of step for row r."""
+    denoiser = GaussianDenoiser(PAPER, variance=0.1, mean=0.2, shape=(1, 8, 8))
+    table, indices = table_of(name, 50), torch.arange(2)
+
+    def noise(row: int, purpose: Purpose) -> Tensor:
+        return image_normals(3, indices, row=row, purpose=purpose, shape=denoiser.shape).double()
+
+    x, x_start_prev = noise(0, Purpose.X_T), torch.zeros(2, *denoiser.shape, dtype=torch.float64)
+    for row, (t, columns) in enumerate(zip(table.t, table.coefficients, strict=True)):
+        r_x, r_eps, _, a, b, d, c = columns
+        x_start = r_x * x + r_eps * denoiser.eps(x, torch.tensor([t, t]))
+        x = a * x_start + b * x + d * x_start_prev + c * noise(row, Purpose.STEP)
+        x_start_prev = x_start
+    found = run_chain(denoiser, table, images=2, seed=3)
+    torch.testing.assert_close(found.double(), x, rtol=0, atol=2e-5)

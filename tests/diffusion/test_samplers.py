@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.noise import Purpose, image_normals, normals
+from diffusion.samplers import (
+    COLUMNS,
+    SPACINGS,
+    DeviceTable,
+    SamplerError,
+    SamplerTable,
+    SamplingDefaults,
+    ancestral,
+    checked_timesteps,
+    ddim,
+    dpmpp_2m,
+    predict_x_start,
+    spaced_timesteps,
+    update,
+)
+from diffusion.sampling import chain
+from diffusion.schedule import Schedule, cosine_schedule, linear_schedule
+from tests.diffusion.gaussian import GaussianDenoiser
+
+SCHEDULE = linear_schedule()
+SHORT = linear_schedule(40, 0.002, 0.3)
+SUBSEQUENCES = [list(range(999, -1, -1)), spaced_timesteps(1000, 10), [900, 420, 30, 3], [999]]
+DETERMINISTIC = [lambda s, ts: ddim(s, ts, clip=False), lambda s, ts: dpmpp_2m(s, ts, clip=False)]
+
+
+def column(table: SamplerTable, name: str) -> np.ndarray:
+    return table.coefficients[:, COLUMNS.index(name)]
+
+
+def rows_of(table: SamplerTable, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.from_numpy(table.coefficients).to(dtype)
+
+
+# Which timesteps
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("T", [1, 7, 100])
+def test_spaced_timesteps_descend_within_the_schedule(T: int, spacing: str) -> None:
+    for steps in range(1, T + 1):
+        ts = spaced_timesteps(T, steps, spacing)
+        assert len(ts) == steps
+        assert checked_timesteps(T, ts) == ts
+        if spacing in ("uniform", "quadratic", "trailing"):
+            assert ts[0] == T - 1
+        if spacing == "leading" or (spacing in ("uniform", "quadratic") and steps > 1):
+            assert ts[-1] == 0
+
+
+def test_all_steps_are_the_papers_chain() -> None:
+    for spacing in SPACINGS:
+        assert spaced_timesteps(1000, 1000, spacing) == list(range(999, -1, -1))
+
+
+def test_spacings_by_hand() -> None:
+    assert spaced_timesteps(1000, 5, "uniform") == [999, 749, 500, 250, 0]
+    assert spaced_timesteps(1000, 5, "quadratic") == [999, 562, 250, 62, 0]
+    assert spaced_timesteps(1000, 5, "leading") == [800, 600, 400, 200, 0]
+    assert spaced_timesteps(1000, 5, "trailing") == [999, 799, 599, 399, 199]
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1001])
+def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
+    with pytest.raises(SamplerError, match=rf"steps = {steps}: must be 1\.\.1000"):
+        spaced_timesteps(1000, steps)
+
+
+@pytest.mark.parametrize("ts", [[], [3, 3], [1, 2], [1000], [5, -1]])
+def test_timesteps_that_do_not_descend_within_the_schedule_are_refused(ts: list[int]) -> None:
+    for build in (ancestral, ddim, dpmpp_2m):
+        with pytest.raises(SamplerError, match=r"strictly descending within 0\.\.999"):
+            build(SCHEDULE, ts)
+
+
+# Ancestral sampling
+
+
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_the_full_ancestral_chain_is_algorithm_2(variance: str) -> None:
+    table = ancestral(SCHEDULE, range(999, -1, -1), variance=variance, clip=False)
+    x, eps, z = torch.randn(3, 1000, 5, dtype=torch.float64).unbind(0)
+    rows = rows_of(table)
+    found = update(rows, x, predict_x_start(rows, x, eps), torch.zeros_like(x), z)
+    for i, t in enumerate(range(999, -1, -1)):
+        beta, rest = SCHEDULE.betas[t], SCHEDULE.one_minus_alphas_cumprod[t]
+        mean = (x[i] - beta / math.sqrt(rest) * eps[i]) / math.sqrt(1 - beta)
+        sigma2 = beta if variance == "large" else SCHEDULE.posterior_variance[t]
+        wanted = mean + (math.sqrt(sigma2) * z[i] if t > 0 else 0)
+        torch.testing.assert_close(found[i], wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ts", SUBSEQUENCES, ids=len)
+def test_ancestral_rows_are_posteriors_of_the_jumps(ts: list[int]) -> None:
+    large, small = (ancestral(SCHEDULE, ts, variance=v) for v in ("large", "small"))
+    assert large.t.tolist() == ts
+    for i, (t, s) in enumerate(pairwise(ts)):
+        jump = SCHEDULE.jump(t, s)
+        assert column(large, "a")[i] == column(small, "a")[i] == jump.coef_x_start
+        assert column(large, "b")[i] == jump.coef_x_t
+        assert column(large, "c")[i] ** 2 == pytest.approx(jump.beta)
+        assert column(small, "c")[i] ** 2 == pytest.approx(jump.variance)
+    assert np.all(column(small, "c") <= column(large, "c"))
+
+
+@pytest.mark.parametrize("ts", SUBSEQUENCES, ids=len)
+def test_every_last_row_lands_on_the_image_without_noise(ts: list[int]) -> None:
+    tables = [ancestral(SCHEDULE, ts), ddim(SCHEDULE, ts, eta=1.0), dpmpp_2m(SCHEDULE, ts)]
+    for table in tables:
+        a, b, d, c = table.coefficients[-1, 3:]
+        assert a == pytest.approx(1, abs=1e-12)
+        assert (b, d, c) == pytest.approx((0, 0, 0), abs=1e-12)
+
+
+def test_only_the_second_order_sampler_has_memory() -> None:
+    ts = spaced_timesteps(1000, 10)
+    assert not ancestral(SCHEDULE, ts).has_memory
+    assert not ddim(SCHEDULE, ts).has_memory
+    assert dpmpp_2m(SCHEDULE, ts).has_memory
+
+
+# DDIM and DPM-Solver++
+
+
+@pytest.mark.parametrize("ts", SUBSEQUENCES, ids=len)
+def test_ddim_with_eta_1_is_ancestral_sampling_with_the_small_variance(ts: list[int]) -> None:
+    wanted = ancestral(SCHEDULE, ts, variance="small").coefficients
+    found = ddim(SCHEDULE, ts, eta=1.0).coefficients
+    np.testing.assert_allclose(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_the_noise_of_ddim_grows_with_eta() -> None:
+    ts = spaced_timesteps(1000, 20)
+    none, half, full = (column(ddim(SCHEDULE, ts, eta=eta), "c") for eta in (0.0, 0.5, 1.0))
+    assert not none.any()
+    np.testing.assert_allclose(half, full / 2)
+
+
+def test_first_order_dpm_solver_is_ddim() -> None:
+    ts = [800, 500, 100]
+    np.testing.assert_allclose(
+        dpmpp_2m(SCHEDULE, ts).coefficients[0], ddim(SCHEDULE, ts).coefficients[0], atol=1e-12
+    )
+
+
+def test_dpm_solver_extrapolates_in_log_snr() -> None:
+    """Algorithm 2 of its paper, written out for the second row."""
+    ts = [800, 500, 100]
+    bars = [SCHEDULE.alphas_cumprod[t] for t in ts]
+    lam = [math.log(math.sqrt(b) / math.sqrt(1 - b)) for b in bars]
+    h, r = lam[2] - lam[1], (lam[1] - lam[0]) / (lam[2] - lam[1])
+    gain = -math.sqrt(bars[2]) * (math.exp(-h) - 1)
+    a, b, d, c = dpmpp_2m(SCHEDULE, ts).coefficients[1, 3:]
+    assert a == pytest.approx(gain * (1 + 1 / (2 * r)), rel=1e-9)
+    assert d == pytest.approx(-gain / (2 * r), rel=1e-9)
+    assert b == pytest.approx(math.sqrt((1 - bars[2]) / (1 - bars[1])), rel=1e-9)
+    assert c == 0
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, cosine_schedule()], ids=["linear", "cosine"])
+@pytest.mark.parametrize("ts", SUBSEQUENCES, ids=len)
+@pytest.mark.parametrize("build", DETERMINISTIC, ids=["ddim", "dpmpp_2m"])
+def test_deterministic_samplers_are_exact_for_a_single_image(
+    build: object, ts: list[int], schedule: Schedule
+) -> None:
+    """With data at one point the path is √ᾱ x_0 + √(1−ᾱ) ε with one ε, whatever the steps."""
+    table = build(schedule, ts)  # type: ignore[operator]
+    x_0, eps = torch.randn(2, 1, 6, dtype=torch.float64).unbind(0)
+
+    def on_path(t: int) -> Tensor:
+        return (
+            math.sqrt(schedule.alpha_bar(t)) * x_0
+            + math.sqrt(schedule.one_minus_alpha_bar(t)) * eps
+        )
+
+    x, x_start_prev = on_path(ts[0]), torch.zeros_like(x_0)
+    for i, s in enumerate([*ts[1:], -1]):
+        rows = rows_of(table)[i : i + 1]
+        x_start = predict_x_start(rows, x, eps)
+        x = update(rows, x, x_start, x_start_prev, torch.zeros_like(x))
+        x_start_prev = x_start
+        torch.testing.assert_close(x, on_path(s), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, math.nan])
+def test_eta_out_of_range_is_refused(eta: float) -> None:
+    with pytest.raises(SamplerError, match=r"eta = .*: must lie between 0 and 1"):
+        ddim(SCHEDULE, [5, 0], eta=eta)
+
+
+def test_unknown_variances_are_refused() -> None:
+    with pytest.raises(SamplerError, match="variance = 'medium': must be large or small"):
+        ancestral(SCHEDULE, [5, 0], variance="medium")
+
+
+def test_a_timestep_without_signal_is_refused() -> None:
+    schedule = Schedule(np.array([0.1, 0.5, 1.0]))
+    with pytest.raises(SamplerError, match="t = 2 holds no signal"):
+        ddim(schedule, [2, 0])
+    assert len(ddim(schedule, [1, 0])) == 2
+
+
+# Clipping
+
+
+def test_clipping_bounds_the_image_and_redirects_ddim() -> None:
+    ts = [600, 300]
+    x, eps = torch.tensor([[1.5, -0.2]]), torch.tensor([[-2.0, 0.1]])
+    rows = rows_of(ddim(SCHEDULE, ts), dtype=torch.float32)[:1]
+    free = rows_of(ddim(SCHEDULE, ts, clip=False), dtype=torch.float32)[:1]
+    x_start, unclipped = predict_x_start(rows, x, eps), predict_x_start(free, x, eps)
+    assert unclipped[0, 0] > 1
+    assert torch.equal(x_start, unclipped.clamp(-1, 1))
+    bar_t, bar_s = SCHEDULE.alphas_cumprod[ts]
+    eps_clipped = (x - math.sqrt(bar_t) * x_start) / math.sqrt(1 - bar_t)
+    wanted = math.sqrt(bar_s) * x_start + math.sqrt(1 - bar_s) * eps_clipped
+    found = update(rows, x, x_start, torch.zeros_like(x), torch.zeros_like(x))
+    torch.testing.assert_close(found, wanted)
+
+
+# One fused update for a mixed batch
+
+
+def test_a_mixed_batch_steps_like_separate_chains() -> None:
+    """Samples of four samplers, seeds and starts share each network call; nothing else changes."""
+    ts = spaced_timesteps(SHORT.T, 12)
+    tables = [
+        ancestral(SHORT, spaced_timesteps(SHORT.T, SHORT.T), variance="small"),
+        ancestral(SHORT, ts, variance="large", clip=False),
+        ddim(SHORT, spaced_timesteps(SHORT.T, 7, "quadratic"), eta=0.5),
+        dpmpp_2m(SHORT, ts),
+    ]
+    denoiser = GaussianDenoiser(SHORT, variance=0.2, mean=0.3, shape=(1, 4, 4))
+    seeds, joins = [5, 2**50, 5, 1], [0, 3, 1, 10]  # the tick at which each joins
+    wanted = []
+    for table, seed in zip(tables, seeds, strict=True):
+        x = image_normals(seed, torch.tensor([2]), row=0, purpose=Purpose.X_T, shape=(1, 4, 4))
+        *_, last = chain(denoiser, table, x, seed=seed, indices=torch.tensor([2]))  # type: ignore[arg-type]
+        wanted.append(last.x_next)
+
+    device = DeviceTable.of(tables, "cpu")
+    starts = np.cumsum([0, *map(len, tables)])
+    x = normals(
+        torch.tensor(seeds),
+        torch.full((4,), 2),
+        rows=torch.zeros(4, dtype=torch.long),
+        purpose=Purpose.X_T,
+        shape=(1, 4, 4),
+    )
+    x_start_prev, row = torch.zeros_like(x), torch.zeros(4, dtype=torch.long)
+    lengths = torch.tensor([len(table) for table in tables])
+    for tick in range(60):
+        active = torch.tensor([tick >= j for j in joins]) & (row < lengths)
+        at = torch.nonzero(active)[:, 0]
+        if at.numel() == 0:
+            continue
+        in_table = torch.from_numpy(starts[:-1])[at] + row[at]
+        rows = device.coefficients[in_table]
+        eps = denoiser.eps(x[at], device.t[in_table])
+        z = normals(
+            torch.tensor(seeds)[at],
+            torch.full((len(at),), 2),
+            rows=row[at],
+            purpose=device.purpose[in_table],
+            shape=(1, 4, 4),
+        )
+        x_start = predict_x_start(rows, x[at], eps)
+        x[at] = update(rows, x[at], x_start, x_start_prev[at], z)
+        x_start_prev[at] = x_start
+        row[at] += 1
+    assert torch.equal(row, lengths)
+    assert torch.equal(x, torch.cat(wanted))
+
+
+# What a model's config may ask for
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sampler": "euler"}, "sampler = 'euler': must be one of ddpm, ddim, dpmpp_2m"),
+        ({"variance": "medium"}, "variance = 'medium': must be one of large, small, learned"),
+        ({"spacing": "log"}, "spacing = 'log': must be one of uniform, quadratic"),
+    ],
+)
+def test_unknown_defaults_are_refused(fields: dict[str, str], message: str) -> None:
+    with pytest.raises(SamplerError, match=message):
+        SamplingDefaults(**fields)  # type: ignore[arg-type]
