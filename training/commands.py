@@ -33,13 +33,13 @@ def train(
     from diffusion.model import CheckpointError
     from training.config import ConfigError, load_config
     from training.data import DataError
-    from training.state import StateError
-    from training.trainer import Trainer, has_state
+    from training.state import StateError, find_state
+    from training.trainer import Trainer
 
     folder = out or Path("runs") / config.stem
     try:
         settings = load_config(config, overrides)
-        if has_state(folder) and not resume:
+        if find_state(folder) and not resume:
             raise StateError(
                 f"{folder}: holds a run already; --resume goes on with it, --out starts another"
             )

@@ -65,11 +65,12 @@ def draw(options: SampleOptions) -> tuple[Path, int]:
     seed = options.seed if options.seed is not None else secrets.randbelow(2**53)
     labels = parse_labels(options.class_label, model, options.num_images)
     snapshots = Snapshots(options, model)
-    with Progress(options) as progress:
+    total = options.num_images * options.steps  # network evaluations of single images
+    with tqdm(total=total, desc="sampling", unit="eval", disable=options.quiet) as bar:
 
         def on_step(first: int, done: int, step: Step) -> None:
             snapshots.add(done, step)
-            progress.update(len(step.x_t))
+            bar.update(len(step.x_t))
 
         images = sample(
             model,
@@ -102,20 +103,6 @@ def parse_labels(text: str | None, model: Model, n: int) -> list[int] | None:
             raise ValueError(f"--class-label {word!r}: must be one of {known}")
         labels.append(names[word] if word in names else int(word))
     return [labels[i % len(labels)] for i in range(n)]
-
-
-class Progress:
-    """A bar that counts network evaluations of single images, with the time left."""
-
-    def __init__(self, options: SampleOptions) -> None:
-        total = options.num_images * options.steps
-        self.bar = tqdm(total=total, desc="sampling", unit="eval", disable=options.quiet)
-
-    def __enter__(self) -> tqdm[None]:
-        return self.bar.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
 
 
 class Snapshots:

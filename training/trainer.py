@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.forward import q_sample
@@ -27,7 +26,8 @@ from training.config import ConfigError, OptimizerConfig, TrainConfig
 from training.data import Images, load_images
 from training.ema import EMA
 from training.pictures import grid
-from training.state import StateError, find_state, load_state, save_state, write_failure
+from training.runlog import Meter, RunLog
+from training.state import StateError, load_state, save_state, write_failure
 
 CONFIG_FILE = "train.json"
 
@@ -152,7 +152,6 @@ class Trainer:
         network, optimizer = self.accelerator.prepare(self.network, self.optimizer)
         if config.compile:
             network = torch.compile(network)
-        log = RunLog(self.folder, self.step) if self.is_main else None
         bar = tqdm(
             total=config.steps,
             initial=self.step,
@@ -160,9 +159,9 @@ class Trainer:
             unit="step",
             disable=not (progress and self.is_main),
         )
-        with self._stoppable(), bar:
+        with self._stoppable(), bar, RunLog.at(self.folder, self.step, self.is_main) as log:
             meter = Meter(config.batch_size)
-            while self.step < config.steps and not self._stop:
+            while self.step < config.steps and not self._asked_to_stop():
                 rate = learning_rate(config.optimizer, self.step, config.steps)
                 loss, norm = self._optimize(network, optimizer, rate)
                 self.step += 1
@@ -181,9 +180,14 @@ class Trainer:
                     self.save_samples(log)
                     meter.restart()
         self.save()
-        if log is not None:
-            log.close()
         self.accelerator.end_training()
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process got a signal: all must leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self._stop
+        flag = torch.tensor(float(self._stop), device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def _optimize(
         self, network: Callable[..., Tensor], optimizer: Any, rate: float
@@ -239,7 +243,7 @@ class Trainer:
             text = self.config.model_dump_json(indent=2)
             (self.folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
             save(self.averaged_model(), self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise StateError(write_failure(self.folder, error)) from error
         save_state(
             self.folder,
@@ -284,74 +288,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Meter:
-    """Mean loss and images/s since the last reading; the loss is fetched only when read."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was added, start the clock."""
-        self.losses: list[Tensor] = []
-        self.start = time.perf_counter()
-
-    def add(self, loss: Tensor) -> None:
-        """Count one step."""
-        self.losses.append(loss)
-
-    def read(self) -> dict[str, float]:
-        """Mean loss and images/s; starts anew."""
-        if not self.losses:
-            return {"loss": float("nan"), "images_s": 0.0}
-        loss = float(torch.stack(self.losses).mean())
-        rate = len(self.losses) * self.batch_size / (time.perf_counter() - self.start)
-        self.restart()
-        return {"loss": loss, "images_s": rate}
-
-
-class RunLog:
-    """metrics.jsonl and TensorBoard scalars; lines past the resumed step are dropped."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
-        self.file = self.path.open("a", buffering=1)
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One line and one scalar a value."""
-        self.file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def picture(self, step: int, picture: Any) -> None:
-        """A sample grid."""
-        import numpy as np
-
-        array = np.asarray(picture)
-        form = "HW" if array.ndim == 2 else "HWC"
-        self.writer.add_image("samples", array, step, dataformats=form)
-
-    def close(self) -> None:
-        """Flush both."""
-        self.file.close()
-        self.writer.close()
-
-
-def has_state(folder: Path) -> bool:
-    """Whether a run can be resumed there."""
-    return find_state(folder) is not None
-
-
-def parameter_count(network: nn.Module) -> int:
-    """Number of trained values."""
-    return sum(p.numel() for p in network.parameters())

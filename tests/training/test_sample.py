@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import diffusion
+from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
+from training.commands import sample
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network = UNetConfig(
+        image_size=8,
+        in_channels=1,
+        channels=(8, 8),
+        attention=(False, True),
+        res_blocks=1,
+        groups=4,
+        num_classes=2,
+        null_class=True,
+    )
+    torch.manual_seed(0)
+    config = ModelConfig(network, ScheduleConfig(T=20), class_names=("dark", "light"))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    diffusion.save(Model(config, UNet(network)), folder)
+    return folder
+
+
+def call(model: Path, out: Path, *arguments: str) -> str:
+    options = ["--model", str(model), "--out", str(out), "--steps", "5", "--quiet"]
+    result = CliRunner().invoke(sample, [*options, "--dtype", "fp32", *arguments])
+    return f"{result.output}{result.exit_code}"
+
+
+def test_a_grid_is_what_the_library_draws(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid.png"
+    printed = call(model, out, "-n", "4", "--seed", "3", "--class-label", "light,0")
+    assert printed == f"{out} (seed 3)\n0"
+    images = diffusion.sample(
+        diffusion.load(model), 4, steps=5, seed=3, class_label=[1, 0, 1, 0], dtype=torch.float32
+    )
+    picture = np.asarray(Image.open(out))
+    assert picture.shape == (18, 18)
+    corner = ((images[3, 0] + 1) * 127.5).round().numpy().astype(np.uint8)
+    assert np.array_equal(picture[10:, 10:], corner)
+
+
+def test_a_folder_films_and_a_chain_in_columns(model: Path, tmp_path: Path) -> None:
+    call(model, tmp_path / "images", "-n", "3")
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [
+        "00000.png",
+        "00001.png",
+        "00002.png",
+    ]
+    for name, options in (("chain.gif", []), ("chain.webp", ["--snapshots", "1"])):
+        call(model, tmp_path / name, "-n", "2", *options)
+        with Image.open(tmp_path / name) as film:
+            assert getattr(film, "n_frames", 1) >= 5  # the image may equal the last x̂_0
+    call(model, tmp_path / "columns.png", "-n", "2", "--snapshots", "2", "--kind", "x_t")
+    with Image.open(tmp_path / "columns.png") as picture:
+        assert picture.size == (4 * 10 - 2, 2 * 10 - 2)  # rows 0, 2, 4 and the image
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--class-label", "3"], "class_label = 3: must be 0..1"),
+        (["--class-label", "grey"], "--class-label 'grey': must be one of dark, light"),
+        (["--sampler", "euler"], "sampler = 'euler': must be one of ddpm, ddim"),
+        (["--steps", "21"], "steps = 21: must be 1..20"),
+        (["--eta", "2", "--sampler", "ddim"], "eta = 2.0"),
+        (["--variance", "medium"], "variance = 'medium': must be large or small"),
+        (["--spacing", "cubic"], "spacing = 'cubic'"),
+        (["--seed", "-1"], "seed = -1"),
+        (["--model", "nowhere"], "nowhere/config.json: no such file"),
+        (["--out", "grid.tiff"], "must end in .png, .webp or .gif"),
+    ],
+)
+def test_bad_options_are_named(
+    model: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(
+        sample,
+        [
+            "--model",
+            str(model),
+            "--out",
+            str(tmp_path / "x.png"),
+            "--quiet",
+            "--steps",
+            "5",
+            *arguments,
+        ],
+    )
+    assert result.exit_code == 1
+    assert message in result.output

@@ -1,0 +1,218 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import diffusion
+from training.config import OptimizerConfig, load_config
+from training.ema import EMA
+from training.state import StateError
+from training.trainer import Trainer, learning_rate
+
+
+def run(config_file: Path, folder: Path, *overrides: str, resume: bool = False) -> Trainer:
+    trainer = Trainer(load_config(config_file, overrides), folder)
+    if resume:
+        trainer.resume()
+    trainer.run(progress=False)
+    return trainer
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "state" / "state.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_learning_rate_warms_up_stays_and_decays_to_zero() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, decay_steps=5)
+    rates = [learning_rate(config, step, 20) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:16] == [1.0] * 12
+    assert rates[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+def test_ema_is_the_recursion() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    ema = EMA([parameter], decay=0.5)
+    expected = 1.0
+    for n in range(1, 12):
+        with torch.no_grad():
+            parameter.fill_(float(n))
+        ema.update(n)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    assert float(ema.shadow[0]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(
+    config_file: Path, tmp_path: Path, dropout: float
+) -> None:
+    option = f"network.dropout={dropout}"
+    run(config_file, tmp_path / "whole", option)
+    run(config_file, tmp_path / "cut", option, "steps=3")
+    assert not same(state(tmp_path / "whole"), state(tmp_path / "cut"))
+    run(config_file, tmp_path / "cut", option, resume=True)
+    assert same(state(tmp_path / "whole"), state(tmp_path / "cut"))
+    logs = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("whole", "cut")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+
+
+def test_accumulation_matches_one_large_batch(config_file: Path, tmp_path: Path) -> None:
+    run(config_file, tmp_path / "one")
+    run(config_file, tmp_path / "parts", "accumulate=2")
+    one, parts = state(tmp_path / "one"), state(tmp_path / "parts")
+    for name in one:
+        if name.startswith("weights."):
+            # Adam's first steps divide rounding noise by itself where a gradient is zero.
+            assert torch.allclose(one[name], parts[name], atol=2e-3)
+
+
+def test_the_loss_falls_and_the_checkpoint_samples(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(
+        config_file,
+        folder,
+        "steps=150",
+        "optimizer.learning_rate=5e-3",
+        "sample_every=150",
+        "sample_images=4",
+        "sample_steps=5",
+        "checkpoint_every=150",
+    )
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert sum(losses[-30:]) < 0.7 * sum(losses[:30])
+    model = diffusion.load(folder)
+    assert model.config.class_names == ("dark", "light")
+    images = diffusion.sample(model, 2, steps=5, class_label=[0, 1], dtype=torch.float32)
+    assert images.shape == (2, 1, 8, 8)
+    assert (folder / "samples" / "step-0000150.png").is_file()
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_starting_from_a_checkpoint_keeps_its_weights(config_file: Path, tmp_path: Path) -> None:
+    run(config_file, tmp_path / "first")
+    started = Trainer(load_config(config_file), tmp_path / "second", init=tmp_path / "first")
+    weights = load_file(tmp_path / "first" / "model.safetensors")
+    assert all(torch.equal(p, weights[n]) for n, p in started.network.named_parameters())
+    with pytest.raises(StateError, match="does not fit the configured network"):
+        Trainer(
+            load_config(config_file, ["network.res_blocks=2"]),
+            tmp_path / "third",
+            init=tmp_path / "first",
+        )
+
+
+def test_a_diverged_loss_stops_the_run(config_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=r"the loss is nan; lower optimizer\.learning_rate"):
+        run(
+            config_file,
+            tmp_path / "run",
+            "optimizer.learning_rate=1e20",
+            "optimizer.warmup_steps=0",
+        )
+
+
+def start(config_file: Path, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "ddpm", "train", str(config_file), "--out", str(folder)]
+    return subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def saved_step(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "state" / "progress.json").read_text())["step"])
+    except FileNotFoundError:  # none yet, or the instant between two renames
+        return 0
+
+
+def wait_for_checkpoint(folder: Path, after: int, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while saved_step(folder) <= after:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run did not get there"
+        time.sleep(0.05)
+
+
+def logged_steps(folder: Path) -> int:
+    return (folder / "metrics.jsonl").read_text().count("}\n")
+
+
+def test_kill_loses_one_interval_at_most_and_ctrl_c_nothing(
+    config_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    endless = ["steps=100000", "checkpoint_every=10"]
+    process = start(config_file, folder, *endless)
+    wait_for_checkpoint(folder, 10, process)
+    process.kill()
+    process.communicate()
+    saved = saved_step(folder)
+    assert saved % 10 == 0
+    assert logged_steps(folder) - 10 <= saved <= logged_steps(folder)
+
+    process = start(config_file, folder, "--resume", *endless)
+    wait_for_checkpoint(folder, saved, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"resuming {folder} at step {saved}" in err
+    assert f"step {saved_step(folder)} of 100000" in out
+    assert saved_step(folder) == logged_steps(folder)
+
+    process = start(config_file, folder)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "holds a run already; --resume goes on" in err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    return mount
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(
+    config_file: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    try:
+        trainer = Trainer(load_config(config_file), small_disk / "run")
+        trainer.save()
+        before = state(small_disk / "run")
+        (small_disk / "filler").write_bytes(b"0" * (os.statvfs(small_disk).f_bavail * 4096 - 8192))
+        trainer.step = 1
+        with pytest.raises(StateError, match="the disk is full; the previous one is kept"):
+            trainer.save()
+        assert same(before, state(small_disk / "run"))
+    finally:
+        subprocess.run(["umount", "--lazy", str(small_disk)], check=True)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(config_file: Path, tmp_path: Path) -> None:
+    run(config_file, tmp_path / "one")
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    train = ["-m", "ddpm", "train", str(config_file), "--out", str(tmp_path / "two"), "--quiet"]
+    subprocess.run([sys.executable, *launch, *train], check=True)
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    for name in one:
+        if name.startswith("weights."):
+            assert torch.allclose(one[name], two[name], atol=2e-3)
