@@ -148,10 +148,7 @@ class Trainer:
     def run(self, *, progress: bool = True) -> None:
         """Train to config.steps, or until interrupted: either way the last step is on disk."""
         config = self.config
-        self.network.train()
-        network, optimizer = self.accelerator.prepare(self.network, self.optimizer)
-        if config.compile:
-            network = torch.compile(network)
+        network, optimizer = self._prepare()
         bar = tqdm(
             total=config.steps,
             initial=self.step,
@@ -181,6 +178,23 @@ class Trainer:
                     meter.restart()
         self.save()
         self.accelerator.end_training()
+
+    def stepper(self) -> Callable[[], None]:
+        """One optimizer step a call, with nothing written: for benchmarks and profilers."""
+        network, optimizer = self._prepare()
+
+        def step() -> None:
+            self._optimize(network, optimizer, self.config.optimizer.learning_rate)
+            self.step += 1
+            self.ema.update(self.step)
+
+        return step
+
+    def _prepare(self) -> tuple[Callable[..., Tensor], Any]:
+        """Network and optimizer as accelerate wraps them, compiled if configured."""
+        self.network.train()
+        network, optimizer = self.accelerator.prepare(self.network, self.optimizer)
+        return (torch.compile(network) if self.config.compile else network), optimizer
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal: all must leave the loop at the same step."""
