@@ -1,1 +1,1 @@
-"""The workers: an engine that steps many jobs together, and its adapter to RQ."""
+"""The worker: an engine that steps samples of many jobs together, and its adapter to RQ."""

@@ -1,0 +1,506 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffusion
+from diffusion import Model
+from diffusion.sampling import build_table
+from worker.engine import Engine
+from worker.lane import EngineOptions
+from worker.tasks import (
+    Advanced,
+    Canceled,
+    Checkpoint,
+    EngineStopped,
+    Event,
+    Failed,
+    Finished,
+    Images,
+    NotFinite,
+    Snapshot,
+    Start,
+    States,
+    Task,
+)
+
+E = TypeVar("E", bound=Event)
+GREY_LEVEL = 2 / 255
+
+
+class Harness:
+    """An engine ticked by hand, and everything that it said."""
+
+    def __init__(self, **options: object) -> None:
+        self.events: list[Event] = []
+        self.engine = Engine(self.events.extend, EngineOptions(**options))  # type: ignore[arg-type]
+
+    def run(self, *tasks: Task, ticks: int | None = None) -> None:
+        for task in tasks:
+            self.engine.submit(task)
+        count = 0
+        while (ticks is None or count < ticks) and self.engine.tick():
+            count += 1
+            assert count < 100_000
+
+    def of(self, kind: type[E], task_id: str) -> list[E]:
+        return [e for e in self.events if isinstance(e, kind) and e.task_id == task_id]
+
+    def images(self, task_id: str) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+        for event in self.of(Images, task_id):
+            assert not found.keys() & set(event.indices), "an image was reported twice"
+            found.update(zip(event.indices, event.x, strict=True))
+        return found
+
+    def when_ended(self, task_id: str) -> int:
+        """The position of a task's last event."""
+        return next(
+            i for i, e in enumerate(self.events) if isinstance(e, Finished) and e.task_id == task_id
+        )
+
+
+def task(
+    model: Model,
+    name: str,
+    *,
+    n: int = 1,
+    seed: int = 1,
+    label: int | None = None,
+    **options: object,
+) -> Task:
+    """A task; options of the table (sampler, steps, …) and of Task may be mixed."""
+    names = ("sampler", "steps", "spacing", "eta", "variance")
+    table = {key: options.pop(key) for key in names if key in options}
+    starts = tuple(Start(index=i, class_label=label) for i in range(n))
+    return Task(
+        id=name,
+        model=model,
+        table=build_table(model.schedule, **{"steps": 10, **table}),  # type: ignore[arg-type]
+        seed=seed,
+        starts=starts,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def crowd(model: Model, n: int = 60, **options: object) -> list[Task]:
+    """Tasks of mixed samplers, steps, labels and guidance."""
+    rng = random.Random(0)
+    tasks = []
+    for i in range(n):
+        label = rng.choice([None, 0, 1, 2])
+        guidance = rng.choice([1.0, 3.0])
+        kind = rng.choice(
+            [
+                {"sampler": "ddpm", "variance": "small"},
+                {"sampler": "ddim", "eta": 0.5},
+                {"sampler": "dpmpp_2m"},
+            ]
+        )
+        steps = rng.choice([2, 5, 11, 20])
+        tasks.append(
+            task(
+                model, f"mate{i}", seed=1000 + i, label=label, guidance=guidance, steps=steps,
+                **kind, **options,
+            )
+        )  # fmt: skip
+    return tasks
+
+
+SAMPLERS = [
+    {"sampler": "ddpm"},
+    {"sampler": "ddpm", "variance": "small", "spacing": "quadratic"},
+    {"sampler": "ddim", "eta": 0.0},
+    {"sampler": "ddim", "eta": 1.0},
+    {"sampler": "dpmpp_2m"},
+]
+
+
+@pytest.mark.parametrize("options", SAMPLERS)
+def test_agrees_with_the_offline_sampler(model: Model, options: dict[str, object]) -> None:
+    harness = Harness()
+    harness.run(task(model, "a", n=3, seed=5, label=2, guidance=2.0, **options))
+    expected = diffusion.sample(
+        model, 3, seed=5, class_label=2, guidance=2.0, steps=10, dtype=torch.float32, **options
+    )  # type: ignore[arg-type]
+    images = harness.images("a")
+    for i in range(3):
+        torch.testing.assert_close(images[i].clamp(-1, 1), expected[i], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", ["v", "sample", "mean"])
+def test_other_parameterisations_agree_with_the_offline_sampler(
+    make_model: Callable[..., Model], prediction: str
+) -> None:
+    model = make_model(prediction=prediction, classes=0)
+    harness = Harness()
+    harness.run(task(model, "a", n=2, seed=5))
+    expected = diffusion.sample(model, 2, seed=5, steps=10, dtype=torch.float32)
+    for i, image in harness.images("a").items():
+        torch.testing.assert_close(image.clamp(-1, 1), expected[i], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_same_image_alone_and_among_sixty_others(model: Model, guidance: float) -> None:
+    me = task(model, "me", seed=7, label=1, guidance=guidance, steps=20)
+    alone, crowded = Harness(), Harness()
+    alone.run(me)
+    mates = crowd(model)
+    crowded.run(*mates[:30], me, *mates[30:])
+    difference = (alone.images("me")[0] - crowded.images("me")[0]).abs().mean()
+    assert difference < GREY_LEVEL
+    assert len([e for e in crowded.events if isinstance(e, Finished)]) == 61
+
+
+def test_deterministic_is_the_same_bytes_in_any_slot_with_any_mates(model: Model) -> None:
+    me = task(model, "me", seed=7, label=1, guidance=3.0, steps=20, deterministic=True)
+    alone = Harness()
+    alone.run(me)
+    expected = alone.images("me")[0].numpy().tobytes()
+    for position, count in ((0, 10), (5, 7), (33, 60)):
+        crowded = Harness(max_rows=8, capacity=8)
+        mates = crowd(model, count, deterministic=True)
+        crowded.run(*mates[:position], me, *mates[position:])
+        assert crowded.images("me")[0].numpy().tobytes() == expected
+
+
+def test_image_i_does_not_depend_on_how_many_are_asked_for(model: Model) -> None:
+    many, one = Harness(), Harness()
+    many.run(task(model, "a", n=5, seed=3, deterministic=True))
+    third = replace(task(model, "b", seed=3, deterministic=True), starts=(Start(index=3),))
+    one.run(third)
+    assert torch.equal(many.images("a")[3], one.images("b")[3])
+
+
+def test_batches_have_the_sizes_of_the_buckets(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(max_rows=16, capacity=16)
+    harness.run(task(model, "warm"))
+    network = harness.engine.lanes[(model.digest, False)].pool.network
+    allowed = {shape.rows for shape in network.shapes}
+    seen: set[int] = set()
+    eager = network._eager
+
+    def watched(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        seen.add(x.shape[0])
+        return eager(x, t, labels)
+
+    monkeypatch.setattr(network, "_eager", watched)
+    harness.run(*crowd(model, 40))
+    assert seen <= allowed
+    assert max(seen) <= 16
+
+
+def test_fewer_slots_than_samples_gives_the_same_images(model: Model) -> None:
+    roomy, tight = Harness(), Harness(max_rows=8, capacity=8)
+    tasks = [task(model, f"t{i}", n=3, seed=i, steps=5 + i, deterministic=True) for i in range(6)]
+    roomy.run(*tasks)
+    tight.run(*tasks)
+    for each in tasks:
+        for index, image in roomy.images(each.id).items():
+            torch.testing.assert_close(tight.images(each.id)[index], image, atol=1e-4, rtol=0)
+
+
+def test_a_short_job_overtakes_a_long_one(model: Model) -> None:
+    harness = Harness(max_rows=16, capacity=64)
+    long, short = task(model, "long", n=64, steps=50), task(model, "short", steps=10)
+    harness.run(long, ticks=5)
+    before = len(harness.of(Advanced, "long"))
+    harness.run(short)
+    # Three turns of four are its own: ten rows take at most fourteen turns.
+    ended = harness.when_ended("short")
+    turns = [e for e in harness.events[:ended] if isinstance(e, Advanced) and e.task_id == "long"]
+    assert len(turns) - before <= 14
+    assert harness.when_ended("long") > ended
+    assert len(harness.images("long")) == 64
+
+
+def test_a_long_job_is_not_starved_by_a_stream_of_short_ones(model: Model) -> None:
+    harness = Harness(max_rows=8, capacity=16)
+    harness.run(task(model, "long", n=1, steps=16), ticks=1)
+    for i in range(100):
+        for copy in range(8):
+            harness.engine.submit(task(model, f"short{i}.{copy}", steps=2))
+        harness.engine.tick()
+        if harness.of(Finished, "long"):
+            break
+    assert harness.of(Finished, "long"), "the long job did not end"
+    assert i <= 4 * 16 + 4
+
+
+def test_urgent_goes_first(model: Model) -> None:
+    harness = Harness(max_rows=8, capacity=8)
+    normal = [task(model, f"n{i}", n=4, steps=10) for i in range(8)]
+    urgent = task(model, "urgent", steps=20, urgent=True)
+    harness.run(*normal, urgent)
+    ended = [e.task_id for e in harness.events if isinstance(e, Finished)]
+    assert ended.index("urgent") <= 3  # only those that age let through come before it
+
+
+def test_progress_counts_every_evaluation(model: Model) -> None:
+    harness = Harness()
+    harness.run(task(model, "a", n=2, steps=7, label=0, guidance=2.0))
+    progress = harness.of(Advanced, "a")
+    assert [e.done for e in progress] == sorted({e.done for e in progress})
+    assert progress[-1].done == progress[-1].total == 2 * 7 * 2
+    assert progress[-1].t == 0
+    assert isinstance(harness.events[-1], Finished)
+
+
+@pytest.mark.parametrize("steps_behind", [0, 1, 3])
+def test_snapshots_hold_what_entered_the_step_and_what_was_found(
+    model: Model, steps_behind: int
+) -> None:
+    harness = Harness(steps_behind=steps_behind)
+    one = replace(task(model, "a", n=2, seed=4), snapshot_rows=frozenset({0, 4, 9}))
+    harness.run(one, *crowd(model, 5))
+    snapshots = {e.row: e for e in harness.of(Snapshot, "a")}
+    assert set(snapshots) == {0, 4, 9}
+    for row, snapshot in snapshots.items():
+        assert snapshot.t == one.table.t[row]
+        assert set(snapshot.indices) == {0, 1}
+        coefficients = torch.from_numpy(one.table.coefficients[row]).float().expand(2, -1)
+        found = diffusion.samplers.predict_x_start(coefficients, snapshot.x_t, snapshot.eps)
+        torch.testing.assert_close(snapshot.x_start, found)
+    order = snapshots[9].indices
+    images = torch.stack([harness.images("a")[i] for i in order])
+    torch.testing.assert_close(images, snapshots[9].x_start)  # the last row lands on x̂_0
+    assert isinstance(harness.events[harness.when_ended("a")], Finished)
+
+
+def test_cancel_between_steps_gives_the_state_and_frees_the_slots(model: Model) -> None:
+    harness = Harness(max_rows=8, capacity=8)
+    harness.run(task(model, "a", n=8, steps=30), ticks=6)
+    harness.engine.cancel("a")
+    harness.engine.cancel("nobody")
+    harness.run(task(model, "b", n=4, steps=5))
+    (canceled,) = harness.of(Canceled, "a")
+    assert canceled.states is not None
+    assert canceled.states.rows.max() > 0
+    assert not harness.of(Images, "a")
+    assert not harness.of(Finished, "a")
+    assert len(harness.images("b")) == 4
+    assert harness.engine.waiting_rows == 0
+
+
+def resumed(task_: Task, states: States, finished: set[int]) -> Task:
+    """The rest of a task, from a state exported by another engine."""
+    at = {int(index): k for k, index in enumerate(states.indices)}
+    starts = []
+    for start in task_.starts:
+        if start.index in finished:
+            continue
+        if (k := at.get(start.index)) is None:
+            starts.append(start)
+            continue
+        starts.append(
+            replace(
+                start,
+                row=int(states.rows[k]),
+                x_t=states.x_t[k],
+                x_start_prev=states.x_start_prev[k],
+            )
+        )
+    return replace(task_, starts=tuple(starts))
+
+
+@pytest.mark.parametrize("options", SAMPLERS)
+def test_a_resume_in_mid_chain_gives_what_an_undisturbed_run_gives(
+    model: Model, options: dict[str, object]
+) -> None:
+    whole = task(model, "a", n=12, seed=9, label=1, guidance=2.0, deterministic=True, **options)
+    undisturbed = Harness()
+    undisturbed.run(whole)
+    first = Harness(max_rows=8, capacity=8)
+    first.run(whole, *crowd(model, 5, deterministic=True), ticks=25)
+    first.engine.cancel("a")
+    first.engine.tick()
+    (canceled,) = first.of(Canceled, "a")
+    assert canceled.states is not None
+    done = first.images("a")
+    second = Harness()
+    second.run(resumed(whole, canceled.states, set(done)))
+    images = {**done, **second.images("a")}
+    assert set(images) == set(range(12))
+    for index, image in undisturbed.images("a").items():
+        assert torch.equal(images[index], image)
+
+
+def test_checkpoints_come_by_time_and_resume(model: Model) -> None:
+    harness = Harness(checkpoint_every=0.0)
+    whole = task(model, "a", n=2, seed=9, deterministic=True)
+    harness.run(whole)
+    checkpoints = harness.of(Checkpoint, "a")
+    assert [int(c.states.rows.max()) for c in checkpoints] == list(range(1, 10))
+    again = Harness()
+    again.run(resumed(whole, checkpoints[4].states, set()))
+    for index, image in harness.images("a").items():
+        assert torch.equal(again.images("a")[index], image)
+
+
+def test_a_task_with_nothing_left_to_do_finishes(model: Model) -> None:
+    harness = Harness()
+    harness.run(replace(task(model, "a"), starts=()))
+    assert harness.of(Finished, "a")
+
+
+def test_a_chain_may_start_from_any_x_t(model: Model) -> None:
+    x_t = torch.randn(model.shape, generator=torch.Generator().manual_seed(0))
+    table = build_table(model.schedule, steps=10)
+    starts = tuple(Start(index=i, row=4, x_t=x_t) for i in range(3))
+    harness = Harness()
+    harness.run(Task(id="a", model=model, table=table, seed=1, starts=starts))
+    images = harness.images("a")
+    assert len(images) == 3
+    assert not torch.equal(images[0], images[1])  # one x_t, but each its own noise
+
+
+@pytest.mark.parametrize("steps_behind", [0, 2])
+def test_a_chain_that_is_not_finite_fails_alone(model: Model, steps_behind: int) -> None:
+    bad = replace(
+        task(model, "bad", n=2, steps=20),
+        starts=(Start(index=0), Start(index=1, x_t=torch.full(model.shape, torch.nan))),
+    )
+    harness = Harness(steps_behind=steps_behind)
+    good = task(model, "good", n=4, seed=2, steps=20)
+    harness.run(bad, good)
+    (failed,) = harness.of(Failed, "bad")
+    assert isinstance(failed.error, NotFinite)
+    assert "image 1" in str(failed.error)
+    assert not harness.of(Finished, "bad")
+    alone = Harness()
+    alone.run(good)
+    for index, image in alone.images("good").items():
+        torch.testing.assert_close(harness.images("good")[index], image, atol=1e-4, rtol=0)
+
+
+def test_a_batch_that_raises_is_bisected_down_to_the_guilty_task(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness()
+    tasks = [task(model, f"t{i}", seed=i, label=i % 3) for i in range(16)]
+    harness.run(tasks[0], ticks=1)
+    network = harness.engine.lanes[(model.digest, False)].pool.network
+    eager = network._eager
+
+    def broken(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        # The network's own check, as it would be for a label beyond the table.
+        assert labels is not None
+        if bool((labels == 2).any()) and bool((t < 20).any()):
+            raise IndexError("index out of range in self")
+        return eager(x, t, labels)
+
+    monkeypatch.setattr(network, "_eager", broken)
+    harness.run(*tasks[1:])
+    failed = {e.task_id for e in harness.events if isinstance(e, Failed)}
+    ended = {e.task_id for e in harness.events if isinstance(e, Finished)}
+    assert failed == {f"t{i}" for i in range(16) if i % 3 == 2}
+    assert ended == {f"t{i}" for i in range(16) if i % 3 != 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"starts": (Start(index=0, class_label=3),)}, "class_label = 3"),
+        ({"starts": (Start(index=0, row=10),)}, "row = 10"),
+        ({"starts": (Start(index=0, x_t=torch.zeros(1, 4, 4)),)}, "x_t"),
+    ],
+)
+def test_a_task_that_cannot_run_fails_at_once_and_names_the_field(
+    model: Model, change: dict[str, object], field: str
+) -> None:
+    harness = Harness()
+    harness.run(replace(task(model, "bad"), **change), task(model, "good"))  # type: ignore[arg-type]
+    (failed,) = harness.of(Failed, "bad")
+    assert field in str(failed.error)
+    assert harness.of(Finished, "good")
+
+
+def test_guidance_needs_a_null_label(make_model: Callable[..., Model]) -> None:
+    unconditional = make_model(classes=0)
+    harness = Harness()
+    harness.run(task(unconditional, "a", label=1, guidance=2.0), task(unconditional, "b"))
+    assert "guidance" in str(harness.of(Failed, "a")[0].error)
+    assert harness.of(Finished, "b")
+
+
+def test_two_models_take_turns(model: Model, make_model: Callable[..., Model]) -> None:
+    other = make_model(seed=1, classes=0)
+    harness = Harness()
+    harness.run(task(model, "a", n=8, steps=20), task(other, "b", n=8, steps=20))
+    order = [e.task_id for e in harness.events if isinstance(e, Advanced)]
+    assert abs(order[:20].count("a") - 10) <= 2
+    expected = diffusion.sample(other, 8, seed=1, steps=20, dtype=torch.float32)
+    for index, image in harness.images("b").items():
+        torch.testing.assert_close(image.clamp(-1, 1), expected[index], atol=1e-4, rtol=0)
+
+
+def test_tables_of_finished_tasks_are_let_go(model: Model) -> None:
+    harness = Harness()
+    harness.run(*(task(model, f"t{i}", steps=2 + i) for i in range(20)))
+    harness.run(task(model, "last", steps=3))
+    bank = harness.engine.lanes[(model.digest, False)].pool.bank
+    assert bank.rows is not None and bank.rows.t.shape == (3,)
+
+
+def test_compiled_code_is_swapped_in_while_tasks_run(model: Model) -> None:
+    harness = Harness()
+    harness.run(task(model, "a", n=4, steps=40), ticks=5)
+    calls = []
+
+    def compiled(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        calls.append(x.shape[0])
+        return model.output(x, t, labels)
+
+    harness.engine.add_compiled(model.digest, 4, compiled)
+    harness.run()
+    assert calls and set(calls) == {4}
+    expected = diffusion.sample(model, 4, seed=1, steps=40, dtype=torch.float32)
+    for index, image in harness.images("a").items():
+        torch.testing.assert_close(image.clamp(-1, 1), expected[index], atol=1e-4, rtol=0)
+
+
+def test_the_thread_runs_tasks_and_stops(model: Model) -> None:
+    import queue
+
+    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+    engine = Engine(events.put)
+    engine.start()
+    engine.submit(task(model, "a", n=2))
+    seen: list[Event] = []
+    while not any(isinstance(event, Finished) for event in seen):
+        seen += events.get(timeout=60)
+    assert engine.rate > 0
+    engine.stop()
+    with pytest.raises(EngineStopped):
+        engine.submit(task(model, "b"))
+
+
+def test_a_lost_device_breaks_the_engine_down_and_not_the_tasks(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness()
+    harness.run(task(model, "a"), ticks=1)
+    network = harness.engine.lanes[(model.digest, False)].pool.network
+
+    def lost(*_: object) -> Tensor:
+        raise torch.AcceleratorError("the device was lost")
+
+    monkeypatch.setattr(network, "_eager", lost)
+    with pytest.raises(torch.AcceleratorError):
+        harness.engine.tick()
+    assert not harness.of(Failed, "a")
+
+
+def test_options_name_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="capacity = 8"):
+        EngineOptions(capacity=8, max_rows=16)
+    with pytest.raises(ValueError, match="max_rows = 4"):
+        EngineOptions(max_rows=4)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from worker.fairness import LEAST_SHARE, Turns, fill, is_patient, oldest_first, shortest_first
+
+
+@dataclass(frozen=True)
+class Job:
+    arrival: int
+    remaining: int
+    urgent: bool = False
+
+
+LONG, SHORT, LATER = Job(0, 6400), Job(1, 10), Job(2, 10)
+
+
+def test_the_shortest_goes_first_and_equals_by_age() -> None:
+    assert shortest_first([LATER, LONG, SHORT]) == [SHORT, LATER, LONG]
+
+
+def test_urgent_goes_before_short() -> None:
+    urgent = Job(3, 6400, urgent=True)
+    assert shortest_first([SHORT, urgent]) == [urgent, SHORT]
+
+
+def test_every_fourth_turn_goes_by_age_so_a_long_job_gets_a_quarter() -> None:
+    assert [is_patient(turn) for turn in range(8)].count(True) == 2
+    assert oldest_first([LATER, SHORT, LONG])[0] is LONG
+
+
+def test_fill_lets_a_small_one_into_a_gap() -> None:
+    assert fill([2, 2, 2, 1], 5, lambda cost: cost) == [2, 2, 1]
+    assert fill([2, 2], 1, lambda cost: cost) == []
+
+
+def test_turns_are_dealt_in_proportion_to_weight() -> None:
+    turns = Turns()
+    counts = Counter(turns.next({"a": 3.0, "b": 1.0}) for _ in range(400))
+    assert counts == {"a": 300, "b": 100}
+
+
+def test_no_pool_waits_for_ever() -> None:
+    turns = Turns()
+    weights = {"busy": 6400.0, "small": 1.0}
+    dealt = [turns.next(weights) for _ in range(100)]
+    assert dealt.count("small") >= 100 * LEAST_SHARE / (1 + LEAST_SHARE) - 1

@@ -1,0 +1,78 @@
+"""Who steps next: pure rules over what is in flight.
+
+Within a pool three steps of four go to the jobs with the least work left, so a short job never
+waits for a long one; every fourth goes to the oldest, so a long one never waits for ever. Between
+pools turns are dealt in proportion to their waiting work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Protocol, TypeVar
+
+PATIENT_EVERY = 4
+LEAST_SHARE = 1 / 8  # of the turns, for each pool that has any work
+
+
+class Runnable(Protocol):
+    """What the order looks at."""
+
+    @property
+    def urgent(self) -> bool: ...
+    @property
+    def remaining(self) -> int: ...
+    @property
+    def arrival(self) -> int: ...
+
+
+R = TypeVar("R", bound=Runnable)
+S = TypeVar("S")
+K = TypeVar("K", bound=Hashable)
+
+
+def is_patient(turn: int) -> bool:
+    """Whether this turn of a pool goes by age."""
+    return turn % PATIENT_EVERY == PATIENT_EVERY - 1
+
+
+def shortest_first(runs: Iterable[R]) -> list[R]:
+    """Urgent before others, then by work left, then by age."""
+    return sorted(runs, key=lambda run: (not run.urgent, run.remaining, run.arrival))
+
+
+def oldest_first(runs: Iterable[R]) -> list[R]:
+    """By age alone."""
+    return sorted(runs, key=lambda run: run.arrival)
+
+
+def fill(samples: Iterable[S], rows: int, cost: Callable[[S], int]) -> list[S]:
+    """The first samples, in order, that fit into so many rows; a later one may fill a gap."""
+    chosen: list[S] = []
+    for sample in samples:
+        if rows == 0:
+            break
+        need = cost(sample)
+        if need <= rows:
+            chosen.append(sample)
+            rows -= need
+    return chosen
+
+
+class Turns:
+    """Smooth weighted round robin: over time each key gets turns in proportion to its weight."""
+
+    def __init__(self) -> None:
+        self._credit: dict[Hashable, float] = {}
+
+    def next(self, weights: Mapping[K, float]) -> K:
+        """The key whose turn it is. weights: positive; a key that is absent loses its credit."""
+        total = sum(weights.values())
+        # Nobody waits more than about eight turns, however much the others have to do.
+        floored = {key: max(weight / total, LEAST_SHARE) for key, weight in weights.items()}
+        scale = sum(floored.values())
+        self._credit = {key: self._credit.get(key, 0.0) for key in weights}
+        for key, weight in floored.items():
+            self._credit[key] += weight / scale
+        chosen = max(weights, key=lambda key: self._credit[key])
+        self._credit[chosen] -= 1.0
+        return chosen
