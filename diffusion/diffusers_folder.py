@@ -38,6 +38,7 @@ from diffusion.model import (
     build_network,
     digest_of,
     load,
+    naming,
     read_json,
     read_weights,
     save,
@@ -94,7 +95,9 @@ def load_diffusers(folder: str | Path, device: str | torch.device = "cpu") -> Mo
 
     with torch.device("meta"):
         names = list(UNet(network).state_dict())
-    built = build_network(config, from_theirs(read_weights(weights_path), names), device)
+    weights = read_weights(weights_path)
+    with naming(weights_path):
+        built = build_network(config, from_theirs(weights, names), device)
     paths += [network_path, scheduler_path, extras_path, weights_path]
     return Model(config, built, digest_of(path for path in paths if path.is_file()))
 

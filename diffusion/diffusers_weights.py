@@ -71,10 +71,10 @@ def from_theirs(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str
         theirs = their_names(name)
         missing = [part for part in theirs if part not in left]
         if missing:
-            raise CheckpointError(f"weights: {missing[0]} is missing")
+            raise CheckpointError(f"weights do not fit the network: {missing[0]} is missing")
         out[name] = torch.cat([left.pop(part) for part in theirs])
     if left:
-        raise CheckpointError(f"weights: {min(left)} is not part of the configured network")
+        raise CheckpointError(f"weights do not fit the network: {min(left)} is not part of it")
     return out
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,27 +186,49 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
     if is_diffusers_folder(folder):
         return load_diffusers(folder, device)
     files = (folder / CONFIG_NAME, folder / WEIGHTS_NAME)
-    raw = read_json(files[0])
-    try:
+    raw, weights = read_json(files[0]), read_weights(files[1])
+    with naming(files[0]):
         config = ModelConfig.from_dict(raw)
-    except CheckpointError as error:
-        raise CheckpointError(f"{files[0]}: {error}") from error
-    network = build_network(config, read_weights(files[1]), device)
+    with naming(files[1]):
+        network = build_network(config, weights, device)
     return Model(config, network, digest_of(files))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file's name before the message of a CheckpointError."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def build_network(
     config: ModelConfig, weights: dict[str, Tensor], device: str | torch.device = "cpu"
 ) -> UNet:
-    """The network with these weights, in evaluation mode, gradients off."""
+    """The network with these weights, in evaluation mode, gradients off.
+
+    Raises CheckpointError for a tensor that is missing, unknown or of another shape.
+    """
     with torch.device("meta"):
         network = UNet(config.network)
+    _check_fit(network.state_dict(), weights)
     network = network.to_empty(device=device)
-    try:
-        network.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"weights do not fit the network: {error}") from error
+    network.load_state_dict(weights, strict=True)
     return network.eval().requires_grad_(False)
+
+
+def _check_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not part of it" for name in found if name not in wanted]
+    problems += [
+        f"{name} has the shape {list(found[name].shape)}, must be {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"weights do not fit the network: {problems[0]}{more}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion import Model, sample
+from diffusion.noise import Purpose, image_normals
+from diffusion.samplers import SamplingDefaults
+from diffusion.sampling import Step, build_table, chain, guided_eps, prepare
+from tests.diffusion.networks import TINY, build_model
+
+FAST = {"steps": 6, "dtype": torch.float32}
+
+
+def close(first: Tensor, second: Tensor) -> bool:
+    """Equal but for the rounding of convolutions that see another batch size."""
+    return bool((first - second).abs().max() < 1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_an_image_depends_on_seed_and_index_only(model: Model, sampler: str) -> None:
+    whole = sample(model, 5, sampler=sampler, seed=3, **FAST)
+    assert whole.shape == (5, 1, 8, 8)
+    assert whole.dtype == torch.float32
+    assert whole.abs().max() <= 1
+    assert close(sample(model, 5, sampler=sampler, seed=3, batch_size=2, **FAST), whole)
+    assert close(sample(model, 2, sampler=sampler, seed=3, **FAST), whole[:2])
+    assert not close(sample(model, 5, sampler=sampler, seed=4, **FAST), whole)
+    assert not close(whole[:1], whole[1:2])
+
+
+def test_the_same_call_gives_the_same_bits(model: Model) -> None:
+    first, second = (sample(model, 2, seed=2**53 - 1, **FAST) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_no_global_random_state_is_used(model: Model) -> None:
+    state = torch.get_rng_state()
+    sample(model, 2, **FAST)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sampling_leaves_the_model_as_it_was(model: Model) -> None:
+    before = {name: weight.clone() for name, weight in model.network.state_dict().items()}
+    sample(model, 1, steps=2, dtype=torch.bfloat16)
+    for name, weight in model.network.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, before[name])
+
+
+def test_the_dtype_is_probed_where_none_is_given(model: Model) -> None:
+    images = sample(model, 1, steps=2)
+    assert images.dtype == torch.float32
+
+
+def test_labels_may_differ_by_image(model: Model) -> None:
+    mixed = sample(model, 3, class_label=[2, 0, 1], **FAST)
+    assert close(sample(model, 3, class_label=2, **FAST)[:1], mixed[:1])
+    assert close(sample(model, 3, class_label=torch.tensor([0, 0, 1]), **FAST)[1:], mixed[1:])
+    assert not close(sample(model, 3, class_label=0, **FAST)[:1], mixed[:1])
+
+
+def test_guidance_extrapolates_from_no_label_to_the_label(model: Model) -> None:
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([10, 90]), torch.tensor([0, 2])
+    eps_u, eps_c = model.eps(x, t), model.eps(x, t, labels)
+    for guidance in (0.0, 1.0, 2.5):
+        found = guided_eps(model, x, t, class_label=labels, guidance=guidance)
+        torch.testing.assert_close(found, eps_u + guidance * (eps_c - eps_u), rtol=1e-4, atol=1e-5)
+
+
+def test_the_models_own_defaults_hold_where_nothing_is_said() -> None:
+    asked = {"sampler": "ddpm", "variance": "small", "clip": False, "spacing": "leading"}
+    plain = build_model()
+    model = Model(
+        dataclasses.replace(plain.config, sampling=SamplingDefaults(**asked)),  # type: ignore[arg-type]
+        plain.network,
+    )
+    assert torch.equal(sample(model, 2, **FAST), sample(plain, 2, **asked, **FAST))
+    for name, value in (("variance", "large"), ("clip", True), ("spacing", "uniform")):
+        said = sample(model, 2, **{name: value}, **FAST)
+        assert torch.equal(said, sample(plain, 2, **{**asked, name: value}, **FAST))
+        assert not close(said, sample(model, 2, **FAST))
+
+
+def test_a_chain_yields_what_each_step_found(model: Model) -> None:
+    table = build_table(model.schedule, sampler="dpmpp_2m", steps=5)
+    x = image_normals(0, torch.arange(2), row=0, purpose=Purpose.X_T, shape=model.shape)
+    steps = list(chain(model, table, x))
+    assert [step.row for step in steps] == [0, 1, 2, 3, 4]
+    assert [step.t for step in steps] == table.t.tolist()
+    assert torch.equal(steps[0].x_t, x)
+    for step, following in pairwise(steps):
+        assert torch.equal(step.x_next, following.x_t)
+    for step in steps:
+        t = torch.tensor([step.t, step.t])
+        assert torch.equal(step.eps, model.eps(step.x_t, t))
+        bar = model.schedule.alphas_cumprod[step.t]
+        x_start = ((step.x_t - (1 - bar) ** 0.5 * step.eps) / bar**0.5).clamp(-1, 1)
+        torch.testing.assert_close(step.x_start, x_start, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(steps[-1].x_next, steps[-1].x_start)
+
+
+def test_on_step_hears_of_every_evaluation(model: Model) -> None:
+    heard: list[tuple[int, int]] = []
+
+    def on_step(first: int, done: int, step: Step) -> None:
+        heard.append((first, done))
+        assert step.row == done - 1
+        assert step.x_next.shape[0] == (2 if first == 0 else 1)
+
+    sample(model, 3, batch_size=2, on_step=on_step, steps=4, dtype=torch.float32)
+    assert heard == [(0, 1), (0, 2), (0, 3), (0, 4), (2, 1), (2, 2), (2, 3), (2, 4)]
+
+
+def test_a_prepared_copy_gives_the_same_output(model: Model) -> None:
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 80])
+    found = prepare(model).eps(x, t)
+    torch.testing.assert_close(found, model.eps(x, t), rtol=1e-4, atol=1e-5)
+    half = prepare(model, dtype=torch.bfloat16).eps(x, t)
+    error = (half - model.eps(x, t)).abs().max() / model.eps(x, t).abs().max()
+    assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_images": 0}, "num_images = 0: must be 1 or more"),
+        ({"batch_size": 0}, "batch_size = 0: must be 1 or more"),
+        ({"steps": 101}, r"steps = 101: must be 1\.\.100"),
+        ({"sampler": "euler"}, "sampler = 'euler': must be one of ddpm, ddim, dpmpp_2m"),
+        ({"spacing": "log"}, "spacing = 'log'"),
+        ({"sampler": "ddim", "eta": 2.0}, "eta = 2.0"),
+        ({"variance": "learned"}, "variance = 'learned': must be large or small"),
+        ({"seed": -1}, "seed = -1"),
+        ({"class_label": 3}, r"class_label = 3: must be 0\.\.2"),
+        ({"class_label": -1}, "class_label = -1"),
+        ({"class_label": [0, 1]}, "class_label: 2 labels for 1 images"),
+        ({"guidance": 2.0}, "guidance = 2.0: needs a class_label"),
+    ],
+)
+def test_bad_options_are_named(model: Model, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(model, **{"num_images": 1, **FAST, **options})  # type: ignore[arg-type]
+
+
+def test_labels_and_guidance_need_a_network_that_has_them() -> None:
+    unconditional = build_model(dataclasses.replace(TINY, num_classes=0, null_class=False))
+    with pytest.raises(ValueError, match="class_label: this model is unconditional"):
+        sample(unconditional, 1, class_label=0, **FAST)
+    no_null = build_model(dataclasses.replace(TINY, null_class=False))
+    with pytest.raises(ValueError, match=r"class_label: this model has no null label.*0\.\.2"):
+        sample(no_null, 1, **FAST)
+    with pytest.raises(ValueError, match=r"guidance = 2.0: needs a model with a null label"):
+        sample(no_null, 1, class_label=0, guidance=2.0, **FAST)
