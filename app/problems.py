@@ -92,11 +92,19 @@ def field_problem(pointer: str, detail: str) -> Problem:
 
 def validation_problem(error: ValidationError) -> Problem:
     """A 422 with everything that pydantic found."""
-    found = [
-        FieldError(pointer=_pointer(item["loc"]), detail=item["msg"]) for item in error.errors()
+    return _fields_problem(error.errors())
+
+
+def _fields_problem(items: Sequence[Mapping[str, Any]]) -> Problem:
+    found = [FieldError(pointer=_pointer(item["loc"]), detail=item["msg"]) for item in items]
+    # A bad element also makes pydantic call its list too short: the element's error is enough.
+    deepest = [
+        error
+        for error in found
+        if not any(other.pointer.startswith(error.pointer + "/") for other in found)
     ]
-    first = found[0]
-    return Problem("invalid_request", f"{first.pointer or '/'}: {first.detail}", errors=found)
+    first = deepest[0]
+    return Problem("invalid_request", f"{first.pointer or '/'}: {first.detail}", errors=deepest)
 
 
 def _pointer(location: Sequence[int | str]) -> str:
@@ -168,13 +176,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 async def _on_parameters(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = [
-        FieldError(pointer=_pointer(item["loc"]), detail=item["msg"]) for item in error.errors()
-    ]
-    detail = f"{found[0].pointer}: {found[0].detail}"
-    return response(
-        Problem("invalid_request", detail, errors=found), request.scope.get("request_id", "")
-    )
+    return response(_fields_problem(error.errors()), request.scope.get("request_id", ""))
 
 
 def install(app: FastAPI) -> None:

@@ -12,6 +12,16 @@ Float64 = NDArray[np.float64]
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 
 
+class Sampling(BaseModel):
+    """How a model is meant to be sampled: what holds where a request says nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sampler: str = "ddpm"
+    variance: str = "small"
+    spacing: str = "uniform"
+
+
 class ModelCard(BaseModel):
     """A model that some worker serves (or served: cards outlive workers).
 
@@ -50,6 +60,7 @@ class ModelCard(BaseModel):
     prediction: str = "epsilon"
     learned_variance: bool = False
     samplers: tuple[str, ...] = SAMPLERS
+    sampling: Sampling = Sampling()
     parameters: int | None = None
     schedule_kind: str = "betas"
     description: str = ""

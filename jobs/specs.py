@@ -116,12 +116,16 @@ class GenerateSpec(CommonSpec):
 
     kind: Literal["generate"] = "generate"
     num_images: int = Field(1, ge=1)
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "langevin"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "langevin"] | None = Field(
+        None, description="default: the model's own, mostly ddpm"
+    )
     steps: int | None = Field(None, ge=1, description="network evaluations an image; default 100")
-    spacing: Literal["uniform", "quadratic"] = "uniform"
+    spacing: Literal["uniform", "quadratic", "leading", "trailing"] | None = Field(
+        None, description="of the timesteps; default: the model's own, mostly uniform"
+    )
     eta: float | None = Field(None, ge=0, le=1, description="ddim only: 0 deterministic (default)")
     variance: Literal["large", "small", "learned"] | None = Field(
-        None, description="ddpm only: β, β̃ (default) or the network's own"
+        None, description="ddpm only: β, β̃ or the network's own; default: the model's own"
     )
     corrector_steps: int | None = Field(
         None, ge=0, le=100, description="Langevin steps after each step (langevin: a level)"
@@ -145,14 +149,15 @@ class GenerateSpec(CommonSpec):
             check_timestep(f"/snapshots/at/{i}", t, card)
 
     def _check_sampler(self, card: ModelCard) -> None:
-        if self.sampler not in card.samplers:
+        sampler = self.sampler or card.sampling.sampler
+        if sampler not in card.samplers:
             raise SpecError(
-                "/sampler", f"{self.sampler}: model {card.name} runs {', '.join(card.samplers)}"
+                "/sampler", f"{sampler}: model {card.name} runs {', '.join(card.samplers)}"
             )
-        if self.eta is not None and self.sampler != "ddim":
-            raise SpecError("/eta", f"is for sampler ddim, not {self.sampler}")
-        if self.variance is not None and self.sampler != "ddpm":
-            raise SpecError("/variance", f"is for sampler ddpm, not {self.sampler}")
+        if self.eta is not None and sampler != "ddim":
+            raise SpecError("/eta", f"is for sampler ddim, not {sampler}")
+        if self.variance is not None and sampler != "ddpm":
+            raise SpecError("/variance", f"is for sampler ddpm, not {sampler}")
         if self.variance == "learned" and not card.learned_variance:
             raise SpecError("/variance", f"model {card.name} has no learned variance")
         if self.corrector_steps and "langevin" not in card.samplers:
@@ -177,13 +182,16 @@ class GenerateSpec(CommonSpec):
     def fill(self, card: ModelCard, settings: Settings) -> GenerateSpec:
         """The same request with every default written out."""
         defaults = self.common_defaults(card, settings)
+        sampler = self.sampler or card.sampling.sampler
+        defaults["sampler"] = sampler
+        defaults["spacing"] = self.spacing or card.sampling.spacing
         defaults["steps"] = min(DEFAULT_STEPS, card.T) if self.steps is None else self.steps
-        if self.sampler == "ddim" and self.eta is None:
+        if sampler == "ddim" and self.eta is None:
             defaults["eta"] = 0.0
-        if self.sampler == "ddpm" and self.variance is None:
-            defaults["variance"] = "learned" if card.learned_variance else "small"
+        if sampler == "ddpm" and self.variance is None:
+            defaults["variance"] = card.sampling.variance
         if self.corrector_steps is None:
-            defaults["corrector_steps"] = 1 if self.sampler == "langevin" else 0
+            defaults["corrector_steps"] = 1 if sampler == "langevin" else 0
         return self.model_copy(update=defaults)
 
     def plan(self, card: ModelCard, num_inputs: int) -> Plan:

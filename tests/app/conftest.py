@@ -1,0 +1,150 @@
+"""A real API server in a thread, on a real Redis, spoken to over real HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+from app.main import create_app
+from jobs.cards import ModelCard
+from jobs.settings import Settings
+from jobs.store import JobStore, Started
+
+START_TIMEOUT = 20.0
+X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
+
+CARD = ModelCard(
+    name="mnist",
+    digest="d" * 64,
+    queue="ddpm",
+    shape=(1, 8, 8),
+    betas=tuple(np.linspace(1e-4, 0.02, 1000).tolist()),
+    class_names=tuple("0123456789"),
+    null_label=10,
+    parameters=1_000,
+)
+
+
+@contextlib.contextmanager
+def serving(settings: Settings) -> Iterator[httpx.Client]:
+    """A client of a server that runs while the block does."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        create_app(settings), log_level="warning", timeout_graceful_shutdown=2, lifespan="on"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.01)
+        with httpx.Client(base_url=url, timeout=20, trust_env=False) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(START_TIMEOUT)
+        listener.close()
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture
+def serve(redis_url: str) -> Iterator[Callable[..., httpx.Client]]:
+    """Start a server with settings of the test's own."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**settings: Any) -> httpx.Client:
+            server: AbstractContextManager[httpx.Client] = serving(
+                Settings(redis_url=redis_url, janitor_s=0.5, **settings)
+            )
+            return stack.enter_context(server)
+
+        yield start
+
+
+@pytest.fixture
+def store(redis_url: str) -> Iterator[JobStore]:
+    """The worker's side, with one model known."""
+    store = JobStore.connect(Settings(redis_url=redis_url))
+    store.publish_card(CARD)
+    yield store
+    store.redis.close()
+
+
+@pytest.fixture
+def client(store: JobStore, serve: Callable[..., httpx.Client]) -> httpx.Client:
+    """A server with default settings and one model."""
+    return serve()
+
+
+class Worker:
+    """What a worker does to the store, step by step, as a test says."""
+
+    def __init__(self, store: JobStore) -> None:
+        self.store = store
+
+    def start(self, job_id: str, execution: str = "e") -> Started:
+        started = self.store.start(job_id, execution, worker="w", digest=CARD.digest)
+        assert started is not None
+        return started
+
+    def image(self, started: Started, index: int = 0, x: Any = X) -> None:
+        batch = self.store.batch()
+        batch.image(started.record, "e", index=index, x=x)
+        batch.send()
+
+    def snapshot(self, started: Started, t: int, kind: str = "x_t", index: int = 0) -> None:
+        batch = self.store.batch()
+        batch.snapshot(started.record, "e", t=t, kind=kind, index=index, x=X)
+        batch.send()
+
+    def progress(self, started: Started, done: int, t: int) -> None:
+        batch = self.store.batch()
+        batch.progress(started.record, "e", done=done, t=t, eta_s=1.0)
+        batch.send()
+
+    def finish(self, job_id: str) -> None:
+        """Everything from start to success."""
+        started = self.start(job_id)
+        for index in range(started.record.images):
+            self.image(started, index)
+        assert self.store.succeed(job_id, "e", provenance={"versions": {"torch": "2"}})
+
+
+@pytest.fixture
+def worker(store: JobStore) -> Worker:
+    return Worker(store)
+
+
+def png(width: int = 8, height: int = 8, mode: str = "L", kind: str = "PNG") -> bytes:
+    """A picture file."""
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height), "white").save(buffer, kind)
+    return buffer.getvalue()
+
+
+def later(seconds: float, call: Callable[[], object]) -> threading.Thread:
+    """Run something a moment later, in a thread that is already started."""
+
+    def run() -> None:
+        time.sleep(seconds)
+        call()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread

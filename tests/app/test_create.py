@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from jobs.store import JobStore
+from tests.app.conftest import CARD, Worker, later, png
+
+
+def test_generate_is_taken_in_at_once(client: httpx.Client, store: JobStore) -> None:
+    reply = client.post("/generate", json={"class_label": 7})
+    assert reply.status_code == 202
+    job = reply.json()
+    assert reply.headers["location"] == job["urls"]["self"] == f"/jobs/{job['id']}"
+    assert job["status"] == "queued" and job["queue_position"] == 0
+    request = job["request"]
+    assert request["steps"] == 100 and request["sampler"] == "ddpm" and request["model"] == "mnist"
+    assert 0 <= request["seed"] < 2**53 and request["ttl_s"] == 86_400
+    rq_job = Job.fetch(job["id"], connection=store.redis, serializer=JSONSerializer)
+    assert rq_job.func_name == "worker.run:run_job" and rq_job.args == [job["id"]]
+    assert rq_job.timeout == -1 and rq_job.retries_left == 1000
+    assert rq_job.enqueue_at_front_on_retry
+    assert client.get(job["urls"]["self"]).json()["request"] == request
+
+
+def test_high_priority_goes_to_the_front(client: httpx.Client, store: JobStore) -> None:
+    ids = [client.post("/generate", json={}).json()["id"] for _ in range(2)]
+    first = client.post("/generate", json={"priority": "high"}).json()["id"]
+    queue = Queue("ddpm", connection=store.redis, serializer=JSONSerializer)
+    assert queue.job_ids == [first, *ids]
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer", "says"),
+    [
+        ({"num_image": 1}, "/num_image", "not permitted"),
+        ({"num_images": 65}, "/num_images", "at most 64"),
+        ({"num_images": 0}, "/num_images", "greater than or equal to 1"),
+        ({"num_images": "2"}, "/num_images", "valid integer"),
+        ({"steps": 1001}, "/steps", "T = 1000"),
+        ({"seed": 2**53}, "/seed", "less than or equal"),
+        ({"model": "cats"}, "/model", "must be one of mnist"),
+        ({"class_label": 10}, "/class_label", "0..9"),
+        ({"guidance": 2.0}, "/guidance", "class_label"),
+        ({"eta": 0.5}, "/eta", "ddim"),
+        ({"sampler": "langevin"}, "/sampler", "ddpm, ddim, dpmpp_2m"),
+        ({"sampler": "ddim", "variance": "small"}, "/variance", "ddpm"),
+        ({"variance": "learned"}, "/variance", "no learned variance"),
+        ({"snapshots": {"at": [0]}}, "/snapshots/at/0", "greater than or equal to 1"),
+        ({"snapshots": {"at": [1001]}}, "/snapshots/at/0", "1..1000"),
+        ({"snapshots": {"every": 1, "at": [1]}}, "/snapshots", "either"),
+        ({"ttl_s": 10**9}, "/ttl_s", "at most"),
+        ({"webhook_url": "https://example.org"}, "/webhook_url", "DDPM_WEBHOOK_SECRET"),
+        ({"model_digest": "other"}, "/model_digest", "is dddd"),
+        ({"kind": "noise"}, "/kind", "generate"),
+    ],
+)
+def test_a_bad_value_names_field_and_limit(
+    client: httpx.Client, body: dict[str, Any], pointer: str, says: str
+) -> None:
+    reply = client.post("/generate", json=body)
+    assert reply.status_code == 422
+    assert reply.headers["content-type"] == "application/problem+json"
+    problem = reply.json()
+    assert problem["code"] == "invalid_request" and problem["status"] == 422
+    assert problem["request_id"] == reply.headers["x-request-id"]
+    [error] = problem["errors"]
+    assert error["pointer"] == pointer and says in error["detail"]
+
+
+def test_outputs_that_are_too_large_are_refused_whole(client: httpx.Client) -> None:
+    body = {"num_images": 64, "steps": 1000, "snapshots": {"every": 1, "kinds": ["x_t"]}}
+    assert client.post("/generate", json=body).status_code == 202
+    body["snapshots"] = {"every": 1, "kinds": ["x_t", "x_start", "eps"]}
+    # 64 images × (1 + 3000) planes × 256 bytes = 49 MB here; with 32×32×3 it would be 2.3 GB
+    assert client.post("/generate", json=body).status_code == 202
+    listed = client.get("/jobs").json()["data"]
+    assert len(listed) == 2
+
+
+def test_job_limits(store: JobStore, serve: Callable[..., httpx.Client]) -> None:
+    client = serve(max_job_bytes=3 * 256, max_job_evaluations=500)
+    large = client.post("/generate", json={"num_images": 4, "steps": 1})
+    assert large.status_code == 422 and large.json()["errors"][0]["pointer"] == "/num_images"
+    kept = client.post("/generate", json={"steps": 3, "snapshots": {"every": 1}})
+    assert kept.status_code == 422 and kept.json()["errors"][0]["pointer"] == "/snapshots"
+    long = client.post("/generate", json={"num_images": 3, "steps": 200})
+    assert long.status_code == 422 and "image-steps" in long.json()["detail"]
+    assert client.get("/jobs").json()["data"] == []
+
+
+def test_queue_full_says_when_to_come_back(
+    store: JobStore, serve: Callable[..., httpx.Client]
+) -> None:
+    client = serve(max_queued_jobs=2)
+    for _ in range(2):
+        assert client.post("/generate", json={"steps": 50}).status_code == 202
+    reply = client.post("/generate", json={})
+    assert reply.status_code == 503 and reply.json()["code"] == "queue_full"
+    assert 1 <= int(reply.headers["retry-after"]) <= 3600
+
+
+def test_storage_full(store: JobStore, serve: Callable[..., httpx.Client]) -> None:
+    client = serve(max_output_bytes=3 * 256)
+    assert client.post("/generate", json={"num_images": 2}).status_code == 202
+    reply = client.post("/generate", json={"num_images": 2})
+    assert reply.status_code == 503 and reply.json()["code"] == "storage_full"
+    assert "retry-after" in reply.headers
+    never = client.post("/generate", json={"num_images": 4})
+    assert never.status_code == 422
+    assert client.post("/generate", json={"num_images": 1}).status_code == 202
+
+
+def test_quota(store: JobStore, worker: Worker, serve: Callable[..., httpx.Client]) -> None:
+    client = serve(client_quota=150)
+    first = client.post("/generate", json={"steps": 100}).json()["id"]
+    reply = client.post("/generate", json={"steps": 100})
+    assert reply.status_code == 429 and reply.json()["code"] == "quota_exceeded"
+    assert int(reply.headers["retry-after"]) >= 1
+    assert client.post("/generate", json={"steps": 200}).status_code == 422
+    worker.finish(first)
+    assert client.post("/generate", json={"steps": 100}).status_code == 202
+
+
+def test_without_a_model_the_service_is_not_ready(serve: Callable[..., httpx.Client]) -> None:
+    client = serve()
+    for reply in (client.post("/generate", json={}), client.get("/readyz")):
+        assert reply.status_code == 503 and reply.json()["code"] == "no_models"
+        assert reply.headers["retry-after"] == "5"
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_idempotent_replay(client: httpx.Client, store: JobStore) -> None:
+    headers = {"Idempotency-Key": "k1"}
+    first = client.post("/generate", json={"steps": 5, "class_label": 1}, headers=headers)
+    again = client.post("/generate", json={"class_label": 1, "steps": 5}, headers=headers)
+    assert first.status_code == again.status_code == 202
+    assert first.json()["id"] == again.json()["id"]
+    assert "idempotency-replayed" not in first.headers
+    assert again.headers["idempotency-replayed"] == "true"
+    other = client.post("/generate", json={"steps": 6}, headers=headers)
+    assert other.status_code == 422 and other.json()["code"] == "idempotency_conflict"
+    store.retire_card("mnist")  # what happened since does not matter
+    store.publish_card(CARD.model_copy(update={"name": "other"}))
+    third = client.post("/generate", json={"steps": 5, "class_label": 1}, headers=headers)
+    assert third.json()["id"] == first.json()["id"]
+    assert len(client.get("/jobs").json()["data"]) == 1
+    client.delete(first.json()["urls"]["self"])
+    fresh = client.post("/generate", json={"steps": 5, "class_label": 1}, headers=headers)
+    assert fresh.json()["id"] != first.json()["id"]
+
+
+def test_concurrent_requests_with_one_key_make_one_job(client: httpx.Client) -> None:
+    ids: list[str] = []
+
+    def post() -> None:
+        reply = client.post("/generate", json={}, headers={"Idempotency-Key": "same"})
+        ids.append(reply.json()["id"])
+
+    threads = [later(0, post) for _ in range(8)]
+    for thread in threads:
+        thread.join()
+    assert len(ids) == 8 and len(set(ids)) == 1
+
+
+def test_prefer_wait(client: httpx.Client, worker: Worker) -> None:
+    def finish() -> None:
+        [job] = client.get("/jobs", params={"status": "queued"}).json()["data"]
+        worker.finish(job["id"])
+
+    thread = later(0.3, finish)
+    reply = client.post("/generate", json={"num_images": 2}, headers={"Prefer": "wait=10"})
+    thread.join()
+    assert reply.status_code == 200 and reply.headers["preference-applied"] == "wait=10"
+    job = reply.json()
+    assert job["status"] == "succeeded" and [i["index"] for i in job["images"]] == [0, 1]
+    assert job["progress"]["total"] == 200
+    late = client.post("/generate", json={}, headers={"Prefer": "respond-async, wait=0"})
+    assert late.status_code == 202 and late.headers["preference-applied"] == "wait=0"
+    most = client.get(f"/jobs/{job['id']}", params={"wait": 60})
+    assert most.json()["status"] == "succeeded"
+
+
+def test_a_picture_in_one_call(client: httpx.Client, worker: Worker) -> None:
+    def finish() -> None:
+        [job] = client.get("/jobs", params={"status": "queued"}).json()["data"]
+        worker.finish(job["id"])
+
+    headers = {"Prefer": "wait=10", "Accept": "image/png"}
+    for n, size in ((1, (8, 8)), (3, (18, 18))):
+        thread = later(0.2, finish)
+        reply = client.post("/generate", json={"num_images": n, "seed": 3}, headers=headers)
+        thread.join()
+        assert reply.status_code == 200 and reply.headers["content-type"] == "image/png"
+        picture = Image.open(io.BytesIO(reply.content))
+        assert picture.size == size
+        manifest = json.loads(picture.info["ddpm"])
+        assert manifest["seed"] == 3 and manifest["model_digest"] == CARD.digest
+        assert reply.headers["location"].startswith("/jobs/")
+    again = client.post("/generate", json=manifest)
+    assert again.status_code == 202 and again.json()["request"]["num_images"] == 3
+
+
+def test_a_failed_job_is_no_picture(client: httpx.Client, worker: Worker) -> None:
+    def fail() -> None:
+        [job] = client.get("/jobs", params={"status": "queued"}).json()["data"]
+        worker.start(job["id"])
+        worker.store.fail(job["id"], "e", code="worker_error", detail="it broke")
+
+    thread = later(0.2, fail)
+    headers = {"Prefer": "wait=10", "Accept": "image/png"}
+    reply = client.post("/generate", json={}, headers=headers)
+    thread.join()
+    assert reply.status_code == 500 and reply.json()["code"] == "job_failed"
+    assert reply.json()["detail"] == "it broke"
+    job = client.get(reply.headers["location"]).json()
+    assert job["error"] == {"code": "worker_error", "detail": "it broke"}
+
+
+def test_noise_multipart_and_base64(client: httpx.Client, worker: Worker) -> None:
+    request = {"t": [1, 500], "seed": 1, "kinds": ["x_t", "eps"]}
+    files = {"image": ("a.png", png()), "request": (None, json.dumps(request), "application/json")}
+    job = client.post("/noise", files=files).json()
+    assert job["kind"] == "noise" and "images" not in job["request"]
+    started = worker.start(job["id"])
+    assert started.inputs is not None
+    assert started.inputs.shape == (1, 8, 8, 1) and started.inputs.min() == 255
+    for t in (1, 500):
+        for kind in ("x_t", "eps"):
+            worker.snapshot(started, t, kind)
+    worker.store.succeed(job["id"], "e", provenance={})
+    done = client.get(job["urls"]["self"]).json()
+    bars = np.cumprod(1 - np.array(CARD.betas))
+    first = done["snapshots"][0]
+    assert first["t"] == 500 and first["alpha_bar"] == pytest.approx(bars[499])
+    assert first["snr"] == pytest.approx(bars[499] / (1 - bars[499]))
+    npy = client.get(first["url"].replace(".png", ".npy"))
+    assert np.load(io.BytesIO(npy.content)).shape == (1, 8, 8)
+    assert client.get(done["urls"]["grid"]).status_code == 200
+    body = {**request, "images": [base64.b64encode(png()).decode()]}
+    assert client.post("/noise", json=body).status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("body", "files", "status", "says"),
+    [
+        ({"t": [1]}, [], 422, "at least one picture"),
+        ({"t": [1]}, [b"no picture"], 415, "PNG, JPEG or WebP"),
+        ({"t": [1]}, [png(9, 8)], 422, "must be 8 × 8"),
+        ({"t": [1]}, [png(2000, 1001)], 413, "2002000 pixels"),
+        ({"t": [1001]}, [png()], 422, "1..1000"),
+        ({"t": [2, 2]}, [png()], 422, "twice"),
+        ({"t": [1], "images": ["%%%"]}, [], 422, "base64"),
+        ({"t": [1], "images": ["AAAA"]}, [png()], 422, "not both"),
+        ({"t": [1]}, [png()] * 65, 422, "at most 64"),
+    ],
+)
+def test_noise_refuses(
+    store: JobStore,
+    serve: Callable[..., httpx.Client],
+    body: dict[str, Any],
+    files: list[bytes],
+    status: int,
+    says: str,
+) -> None:
+    client = serve(max_upload_pixels=2_000_000)
+    parts: list[Any] = [("image", ("x.png", file)) for file in files]
+    parts.append(("request", (None, json.dumps(body), "application/json")))
+    reply = client.post("/noise", files=parts)
+    assert reply.status_code == status and says in reply.json()["detail"]
+    assert client.get("/jobs").json()["data"] == []
+
+
+def test_fit(client: httpx.Client, worker: Worker) -> None:
+    body = {"t": [1], "images": [base64.b64encode(png(4, 8, "RGB", "JPEG")).decode()]}
+    for fit, corner in (("pad", 0), ("resize", 255)):
+        job = client.post("/noise", json={**body, "fit": fit}).json()
+        started = worker.start(job["id"])
+        assert started.inputs is not None
+        assert started.inputs[0, 0, 0, 0] == corner and started.inputs[0, 4, 4, 0] >= 254
+
+
+def test_bodies_are_limited_and_typed(store: JobStore, serve: Callable[..., httpx.Client]) -> None:
+    client = serve(max_upload_bytes=1000)
+    large = client.post("/generate", json={"model": "m" * 2000})
+    assert large.status_code == 413 and large.json()["code"] == "too_large"
+
+    def chunks() -> Any:
+        for _ in range(20):
+            yield b" " * 100
+
+    headers = {"content-type": "application/json"}
+    endless = client.post("/generate", content=chunks(), headers=headers)
+    assert endless.status_code == 413
+    text = client.post("/generate", content="{}", headers={"content-type": "text/plain"})
+    assert text.status_code == 415 and "application/json" in text.json()["detail"]
+    broken = client.post("/generate", content="{", headers=headers)
+    assert broken.status_code == 422 and "JSON" in broken.json()["detail"]
