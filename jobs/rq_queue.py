@@ -15,7 +15,7 @@ from rq.job import Job
 from rq.registry import clean_registries
 from rq.serializers import JSONSerializer
 
-JOB_FUNCTION = "worker.run:run_job"  # args: [job_id]; stock RQ workers call it too
+JOB_FUNCTION = "worker.run.run_job"  # args: [job_id]; stock RQ workers call it too
 _DAY_S = 86_400
 ENDED = frozenset({"finished", "failed", "stopped", "canceled"})
 

@@ -28,7 +28,7 @@ def test_generate_is_taken_in_at_once(client: httpx.Client, store: JobStore) -> 
     assert request["steps"] == 100 and request["sampler"] == "ddpm" and request["model"] == "mnist"
     assert 0 <= request["seed"] < 2**53 and request["ttl_s"] == 86_400
     rq_job = Job.fetch(job["id"], connection=store.redis, serializer=JSONSerializer)
-    assert rq_job.func_name == "worker.run:run_job" and rq_job.args == [job["id"]]
+    assert rq_job.func_name == "worker.run.run_job" and rq_job.args == [job["id"]]
     assert rq_job.timeout == -1 and rq_job.retries_left == 1000
     assert rq_job.enqueue_at_front_on_retry
     assert client.get(job["urls"]["self"]).json()["request"] == request
