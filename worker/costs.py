@@ -54,6 +54,11 @@ class CostModel:
             return COMPILED_GUESS * self.seconds(Shape(shape.rows))
         return self._guess(shape.rows)
 
+    @property
+    def fastest(self) -> float:
+        """Rows a second of the best shape measured; 0 if none was."""
+        return max((s.rows / seconds for s, (seconds, _) in self._seconds.items()), default=0.0)
+
     def _guess(self, rows: int) -> float:
         """Between two measured eager shapes linear; above the largest hopeful, so it is tried."""
         now = self._clock()

@@ -13,13 +13,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
 
 from diffusion.model import Model
-from worker.costs import RateMeter, Shape
+from worker.costs import Shape
 from worker.fairness import Turns
 from worker.lane import EngineOptions, Lane
 from worker.network import Forward, Network, worker_dtype
@@ -81,7 +81,6 @@ class Engine:
         self._events: list[Event] = []
         self._pending: deque[Pending] = deque()
         self._settled_at = 0.0
-        self._rate = RateMeter()
 
     # Any thread
 
@@ -90,18 +89,23 @@ class Engine:
 
         The first task of a model prepares its network here, so that running ones do not wait.
         """
-        network = self._network(task.model, task.deterministic)
+        network = self.prepare(task.model, exact=task.deterministic)
         self._command(lambda: self._admit(task, network))
 
     def cancel(self, task_id: str) -> None:
         """Take a task out between two steps; answered by Canceled, or not at all if it ended."""
         self._command(lambda: self._cancel(task_id))
 
+    def keep_only(self, digests: Collection[str]) -> None:
+        """Let go of models with other digests as soon as no task uses them."""
+        self._command(lambda: self._forget_others(digests))
+
     def add_compiled(self, digest: str, rows: int, forward: Forward) -> None:
         """Let batches of `rows` of a model run this code from the next step on."""
         self._command(lambda: self._add_compiled(digest, rows, forward))
 
-    def _network(self, model: Model, exact: bool) -> Network:
+    def prepare(self, model: Model, *, exact: bool = False) -> Network:
+        """Make a model's network ready, once: data type, memory layout, first small batches."""
         key = _lane_key(model, exact)
         with self._preparing:
             if key not in self._networks:
@@ -117,10 +121,15 @@ class Engine:
             self._commands.append(command)
             self._wake.notify()
 
-    @property
-    def rate(self) -> float:
-        """Network evaluations a second while busy (image-steps/s); 0 before the first."""
-        return self._rate.value
+    def rates(self) -> dict[str, float]:
+        """Digest → network evaluations a second while busy (image-steps/s), as lately measured."""
+        lanes = dict(self.lanes)
+        return {
+            digest: (lanes[digest, exact].rate.value if (digest, exact) in lanes else 0.0)
+            or network.costs.fastest
+            for (digest, exact), network in dict(self._networks).items()
+            if not exact
+        }
 
     def start(self) -> None:
         """Run in a thread of its own."""
@@ -198,6 +207,14 @@ class Engine:
                 lane.leave(run)
                 self._events.append(Canceled(task_id, states))
 
+    def _forget_others(self, digests: Collection[str]) -> None:
+        with self._preparing:
+            for key in [key for key in self._networks if key[0] not in digests]:
+                lane = self.lanes.get(key)
+                if lane is None or not lane.runs:
+                    self.lanes.pop(key, None)
+                    del self._networks[key]
+
     def _add_compiled(self, digest: str, rows: int, forward: Forward) -> None:
         lane = self.lanes.get((digest, False))
         if lane is not None:
@@ -259,8 +276,8 @@ class Engine:
             self._fail_not_finite(lane, step)
         now = time.monotonic()
         seconds, self._settled_at = now - max(pending.began, self._settled_at), now
-        lane.costs.record(pending.shape, seconds)
-        self._rate.add(step.batch.network_rows, seconds)
+        lane.pool.network.costs.record(pending.shape, seconds)
+        lane.rate.add(step.batch.network_rows, seconds)
         self._tell_due(step)
         last_t: dict[Run, int] = {}
         for sample, t in zip(step.batch.samples, step.t.tolist(), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.costs import CostModel, Shape
+from worker.costs import RateMeter, Shape
 from worker.fairness import fill, is_patient, oldest_first, shortest_first
 from worker.network import EXACT_SIZES, Network
 from worker.pool import Batch, Pool
@@ -40,8 +40,8 @@ class Lane:
 
     def __init__(self, network: Network, options: EngineOptions) -> None:
         self.pool = Pool(network, options.capacity)
-        self.costs = CostModel()
         self.runs: dict[str, Run] = {}
+        self.rate = RateMeter()
         self.waiting_rows = 0  # network rows that could run now
         self._need = 1  # rows of the most demanding sample
         self._max_rows = options.max_rows
@@ -79,7 +79,7 @@ class Lane:
     def next_batch(self) -> tuple[Batch, Shape]:
         """The samples to step next, and the shape to do it in. There must be some."""
         rows = min(self.waiting_rows, self._max_rows)
-        shape = self.costs.best(rows, self.pool.network.shapes, at_least=self._need)
+        shape = self.pool.network.costs.best(rows, self.pool.network.shapes, at_least=self._need)
         key = (is_patient(self._turn), shape.rows)
         self._turn += 1
         if key not in self._batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,12 +13,13 @@ from torch import Tensor
 from diffusion.model import Model
 from diffusion.parameterization import eps_coefficients
 from diffusion.sampling import fast_dtype, prepare
-from worker.costs import Shape
+from worker.costs import CostModel, Shape
 from worker.tasks import TaskError
 
 # A CPU gains nothing from one more row of padding, and its kernels are set up anew for each shape.
 EAGER_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 EXACT_SIZES = (8, 4, 2, 1)
+WARM_UP_SIZES = (1, 4, 8)
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -65,6 +67,8 @@ class Network:
         self.exact = exact
         sizes = tuple(size for size in EAGER_SIZES if size <= max_rows)
         self._sizes = (self._exact_size(),) if exact else sizes
+        self.costs = CostModel()
+        self._warm_up()
 
     def _conversion(self) -> tuple[Tensor, Tensor]:
         tables = eps_coefficients(self.model.schedule, self.model.config.prediction)
@@ -85,42 +89,58 @@ class Network:
         """Offer compiled code (x, t, labels) → raw output for batches of `rows`."""
         self._compiled[rows] = forward
 
-    def eps(self, inputs: Inputs, shape: Shape) -> Tensor:
-        """ε̂, or ε_u + g(ε_c − ε_u) where guided: float32 [M, C, H, W].
+    def evaluate(self, inputs: Inputs, shape: Shape) -> tuple[Tensor, Tensor | None]:
+        """ε̂, or ε_u + g(ε_c − ε_u) where guided, and v of a learned variance: [M, C, H, W].
 
         Raises TaskError if the rows do not fit the shape, and whatever the network raises.
         """
         x, t = inputs.x, inputs.t
+        samples, channels = x.shape[:2]
         if inputs.guided is not None:
             x, t = torch.cat([x, x[inputs.guided]]), torch.cat([t, t[inputs.guided]])
-        eps = self._eps_rows(x, t, inputs.labels, shape)
+        out = self._forward(x, t, inputs.labels, shape)
+        eps = self._eps_from_output(out[:, :channels], x, t)
+        v = out[:samples, channels:] if out.shape[1] > channels else None
         if inputs.guided is None or inputs.guidance is None:
-            return eps
-        samples = inputs.x.shape[0]
-        out, unconditional = eps[:samples], eps[samples:]
-        g = inputs.guidance.view(-1, *([1] * (out.ndim - 1)))
-        mixed = unconditional + g * (out[inputs.guided] - unconditional)
-        return out.index_copy(0, inputs.guided, mixed)
+            return eps, v
+        conditional, unconditional = eps[:samples], eps[samples:]
+        g = inputs.guidance.view(-1, 1, 1, 1)
+        mixed = unconditional + g * (conditional[inputs.guided] - unconditional)
+        return conditional.index_copy(0, inputs.guided, mixed), v
 
-    def _eps_rows(self, x: Tensor, t: Tensor, labels: Tensor | None, shape: Shape) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None, shape: Shape) -> Tensor:
+        """The raw output, float32 [N, C or 2C, H, W], of a batch padded to the shape."""
         rows = x.shape[0]
-        if rows > shape.rows:
-            raise TaskError(f"{rows} rows do not fit a batch of {shape.rows}")
         padding = shape.rows - rows
+        if padding < 0:
+            raise TaskError(f"{rows} rows do not fit a batch of {shape.rows}")
         if padding:
             x, t = _pad(x, padding), _pad(t, padding)
             labels = None if labels is None else _pad(labels, padding)
         forward = self._compiled[shape.rows] if shape.compiled else self._eager
-        out = forward(x.to(self.dtype), t, labels).to(torch.float32)
-        out = out[:rows, : x.shape[1]]  # a learned variance's half is left out
+        return forward(x.to(self.dtype), t, labels).to(torch.float32)[:rows]
+
+    def _eps_from_output(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if self.model.config.prediction == "epsilon":
             return out
-        e_x, e_out = self._e_x[t[:rows]], self._e_out[t[:rows]]
-        return e_x.view(-1, 1, 1, 1) * x[:rows] + e_out.view(-1, 1, 1, 1) * out
+        e_x, e_out = self._e_x[t].view(-1, 1, 1, 1), self._e_out[t].view(-1, 1, 1, 1)
+        return e_x * x + e_out * out
 
     def _eager(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         out: Tensor = self._fast.network(x, t, labels)
         return out
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Run small batches, so that the first request finds kernels ready and a rate known."""
+        for shape in [shape for shape in self.shapes if shape.rows in WARM_UP_SIZES]:
+            x = torch.zeros(shape.rows, *self.model.shape, device=self.model.device)
+            t = torch.zeros(shape.rows, dtype=torch.long, device=self.model.device)
+            labels = t if self.model.config.network.num_classes else None
+            for _ in range(2):
+                began = time.perf_counter()
+                self._forward(x, t, labels, shape).sum().item()  # waits for the device
+                self.costs.record(shape, time.perf_counter() - began)
 
     @torch.inference_mode()
     def _exact_size(self) -> int:

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.noise import Purpose, image_normals, normals
-from diffusion.samplers import COLUMNS, DeviceTable, SamplerTable, predict_x_start, update
+from diffusion.samplers import (
+    COLUMNS,
+    DeviceTable,
+    SamplerTable,
+    predict_x_start,
+    scale_noise,
+    update,
+)
 from worker.costs import Shape
 from worker.network import Inputs, Network
 from worker.runs import NEVER, Sample
@@ -34,6 +41,7 @@ class TableBank:
         self.rows: DeviceTable | None = None
         self.t: Int64 = np.zeros(0, np.int64)
         self.noisy: NDArray[np.bool_] = np.zeros(0, bool)
+        self.learned: NDArray[np.bool_] = np.zeros(0, bool)
 
     def __contains__(self, table: SamplerTable) -> bool:
         return table in self._offsets
@@ -47,6 +55,7 @@ class TableBank:
         self.t = np.concatenate([table.t for table in distinct])
         noise = COLUMNS.index("c")
         self.noisy = np.concatenate([table.coefficients[:, noise] != 0 for table in distinct])
+        self.learned = np.concatenate([table.spread != 0 for table in distinct])
 
     def offset(self, table: SamplerTable) -> int:
         """Where the rows of a table begin."""
@@ -208,9 +217,11 @@ class Pool:
         x, x_start_prev = self.x[packed[0]], self.x_start[packed[0]]
         t, coefficients = self.bank.rows.t[packed[1]], self.bank.rows.coefficients[packed[1]]
         inputs = Inputs(x, t, batch.labels, batch.guided, batch.guidance)
-        eps = self.network.eps(inputs, shape)
+        eps, v = self.network.evaluate(inputs, shape)
         x_start = predict_x_start(coefficients, x, eps)
         z = self._noise(packed, self.bank.noisy[table_rows], like=x)
+        if v is not None and self.bank.learned[table_rows].any():
+            z = scale_noise(self.bank.rows.spread[packed[1]], v, z)
         x_next = update(coefficients, x, x_start, x_start_prev, z)
         finite = torch.isfinite(x_next).flatten(1).all(dim=1)
         self.x.index_copy_(0, packed[0], x_next)

@@ -91,6 +91,8 @@ class Task:
         network = self.model.config.network
         if self.evaluations_a_row == 2 and network.null_label is None:
             raise TaskError(f"guidance = {self.guidance}: needs a model with a null label")
+        if self.table.learned_variance and not network.learned_variance:
+            raise TaskError("variance = 'learned': this model has no learned variance")
         for start in self.starts:
             if not 0 <= start.row < len(self.table):
                 raise TaskError(f"row = {start.row}: must be 0..{len(self.table) - 1}")

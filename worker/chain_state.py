@@ -1,0 +1,41 @@
+"""The state of one chain as bytes: what a checkpoint stores and a resume reads."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_HEADER = struct.Struct("<4sI?")  # magic, next row, whether x̂_0 of the row before follows
+_MAGIC = b"xt1\0"
+
+
+class StateError(ValueError):
+    """Bytes that are no state of a chain of this shape."""
+
+
+def pack(row: int, x_t: Tensor, x_start_prev: Tensor | None) -> bytes:
+    """row: the next row to evaluate; x_t, x_start_prev: float32 [C, H, W], on the host."""
+    parts = [_HEADER.pack(_MAGIC, row, x_start_prev is not None), _floats(x_t)]
+    if x_start_prev is not None:
+        parts.append(_floats(x_start_prev))
+    return b"".join(parts)
+
+
+def unpack(raw: bytes, shape: tuple[int, int, int]) -> tuple[int, Tensor, Tensor | None]:
+    """Inverse of `pack`. Raises StateError."""
+    if len(raw) < _HEADER.size:
+        raise StateError(f"{len(raw)} bytes: too short for a chain's state")
+    magic, row, has_memory = _HEADER.unpack_from(raw)
+    values = np.frombuffer(raw[_HEADER.size :], dtype="<f4")
+    planes = 1 + has_memory
+    if magic != _MAGIC or values.size != planes * int(np.prod(shape)):
+        raise StateError(f"{len(raw)} bytes: not the state of a chain of shape {shape}")
+    both = torch.from_numpy(values.astype(np.float32).reshape(planes, *shape))
+    return int(row), both[0], both[1] if has_memory else None
+
+
+def _floats(x: Tensor) -> bytes:
+    return np.ascontiguousarray(x.numpy(), dtype="<f4").tobytes()
