@@ -5,7 +5,8 @@ A row evaluates the network at index t and then updates
     x̂_0 = clip(r_x·x + r_eps·ε_θ(x, t))
     x   ← a·x̂_0 + b·x + d·x̂_0,prev + c·z
 
-so rows of different samplers, at different timesteps, step together in one batch. Ancestral
+so rows of different samplers, at different timesteps, step together in one batch. A learned
+variance scales z first, by exp(spread·v) with v the second half of the network's output. Ancestral
 sampling: Ho et al. 2020, algorithm 2; over a sub-sequence, with the posterior of each jump. DDIM:
 Song et al. 2021, eq. 12. DPM-Solver++(2M): Lu et al. 2022, algorithm 2.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -26,7 +27,7 @@ from diffusion.noise import Purpose
 from diffusion.schedule import Float64, Schedule
 
 COLUMNS = ("r_x", "r_eps", "clip", "a", "b", "d", "c")
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "langevin")
 SPACINGS = ("uniform", "quadratic", "leading", "trailing")
 VARIANCES = ("large", "small", "learned")
 
@@ -64,12 +65,18 @@ class SamplerTable:
     """Rows of one sampler.
 
     t: [R] int64, index 0..T−1 of each evaluation. coefficients: [R, 7] float64, see COLUMNS (clip
-    is the bound on |x̂_0|, ∞ for none). purpose: [R], the stream of each row's noise.
+    is the bound on |x̂_0|, ∞ for none). purpose: [R], the stream of each row's noise. spread: [R],
+    ¼ ln(β/β̃) of a row with a learned variance, else 0 (default).
     """
 
     t: NDArray[np.int64]
     coefficients: Float64
     purpose: NDArray[np.int64]
+    spread: Float64 = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        if not self.spread.size:
+            object.__setattr__(self, "spread", np.zeros(len(self)))
 
     def __len__(self) -> int:
         return int(self.t.size)
@@ -78,6 +85,11 @@ class SamplerTable:
     def has_memory(self) -> bool:
         """Whether a row reads x̂_0 of the row before it."""
         return bool(np.any(self.coefficients[:, COLUMNS.index("d")]))
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether a row reads v, the second half of the network's output."""
+        return bool(np.any(self.spread))
 
 
 def spaced_timesteps(T: int, steps: int, spacing: str = "uniform") -> list[int]:
@@ -111,7 +123,7 @@ def checked_timesteps(T: int, timesteps: Sequence[int]) -> list[int]:
     return ts
 
 
-def _rows(schedule: Schedule, ts: list[int], clip: bool) -> Float64:
+def rows_at(schedule: Schedule, ts: list[int], clip: bool) -> Float64:
     """Rows with r_x, r_eps and clip filled in, and a = b = c = d = 0."""
     rows = np.zeros((len(ts), len(COLUMNS)))
     alpha_bar, rest = schedule.alphas_cumprod[ts], schedule.one_minus_alphas_cumprod[ts]
@@ -133,17 +145,21 @@ def ancestral(
 ) -> SamplerTable:
     """DDPM over any descending sub-sequence; the last row lands on the image, without noise.
 
-    variance: σ² of each jump t→s: large 1 − ᾱ_t/ᾱ_s, small β̃.
+    variance: σ² of each jump t→s: large β = 1 − ᾱ_t/ᾱ_s, small β̃, or learned, exp(f ln β +
+    (1−f) ln β̃) with f = (v+1)/2 from the network (Nichol, Dhariwal 2021, eq. 15).
     """
-    if variance not in ("large", "small"):
-        raise SamplerError(f"variance = {variance!r}: must be large or small")
+    _check_name("variance", variance, VARIANCES)
     ts = checked_timesteps(schedule.T, timesteps)
-    rows = _rows(schedule, ts, clip)
+    rows, spread = rows_at(schedule, ts, clip), np.zeros(len(ts))
     for i, (t, s) in enumerate(zip(ts, [*ts[1:], -1], strict=True)):
         jump = schedule.jump(t, s)
-        sigma2 = jump.beta if variance == "large" else jump.variance
+        # The learned σ = (β β̃)^¼ exp(spread·v) is their geometric mean at v = 0.
+        middle = math.sqrt(jump.beta * jump.variance)
+        sigma2 = {"large": jump.beta, "small": jump.variance, "learned": middle}[variance]
         rows[i, 3:] = jump.coef_x_start, jump.coef_x_t, 0.0, math.sqrt(sigma2) if s >= 0 else 0.0
-    return _table(ts, rows)
+        if variance == "learned" and s >= 0:
+            spread[i] = 0.25 * math.log(jump.beta / jump.variance)
+    return replace(_table(ts, rows), spread=spread)
 
 
 def ddim(
@@ -156,7 +172,7 @@ def ddim(
     if not 0 <= eta <= 1:
         raise SamplerError(f"eta = {eta}: must lie between 0 and 1")
     ts = checked_timesteps(schedule.T, timesteps)
-    rows = _rows(schedule, ts, clip)
+    rows = rows_at(schedule, ts, clip)
     for i, (t, s) in enumerate(zip(ts, [*ts[1:], -1], strict=True)):
         sigma2 = eta**2 * schedule.jump(t, s).variance
         # ε̂ = (x − √ᾱ_t x̂_0)/√(1−ᾱ_t)
@@ -174,7 +190,7 @@ def dpmpp_2m(schedule: Schedule, timesteps: Sequence[int], *, clip: bool = True)
     x_s = √((1−ᾱ_s)/(1−ᾱ_t)) x_t − √ᾱ_s (e^{−h} − 1) ((1 + 1/2r) x̂_0 − x̂_0,prev/2r).
     """
     ts = checked_timesteps(schedule.T, timesteps)
-    rows = _rows(schedule, ts, clip)
+    rows = rows_at(schedule, ts, clip)
     h_prev = 0.0
     for i, (t, s) in enumerate(zip(ts, [*ts[1:], -1], strict=True)):
         if s == -1:  # λ = ∞: the step lands on x̂_0 itself
@@ -197,12 +213,13 @@ def _half_log_snr(schedule: Schedule, t: int) -> float:
 class DeviceTable:
     """Tables laid end to end on a device: a row index is all a sample has to carry.
 
-    t: [R] int64; coefficients: [R, 7] float32; purpose: [R] int64.
+    t: [R] int64; coefficients: [R, 7] float32; purpose: [R] int64; spread: [R] float32.
     """
 
     t: Tensor
     coefficients: Tensor
     purpose: Tensor
+    spread: Tensor
 
     @classmethod
     def of(cls, tables: Sequence[SamplerTable], device: torch.device | str) -> DeviceTable:
@@ -213,6 +230,9 @@ class DeviceTable:
             .to(torch.float32)
             .to(device),
             torch.from_numpy(np.concatenate([table.purpose for table in tables])).to(device),
+            torch.from_numpy(np.concatenate([table.spread for table in tables]))
+            .to(torch.float32)
+            .to(device),
         )
 
 
@@ -221,6 +241,14 @@ def predict_x_start(rows: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     r_x, r_eps, bound = (_column(rows, i, x) for i in range(3))
     x_start = r_x * x + r_eps * eps
     return torch.maximum(torch.minimum(x_start, bound), -bound)
+
+
+def scale_noise(spread: Tensor, v: Tensor, z: Tensor) -> Tensor:
+    """z·exp(spread·v), the noise of a learned variance; z itself where spread = 0.
+
+    spread: [N], gathered at each sample's row; v, z: [N, ...].
+    """
+    return z * torch.exp(spread.view(-1, *([1] * (z.ndim - 1))) * v)
 
 
 def update(rows: Tensor, x: Tensor, x_start: Tensor, x_start_prev: Tensor, z: Tensor) -> Tensor:

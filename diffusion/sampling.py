@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion.langevin import annealed_langevin, with_correctors
 from diffusion.model import Model
 from diffusion.noise import Purpose, check_seed, image_normals, normals
 from diffusion.samplers import (
+    COLUMNS,
     SAMPLERS,
     DeviceTable,
     SamplerError,
@@ -20,6 +22,7 @@ from diffusion.samplers import (
     ddim,
     dpmpp_2m,
     predict_x_start,
+    scale_noise,
     spaced_timesteps,
     update,
 )
@@ -53,16 +56,27 @@ def build_table(
     eta: float = 0.0,
     variance: str = "large",
     clip: bool = True,
+    corrector_steps: int | None = None,
 ) -> SamplerTable:
-    """The table of a named sampler. Raises SamplerError naming the option."""
+    """The table of a named sampler. Raises SamplerError naming the option.
+
+    corrector_steps: Langevin steps at each level: after every step but the last (default none);
+    for langevin, which has nothing else, 1 by default. So the rows are steps·corrector_steps for
+    langevin, else steps + (steps − 1)·corrector_steps.
+    """
     timesteps = spaced_timesteps(schedule.T, steps, spacing)
+    if sampler == "langevin":
+        a_level = 1 if corrector_steps is None else corrector_steps
+        return annealed_langevin(schedule, timesteps, steps=a_level, clip=clip)
     if sampler == "ddpm":
-        return ancestral(schedule, timesteps, variance=variance, clip=clip)
-    if sampler == "ddim":
-        return ddim(schedule, timesteps, eta=eta, clip=clip)
-    if sampler == "dpmpp_2m":
-        return dpmpp_2m(schedule, timesteps, clip=clip)
-    raise SamplerError(f"sampler = {sampler!r}: must be one of {', '.join(SAMPLERS)}")
+        table = ancestral(schedule, timesteps, variance=variance, clip=clip)
+    elif sampler == "ddim":
+        table = ddim(schedule, timesteps, eta=eta, clip=clip)
+    elif sampler == "dpmpp_2m":
+        table = dpmpp_2m(schedule, timesteps, clip=clip)
+    else:
+        raise SamplerError(f"sampler = {sampler!r}: must be one of {', '.join(SAMPLERS)}")
+    return with_correctors(table, schedule, steps=corrector_steps or 0)
 
 
 def guided_eps(
@@ -71,12 +85,31 @@ def guided_eps(
     """ε_u + g(ε_c − ε_u), classifier-free guidance (Ho, Salimans 2022); g = 1 is ε_c alone."""
     if class_label is None or guidance == 1.0:
         return model.eps(x, t, class_label)
+    both = torch.cat([_null_labels(model, class_label, guidance), class_label])
+    eps_u, eps_c = model.eps(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    return eps_u + guidance * (eps_c - eps_u)
+
+
+def guided_eps_and_v(
+    model: Model, x: Tensor, t: Tensor, *, class_label: Tensor | None, guidance: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`guided_eps`, and v [N, C, H, W] of the learned variance, as with the label alone."""
+    channels = x.shape[1]
+    if class_label is None or guidance == 1.0:
+        out = model.output(x, t, class_label)
+        return model.eps_from_output(out, x, t), out[:, channels:]
+    both = torch.cat([_null_labels(model, class_label, guidance), class_label])
+    x2, t2 = torch.cat([x, x]), torch.cat([t, t])
+    out = model.output(x2, t2, both)
+    eps_u, eps_c = model.eps_from_output(out, x2, t2).chunk(2)
+    return eps_u + guidance * (eps_c - eps_u), out[len(x) :, channels:]
+
+
+def _null_labels(model: Model, class_label: Tensor, guidance: float) -> Tensor:
     null = model.config.network.null_label
     if null is None:
         raise SamplerError(f"guidance = {guidance}: needs a model with a null label")
-    both = torch.cat([torch.full_like(class_label, null), class_label])
-    eps_u, eps_c = model.eps(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-    return eps_u + guidance * (eps_c - eps_u)
+    return torch.full_like(class_label, null)
 
 
 @torch.inference_mode()
@@ -98,12 +131,15 @@ def chain(
     indices = torch.arange(n, device=x_t.device) if indices is None else indices
     seeds = torch.full_like(indices, check_seed(seed))
     on_device = DeviceTable.of([table], x_t.device)
-    noisy = on_device.coefficients[:, -1] != 0
+    noisy = on_device.coefficients[:, COLUMNS.index("c")] != 0
     x, x_start_prev = x_t, torch.zeros_like(x_t)
     for row, noisy_row in enumerate(noisy.tolist()):
         rows = on_device.coefficients[row].expand(n, -1)
         t = on_device.t[row].expand(n)
-        eps = guided_eps(model, x, t, class_label=class_label, guidance=guidance)
+        if table.learned_variance:
+            eps, v = guided_eps_and_v(model, x, t, class_label=class_label, guidance=guidance)
+        else:
+            eps = guided_eps(model, x, t, class_label=class_label, guidance=guidance)
         x_start = predict_x_start(rows, x, eps)
         z = torch.zeros_like(x)
         if noisy_row:
@@ -114,6 +150,8 @@ def chain(
                 purpose=Purpose(int(table.purpose[row])),
                 shape=model.shape,
             )
+        if table.spread[row]:
+            z = scale_noise(on_device.spread[row].expand(n), v, z)
         x_next = update(rows, x, x_start, x_start_prev, z)
         yield Step(row, int(table.t[row]), x, x_start, eps, x_next)
         x, x_start_prev = x_next, x_start
@@ -132,6 +170,7 @@ def sample(
     eta: float = 0.0,
     variance: str | None = None,
     clip: bool | None = None,
+    corrector_steps: int | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
     batch_size: int = 64,
@@ -160,7 +199,10 @@ def sample(
         eta=eta,
         variance=variance or defaults.variance,
         clip=defaults.clip if clip is None else clip,
+        corrector_steps=corrector_steps,
     )
+    if table.learned_variance and not model.config.network.learned_variance:
+        raise SamplerError("variance = 'learned': this model has no learned variance")
     labels = class_labels(model, class_label, num_images)
     fast = prepare(model, dtype=dtype or fast_dtype(model), compile=compile)
     batches = []

@@ -199,7 +199,7 @@ def test_eta_out_of_range_is_refused(eta: float) -> None:
 
 
 def test_unknown_variances_are_refused() -> None:
-    with pytest.raises(SamplerError, match="variance = 'medium': must be large or small"):
+    with pytest.raises(SamplerError, match="variance = 'medium': must be one of large, small"):
         ancestral(SCHEDULE, [5, 0], variance="medium")
 
 

@@ -134,7 +134,7 @@ def test_a_prepared_copy_gives_the_same_output(model: Model) -> None:
         ({"sampler": "euler"}, "sampler = 'euler': must be one of ddpm, ddim, dpmpp_2m"),
         ({"spacing": "log"}, "spacing = 'log'"),
         ({"sampler": "ddim", "eta": 2.0}, "eta = 2.0"),
-        ({"variance": "learned"}, "variance = 'learned': must be large or small"),
+        ({"variance": "learned"}, "variance = 'learned': this model has no learned variance"),
         ({"seed": -1}, "seed = -1"),
         ({"class_label": 3}, r"class_label = 3: must be 0\.\.2"),
         ({"class_label": -1}, "class_label = -1"),
