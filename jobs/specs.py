@@ -162,6 +162,8 @@ class GenerateSpec(CommonSpec):
             raise SpecError("/variance", f"model {card.name} has no learned variance")
         if self.corrector_steps and "langevin" not in card.samplers:
             raise SpecError("/corrector_steps", f"model {card.name} runs no Langevin steps")
+        if self.corrector_steps == 0 and sampler == "langevin":
+            raise SpecError("/corrector_steps", "0: langevin needs 1 or more")
 
     def _check_label(self, card: ModelCard) -> None:
         if self.class_label is None:
@@ -197,7 +199,10 @@ class GenerateSpec(CommonSpec):
     def plan(self, card: ModelCard, num_inputs: int) -> Plan:
         """Cost of a filled spec; `num_inputs` uploaded images (none for this kind)."""
         assert self.steps is not None and self.corrector_steps is not None
-        rows = self.steps * (self.corrector_steps + (self.sampler != "langevin"))
+        # A corrector follows every step but the last; langevin is made of nothing else.
+        levels = self.steps if self.sampler == "langevin" else self.steps - 1
+        predictors = 0 if self.sampler == "langevin" else self.steps
+        rows = predictors + levels * self.corrector_steps
         nets = 2 if self.guidance != 1.0 else 1
         kept = 1
         if self.snapshots is not None:
