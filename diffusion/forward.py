@@ -14,7 +14,8 @@ from diffusion.schedule import Float64, Schedule
 
 def gather(table: Float64, t: Tensor, like: Tensor) -> Tensor:
     """table[t] in the dtype and on the device of `like` [N, ...], shaped [N, 1, 1, ...]."""
-    values = torch.as_tensor(np.ascontiguousarray(table), device=like.device)[t]
+    # Copied, because a schedule's betas are read-only, which torch warns of.
+    values = torch.as_tensor(np.array(table), device=like.device)[t]
     return values.to(like.dtype).view(-1, *([1] * (like.ndim - 1)))
 
 

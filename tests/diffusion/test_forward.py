@@ -20,6 +20,7 @@ def test_gather_picks_a_value_for_each_image() -> None:
     assert out.shape == (3, 1, 1, 1)
     assert out.dtype == like.dtype
     assert out.flatten().tolist() == [3.0, 1.0, 3.0]
+    assert gather(SCHEDULE.betas, torch.tensor([49]), like).item() == pytest.approx(0.2)
 
 
 def test_q_sample_mixes_signal_and_noise() -> None:
