@@ -45,7 +45,8 @@ from diffusion.model import (
     write_json,
     write_weights,
 )
-from diffusion.samplers import SamplerError, SamplingDefaults
+from diffusion.parameterization import PredictionError
+from diffusion.samplers import SamplerError
 from diffusion.unet import UNet, UNetConfig
 
 INDEX_NAME = "model_index.json"
@@ -91,7 +92,8 @@ def load_diffusers(folder: str | Path, device: str | torch.device = "cpu") -> Mo
         raw_scheduler = {"_class_name": "DDPMScheduler"}
     process = read_scheduler(raw_scheduler, str(scheduler_path))
     _check_variance(network, process, str(scheduler_path))
-    config = extras.complete(network, process)
+    with naming(folder):
+        config = extras.complete(network, process)
 
     with torch.device("meta"):
         names = list(UNet(network).state_dict())
@@ -223,18 +225,16 @@ class Extras:
 
     def complete(self, network: UNetConfig, process: Process) -> ModelConfig:
         """The whole config of a model."""
-        sampling = {**dataclasses.asdict(process.sampling), **self.sampling}
+        try:
+            sampling = dataclasses.replace(process.sampling, **self.sampling)
+        except (TypeError, SamplerError) as error:
+            raise CheckpointError(f"sampling: {error}") from error
         try:
             return ModelConfig(
-                network,
-                process.schedule,
-                process.prediction,
-                self.class_names,
-                self.crop,
-                SamplingDefaults(**sampling),
+                network, process.schedule, process.prediction, self.class_names, self.crop, sampling
             )
-        except (TypeError, SamplerError) as error:
-            raise CheckpointError(f"{EXTRAS_NAME}: {error}") from error
+        except PredictionError as error:
+            raise CheckpointError(f"prediction_type and betas: {error}") from error
 
 
 def _is_names(value: object) -> bool:
