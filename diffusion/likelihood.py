@@ -138,42 +138,28 @@ def check_sigma(model: Model, sigma: str | None) -> str:
     return sigma
 
 
-@torch.inference_mode()
-def evaluate_pairs(
+def noised_output(
     model: Model,
     table: BoundTable,
-    plan: Plan,
-    x_start: Tensor,
     *,
-    image: NDArray[np.int64],
-    draw: NDArray[np.int64],
+    row: Tensor,
+    x_start: Tensor,
     seed: int,
     indices: Tensor,
-    sigma: str,
-    clip: bool = True,
+    repeat: Tensor | int = 0,
     class_label: Tensor | None = None,
-) -> Evaluation:
-    """One network call for the planned terms at these (image, draw) positions.
+) -> tuple[Tensor, Tensor]:
+    """(x_t, the network's raw output there) for the term of each row.
 
-    x_start: [N, C, H, W], all images of the plan, on any device; indices: [N], their keys;
-    class_label: [N] or None.
+    All arguments are one entry an evaluation: x_start [N, C, H, W], the rest int64 [N].
     """
-    device = model.device
-    row = torch.from_numpy(plan.row[image, draw]).to(device)
-    repeat = torch.from_numpy(plan.repeat[image, draw]).to(device)
-    pick = torch.from_numpy(image)
-    x = x_start[pick.to(x_start.device)].to(device)
-    keys = indices[pick.to(indices.device)].to(device)
-    t = torch.from_numpy(table.t).to(device)[row]
-    seeds = torch.full_like(keys, check_seed(seed))
-    x_t = likelihood_x_t(model.schedule, x, t, seeds=seeds, indices=keys, repeat=repeat)
-    label = None if class_label is None else class_label[pick.to(class_label.device)].to(device)
-    out = model.output(x_t, t, label)
-    return evaluate_output(
-        model, table, row=row, x_start=x, x_t=x_t, out=out, sigma=sigma, clip=clip
-    )
+    t = torch.from_numpy(table.t).to(row.device)[row]
+    seeds = torch.full_like(indices, check_seed(seed))
+    x_t = likelihood_x_t(model.schedule, x_start, t, seeds=seeds, indices=indices, repeat=repeat)
+    return x_t, model.output(x_t, t, class_label)
 
 
+@torch.inference_mode()
 def likelihood(
     model: Model,
     x_start: Tensor,
@@ -204,19 +190,25 @@ def likelihood(
     )
     nats = torch.empty(plan.row.shape, dtype=torch.float64)
     squared_error = torch.empty_like(nats)
+    sigma = check_sigma(model, sigma)
     for image, draw in pairs(plan, batch_size):
-        found = evaluate_pairs(
+        pick, device = torch.from_numpy(image), model.device
+        row = torch.from_numpy(plan.row[image, draw]).to(device)
+        x = x_start[pick.to(x_start.device)].to(device)
+        x_t, out = noised_output(
             model,
             table,
-            plan,
-            x_start,
-            image=image,
-            draw=draw,
+            row=row,
+            x_start=x,
             seed=seed,
-            indices=indices,
-            sigma=check_sigma(model, sigma),
-            clip=clip,
-            class_label=class_label,
+            indices=indices[pick.to(indices.device)].to(device),
+            repeat=torch.from_numpy(plan.repeat[image, draw]).to(device),
+            class_label=None
+            if class_label is None
+            else class_label[pick.to(class_label.device)].to(device),
+        )
+        found = evaluate_output(
+            model, table, row=row, x_start=x, x_t=x_t, out=out, sigma=sigma, clip=clip
         )
         nats[image, draw] = found.nats.cpu()
         squared_error[image, draw] = found.squared_error.cpu()
