@@ -82,9 +82,22 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         components = schema.setdefault("components", {})
         components["schemas"] = {**found["$defs"], **components.get("schemas", {})}
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        _correct(schema)
         schema["security"] = [{"bearer": []}, {}]
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _correct(schema: dict[str, Any]) -> None:
+    """FastAPI documents its own 422, which this service never sends: ours are problems."""
+    ours = problems.documented("invalid_request")[422]
+    for path in schema["paths"].values():
+        for operation in path.values():
+            responses = operation["responses"]
+            if "application/json" in responses.get("422", {}).get("content", {}):
+                responses["422"] = ours
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
 
 
 def _version() -> str:

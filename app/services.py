@@ -15,10 +15,11 @@ from redis.exceptions import RedisError
 
 from app.auth import Keyring
 from app.metrics import Metrics
+from app.tasks import reap
 from app.webhooks import Courier
 from jobs.admission import Admission, Admitted, Order
 from jobs.errors import JobNotFound
-from jobs.hub import EventHub
+from jobs.hub import BLOCK_MS, EventHub
 from jobs.janitor import Janitor
 from jobs.reader import JobReader, JobState, connect
 from jobs.settings import Settings
@@ -40,10 +41,11 @@ class Services:
         self.store = JobStore.connect(settings)
         self.admission = Admission(self.store)
         self._redis = connect(settings)
-        self._blocked = connect(settings)
+        self._blocked = connect(settings, socket_timeout=3 * BLOCK_MS / 1000)
         self.reader = JobReader(self._redis)
         self.hub = EventHub(self._redis, self._blocked)
         self.courier = Courier(settings, WebhookQueue(self._redis), self.reader, self.metrics)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._janitor = Janitor(self.store)
         # RQ has no asyncio. One thread admits, so that admissions never collide in a process.
         self._admitter = ThreadPoolExecutor(1, thread_name_prefix="admission")
@@ -52,6 +54,7 @@ class Services:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run the background tasks."""
+        self._loop = asyncio.get_running_loop()
         tasks = [
             asyncio.create_task(self.hub.run(), name="event hub"),
             asyncio.create_task(self._maintain(), name="janitor"),
@@ -62,10 +65,13 @@ class Services:
             yield
         finally:
             self.closing.set()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await reap(tasks)
             await self._close()
+
+    def end_streams(self) -> None:
+        """Let streams and held requests end. From any thread, and from signal handlers."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.closing.set)
 
     async def _close(self) -> None:
         self._admitter.shutdown()

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app.services import Services
+from app.tasks import reap
 from app.views import dump, job_view
 from jobs import keys
 from jobs.events import ErrorEvent, last_event
@@ -70,9 +71,7 @@ class EventStream(Response):
                 await asyncio.wait({pump, gone, closing}, return_when=asyncio.FIRST_COMPLETED)
                 left = gone.done() and not pump.done()
             finally:
-                for task in (pump, gone, closing):
-                    task.cancel()
-                await asyncio.gather(pump, gone, closing, return_exceptions=True)
+                await reap((pump, gone, closing))
         if left and self._on_disconnect is not None:
             await self._on_disconnect()
         if not left:

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from app.services import Services
 from app.streams import disconnected
+from app.tasks import reap
 from jobs.hub import ENDS
 from jobs.reader import JobState
 from jobs.states import ACTIVE
@@ -36,9 +37,7 @@ async def until_ended(
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         left = gone.done() and not ended.done()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await reap(tasks)
     if left and cancel_on_disconnect:
         await services.cancel(job_id)
     return await services.job(job_id)

@@ -8,6 +8,7 @@ events, so a follower that falls behind reads them again instead of filling memo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections import defaultdict
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 START = "0-0"
 ENDS = frozenset({"done", "error"})
-_BLOCK_MS = 5000
+BLOCK_MS = 5000
 _GATHER_S = 0.01  # lets a tick's events arrive together
 _PAGE = 500
 _MOST_PENDING = 1000
@@ -58,10 +59,10 @@ class _Follower:
         self.ready.set()
 
     async def wait(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self.ready.wait(), seconds)
-        except TimeoutError:
-            return
+        # Not wait_for: before Python 3.12 it could lose a cancellation.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.ready.wait()
 
     def take(self) -> list[Entry]:
         self.ready.clear()
@@ -70,7 +71,10 @@ class _Follower:
 
 
 class EventHub:
-    """One per process. `blocked` is a connection of its own, `connection` any other."""
+    """One per process.
+
+    blocked: a connection of its own, with a socket timeout above BLOCK_MS. connection: any other.
+    """
 
     def __init__(self, connection: aioredis.Redis, blocked: aioredis.Redis) -> None:
         self._redis: Any = connection
@@ -83,7 +87,7 @@ class EventHub:
         """Read until canceled; a lost connection is tried again."""
         while True:
             try:
-                reply = await self._blocked.xread(self._cursors, count=_PAGE, block=_BLOCK_MS)
+                reply = await self._blocked.xread(self._cursors, count=_PAGE, block=BLOCK_MS)
             except RedisError as error:
                 log.warning("event reader: %s; trying again", error)
                 await asyncio.sleep(0.5)

@@ -7,9 +7,16 @@ the job. So a worker that was frozen while another took over writes nothing when
 from __future__ import annotations
 
 from jobs.keys import PREFIX
+from jobs.states import TRANSITIONS
+
+_LEGAL = ", ".join(
+    f"['{source}>{target}'] = true"
+    for source, targets in TRANSITIONS.items()
+    for target in sorted(targets)
+)
 
 _PRELUDE = (
-    f"local P = '{PREFIX}'"
+    f"local P = '{PREFIX}'\nlocal LEGAL = {{{_LEGAL}}}"
     + """
 local function key(id) return P .. 'job:' .. id end
 local function get(id, field) return redis.call('HGET', key(id), field) end
@@ -23,6 +30,7 @@ end
 
 local function move(id, to)
   local from, queue = get(id, 'status'), get(id, 'queue')
+  if not LEGAL[from .. '>' .. to] then error('job ' .. id .. ': ' .. from .. ' to ' .. to) end
   redis.call('ZREM', P .. 'jobs:status:' .. from, id)
   redis.call('ZREM', P .. 'queue:' .. queue .. ':' .. from, id)
   redis.call('ZADD', P .. 'jobs:status:' .. to, 0, id)

@@ -86,7 +86,7 @@ class Settings(BaseSettings):
 
     # The worker
     slots: int = Field(default=64, ge=1, description="images stepped together, a model")
-    checkpoint_steps: int = Field(default=25, ge=1, description="steps between saved chain states")
+    checkpoint_s: float = Field(default=2.0, gt=0, description="seconds between saved chain states")
     compile: bool = Field(default=True, description="compile the network in the background")
     drain_s: float = Field(default=8.0, ge=0, description="seconds to finish work on SIGTERM")
     stall_limit_s: float = Field(

@@ -1,4 +1,4 @@
-"""The states of a job, and the only moves between them."""
+"""The states of a job, and the only moves between them: the Lua scripts check this very table."""
 
 from __future__ import annotations
 
@@ -30,8 +30,3 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
 
 ACTIVE = frozenset({Status.QUEUED, Status.RUNNING})
 ENDED = frozenset(Status) - ACTIVE
-
-
-def sources(target: Status) -> tuple[Status, ...]:
-    """The states from which `target` may be entered."""
-    return tuple(status for status in Status if target in TRANSITIONS[status])

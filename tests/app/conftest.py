@@ -110,7 +110,7 @@ class Worker:
 
     def snapshot(self, started: Started, t: int, kind: str = "x_t", index: int = 0) -> None:
         batch = self.store.batch()
-        batch.snapshot(started.record, "e", t=t, kind=kind, index=index, x=X)
+        batch.snapshot(started.record, "e", t=t, kind=kind, index=index, x=X * (t / 1000))
         batch.send()
 
     def progress(self, started: Started, done: int, t: int) -> None:

@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from redis.exceptions import ResponseError
 
 from jobs import keys
-from jobs.states import Status
+from jobs.janitor import Janitor
+from jobs.states import TRANSITIONS, Status
 from jobs.store import Fate, JobStore, WorkerInfo
 
 Submit = Callable[..., str]
@@ -172,3 +174,40 @@ def test_workers_and_locks(store: JobStore) -> None:
         assert first and not second
     with store.lock("x") as third:
         assert third
+
+
+def test_every_move_is_in_the_table(store: JobStore, submit: Submit) -> None:
+    def reach(status: Status) -> str:
+        job_id = submit()
+        if status is Status.QUEUED:
+            return job_id
+        store.start(job_id, "e", worker="w", digest="d")
+        if status is not Status.RUNNING:
+            ended = Status.SUCCEEDED if status is Status.EXPIRED else status
+            store.finish(job_id, "e", ended)
+        if status is Status.EXPIRED:
+            store.redis.zadd(keys.DUE, {f"expire:{job_id}": 1})
+            Janitor(store).sweep()
+        return job_id
+
+    moves = {
+        Status.RUNNING: lambda i: store.start(i, "e2", worker="w", digest="d"),
+        Status.QUEUED: lambda i: store.requeue(i, "e"),
+        Status.CANCELED: lambda i: store.finish(i, "", Status.CANCELED),
+        Status.FAILED: lambda i: store.finish(i, "", Status.FAILED),
+    }
+    for source in Status:
+        for target, move in moves.items():
+            job_id = reach(source)
+            before = store.record(job_id)
+            assert before is not None and before.status is source
+            moved = bool(move(job_id))
+            after = store.record(job_id)
+            assert after is not None
+            assert moved == (target in TRANSITIONS[source]), (source, target)
+            assert after.status is (target if moved else source)
+
+
+def test_a_move_outside_the_table_is_an_error(store: JobStore, submit: Submit) -> None:
+    with pytest.raises(ResponseError, match="queued to succeeded"):
+        store.finish(submit(), "", Status.SUCCEEDED)

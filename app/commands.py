@@ -1,0 +1,96 @@
+"""The commands `ddpm api` and `ddpm up`."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import click
+from pydantic import ValidationError
+
+from app.auth import PublicWithoutKeys, check_bind
+from app.sockets import PortInUse, listen, url_of
+from jobs.settings import Settings
+
+HOST = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+PORT = click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="TCP port."
+)
+
+
+def load_settings() -> Settings:
+    """Settings from the environment. Raises click.ClickException that names the variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        variable = name if name == "REDIS_URL" else f"DDPM_{name.upper()}"
+        detail = f"{variable} = {first['input']!r}: {first['msg']}"
+        raise click.ClickException(detail) from error
+
+
+def bound(settings: Settings, host: str, port: int) -> socket.socket:
+    """A listening socket. Raises click.ClickException where that cannot be, or must not."""
+    try:
+        check_bind(host, settings)
+        return listen(host, port)
+    except PublicWithoutKeys as error:
+        raise click.ClickException(str(error)) from error
+    except PortInUse as error:
+        raise click.ClickException(f"{error}: choose another with --port") from error
+    except OSError as error:
+        raise click.ClickException(f"--host {host}: {error}") from error
+
+
+@click.command()
+@HOST
+@PORT
+@click.option(
+    "--log-level",
+    default="info",
+    show_default=True,
+    type=click.Choice(["critical", "error", "warning", "info", "debug"]),
+)
+def api(host: str, port: int, log_level: str) -> None:
+    """Run the HTTP API alone, against REDIS_URL."""
+    # Imported here, so that `ddpm up` and `--help` do not wait for it.
+    from app.server import serve
+
+    settings = load_settings()
+    listener = bound(settings, host, port)
+    click.echo(f"ddpm api: {url_of(listener)}, documentation at /docs")
+    try:
+        serve(settings, listener, log_level=log_level)
+    except KeyboardInterrupt:  # uvicorn raises it again after an orderly stop
+        return
+    except ValueError as error:  # a webhook secret that is none
+        raise click.ClickException(str(error)) from error
+
+
+@click.command()
+@HOST
+@PORT
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--data",
+    default=".ddpm",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for Redis' data and for logs.",
+)
+def up(host: str, port: int, workers: int, data: Path) -> None:
+    """Serve: start Redis (or use REDIS_URL), workers and the HTTP API."""
+    from app.supervisor import StartFailed, Supervisor
+
+    settings = load_settings()
+    # Bound only to see that it can be: the API, a process of its own, binds it again.
+    with bound(settings, host, port) as listener:
+        port = listener.getsockname()[1]
+    supervisor = Supervisor(
+        settings, address=(host, port), workers=workers, folder=data, say=click.echo
+    )
+    try:
+        supervisor.run()
+    except StartFailed as error:
+        raise click.ClickException(str(error)) from error

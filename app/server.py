@@ -1,0 +1,38 @@
+"""uvicorn, with our socket and our way to stop."""
+
+from __future__ import annotations
+
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.main import create_app
+from jobs.settings import Settings
+
+_GRACE_S = 5  # for requests that are being answered when the server is told to stop
+
+
+class Server(uvicorn.Server):
+    """Ends event streams as soon as it is told to stop: clients come back with Last-Event-ID."""
+
+    def __init__(self, app: FastAPI, *, log_level: str) -> None:
+        config = uvicorn.Config(
+            app,
+            log_level=log_level,
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        super().__init__(config)
+        self._app = app
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._app.state.services.end_streams()
+        super().handle_exit(sig, frame)
+
+
+def serve(settings: Settings, listener: socket.socket, *, log_level: str = "warning") -> None:
+    """Serve until SIGINT or SIGTERM."""
+    Server(create_app(settings), log_level=log_level).run(sockets=[listener])

@@ -1,0 +1,163 @@
+"""`ddpm api` and `ddpm up` as processes, and the one clear sentence where they cannot start."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app import embedded_redis
+from app.children import Child
+from jobs.store import JobStore
+
+ROOT = Path(__file__).parents[2]
+
+
+def ddpm(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ddpm", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    """A port that something listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield str(listener.getsockname()[1])
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """What looks like a folder with a model."""
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    (tmp_path / "models" / "m" / "config.json").write_text("{}")
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize("command", ["api", "up"])
+def test_a_port_in_use(command: str, taken: str) -> None:
+    ended = ddpm(command, "--port", taken)
+    assert ended.returncode == 1
+    expected = f"Error: port {taken} of 127.0.0.1 is in use: choose another with --port\n"
+    assert ended.stderr == expected
+
+
+@pytest.mark.parametrize("command", ["api", "up"])
+def test_a_public_address_without_keys(command: str) -> None:
+    ended = ddpm(command, "--host", "0.0.0.0", "--port", "0")
+    assert ended.returncode == 1 and "set DDPM_API_KEYS" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_setting_that_is_wrong() -> None:
+    ended = ddpm("api", "--port", "0", DDPM_MAX_IMAGES="many")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: DDPM_MAX_IMAGES = 'many': ")
+
+
+def test_no_models(tmp_path: Path) -> None:
+    missing = ddpm("up", "--port", "0", cwd=tmp_path)
+    assert missing.returncode == 1 and "there is no such folder" in missing.stderr
+    (tmp_path / "models").mkdir()
+    empty = ddpm("up", "--port", "0", cwd=tmp_path)
+    assert empty.returncode == 1 and "no model in it" in empty.stderr
+    assert len(empty.stderr.splitlines()) == 1
+
+
+def test_a_redis_url_where_nothing_is(models: Path) -> None:
+    url = "redis://127.0.0.1:1/0"
+    ended = ddpm("up", "--port", "0", cwd=models.parent, REDIS_URL=url)
+    assert ended.returncode == 1
+    assert ended.stderr == f"Error: REDIS_URL = {url}: no Redis answers there\n"
+
+
+def test_api_serves_until_sigterm_and_ends_streams(redis_url: str, store: JobStore) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "ddpm", "api", "--port", "0"],
+        cwd=ROOT,
+        env={**os.environ, "REDIS_URL": redis_url},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        found = re.search(r"http://\S+:\d+", process.stdout.readline())
+        assert found is not None
+        try:
+            with httpx.Client(base_url=found[0], trust_env=False) as client:
+                wait_for(client)
+                job_id = client.post("/generate", json={}).json()["id"]
+                with client.stream("GET", f"/jobs/{job_id}/events") as stream:
+                    lines = stream.iter_lines()
+                    assert next(lines) == "retry: 1000"
+                    began = time.monotonic()
+                    process.send_signal(signal.SIGTERM)
+                    rest = list(lines)
+                assert any("queued" in line for line in rest)
+            process.wait(10)
+            assert time.monotonic() - began < 4
+        finally:
+            process.kill()
+
+
+def wait_for(client: httpx.Client) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            client.get("/healthz")
+            return
+        except httpx.TransportError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_embedded_redis_keeps_its_data(tmp_path: Path) -> None:
+    import redis
+
+    for expected in (None, b"1"):
+        child, url = embedded_redis.start(tmp_path)
+        try:
+            with redis.Redis.from_url(url) as client:
+                assert client.get("kept") == expected
+                client.set("kept", "1")
+                assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+                assert (tmp_path / "redis.sock").stat().st_mode & 0o077 == 0
+        finally:
+            child.stop(10)
+
+
+def test_a_folder_with_a_long_path_gets_a_short_socket(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 120)
+    deep.mkdir()
+    assert len(str(embedded_redis.socket_path(deep))) < 100
+
+
+def test_a_childs_epitaph(tmp_path: Path) -> None:
+    code = "import sys; print('first'); print('why'); sys.exit(3)"
+    child = Child("it", [sys.executable, "-c", code], log=tmp_path / "it.log", env={})
+    child.wait(20)
+    assert child.epitaph().splitlines() == [
+        f"it stopped (exit status 3); see {tmp_path / 'it.log'}",
+        "  first",
+        "  why",
+    ]
+    sleeper = Child("it", ["sleep", "60"], log=tmp_path / "s.log", env={})
+    sleeper.kill()
+    sleeper.wait(5)
+    assert sleeper.epitaph().startswith("it stopped (signal SIGKILL)")

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+from PIL import Image
+
+from jobs import keys
+from jobs.store import JobStore
+from tests.app.conftest import Worker, later
+
+
+class Event(NamedTuple):
+    id: str | None
+    name: str
+    data: Any
+
+
+def read(lines: Iterator[str]) -> Iterator[Event]:
+    """Events of a stream; comments as events of that name."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        if line.startswith(":"):
+            yield Event(None, "comment", line)
+        elif line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif "event" in fields:
+            yield Event(fields.get("id"), fields["event"], json.loads(fields["data"]))
+            fields = {}
+        else:
+            fields = {}
+
+
+def stream(client: httpx.Client, job_id: str, after: str | None = None, **params: Any) -> Any:
+    headers = {} if after is None else {"Last-Event-ID": after}
+    return client.stream("GET", f"/jobs/{job_id}/events", headers=headers, params=params)
+
+
+def everything(client: httpx.Client, job_id: str, after: str | None = None) -> list[Event]:
+    with stream(client, job_id, after) as reply:
+        assert reply.status_code == 200
+        return [event for event in read(reply.iter_lines()) if event.name != "comment"]
+
+
+def submit(client: httpx.Client, **body: object) -> str:
+    job_id: str = client.post("/generate", json=body).json()["id"]
+    return job_id
+
+
+def test_a_stream_from_beginning_to_end(client: httpx.Client, worker: Worker) -> None:
+    job_id = submit(client, steps=4)
+
+    def work() -> None:
+        started = worker.start(job_id)
+        for done, t in ((1, 1000), (2, 667)):
+            worker.progress(started, done, t)
+            worker.snapshot(started, t)
+        worker.image(started)
+        worker.store.succeed(job_id, "e", provenance={})
+
+    thread = later(0.3, work)
+    with stream(client, job_id) as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        assert reply.headers["x-accel-buffering"] == "no"
+        assert reply.headers["cache-control"] == "no-store"
+        events = list(read(reply.iter_lines()))
+    thread.join()
+    assert [e.name for e in events] == [
+        "status", "status", "progress", "snapshot", "progress", "snapshot", "image",
+        "status", "done",
+    ]  # fmt: skip
+    assert events[2].data == {"step": 1, "total": 4, "t": 1000, "eta_s": 1.0}
+    url = f"/jobs/{job_id}/snapshots/667/0.png?kind=x_t"
+    assert events[5].data == {"t": 667, "index": 0, "kind": "x_t", "url": url}
+    assert client.get(events[6].data["url"]).status_code == 200
+    assert events[-1].data == {"status": "succeeded"}
+    ids = [e.id for e in events]
+    assert len(set(ids)) == len(ids) and None not in ids
+
+
+def test_reconnecting_loses_and_repeats_nothing(client: httpx.Client, worker: Worker) -> None:
+    job_id = submit(client, steps=100)
+    started = worker.start(job_id)
+
+    def work() -> None:
+        for done in range(1, 101):
+            worker.progress(started, done, 1001 - 10 * done)
+            time.sleep(0.002)
+        worker.store.succeed(job_id, "e", provenance={})
+
+    thread = later(0.0, work)
+    steps: list[int] = []
+    last: str | None = None
+    ended = False
+    while not ended:
+        with stream(client, job_id, last) as reply:
+            for count, event in enumerate(read(reply.iter_lines())):
+                last = event.id or last
+                if event.name == "progress":
+                    steps.append(event.data["step"])
+                ended = event.name == "done"
+                if count == 12:
+                    break
+    thread.join()
+    assert steps == list(range(1, 101))
+    with stream(client, job_id, last) as reply:
+        assert reply.status_code == 204
+
+
+def test_many_streams_of_many_jobs(client: httpx.Client, worker: Worker) -> None:
+    ids = [submit(client, steps=10) for _ in range(3)]
+    seen: list[list[str]] = []
+    threads = [
+        later(0, lambda job_id=job_id: seen.append([e.name for e in everything(client, job_id)]))
+        for job_id in ids * 4
+    ]
+    time.sleep(0.3)
+    assert "ddpm_event_streams 12.0" in client.get("/metrics").text
+    for job_id in ids:
+        worker.finish(job_id)
+    for thread in threads:
+        thread.join()
+    assert seen == [["status", "status", "image", "status", "done"]] * 12
+
+
+def test_failure_and_cancel_close_a_stream(client: httpx.Client, worker: Worker) -> None:
+    failing, canceled = submit(client), submit(client)
+    worker.start(failing)
+    worker.store.fail(failing, "e", code="worker_error", detail="it broke")
+    error = everything(client, failing)[-1]
+    assert error.name == "error"
+    assert error.data == {"code": "worker_error", "detail": "it broke", "status": "failed"}
+    client.post(f"/jobs/{canceled}/cancel")
+    assert everything(client, canceled)[-1].data == {"status": "canceled"}
+
+
+def test_a_trimmed_stream_resets(client: httpx.Client, store: JobStore, worker: Worker) -> None:
+    job_id = submit(client, steps=10)
+    started = worker.start(job_id)
+    first = everything_so_far(store, job_id)[0]
+    worker.progress(started, 5, 500)
+    worker.image(started)
+    store.redis.xtrim(keys.events(job_id), maxlen=1, approximate=False)
+    newest = everything_so_far(store, job_id)[-1]
+    for after in (first, None, "0-0", "nonsense", "99-0"):
+        with stream(client, job_id, after) as reply:
+            event = next(read(reply.iter_lines()))
+        assert event.name == "reset" and event.id == newest, after
+        assert event.data["reason"] == "trimmed"
+        job = event.data["job"]
+        assert job["id"] == job_id and job["progress"]["step"] == 5 and len(job["images"]) == 1
+    with stream(client, job_id, newest) as reply:
+        worker.store.succeed(job_id, "e", provenance={})
+        assert [e.name for e in read(reply.iter_lines())] == ["status", "done"]
+
+
+def everything_so_far(store: JobStore, job_id: str) -> list[str]:
+    return [entry_id.decode() for entry_id, _ in store.redis.xrange(keys.events(job_id))]
+
+
+def test_a_stream_that_has_lapsed_still_ends(
+    client: httpx.Client, store: JobStore, worker: Worker
+) -> None:
+    job_id = submit(client)
+    worker.finish(job_id)
+    store.redis.delete(keys.events(job_id))
+    events = everything(client, job_id)
+    assert [e.name for e in events] == ["reset", "done"]
+    assert events[0].data["job"]["status"] == "succeeded"
+
+
+def test_a_deleted_job_ends_its_stream(store: JobStore, serve: Callable[..., httpx.Client]) -> None:
+    client = serve(sse_comment_s=0.2)
+    job_id = submit(client)
+    with stream(client, job_id) as reply:
+        events = read(reply.iter_lines())
+        assert next(events).name == "status"
+        assert next(events).name == "comment"
+        client.delete(f"/jobs/{job_id}")
+        rest = [e for e in events if e.name != "comment"]
+    assert [e.name for e in rest] == ["error"] and rest[0].data["code"] == "not_found"
+
+
+def test_pictures_inside_events(client: httpx.Client, worker: Worker) -> None:
+    body = {"steps": 2, "snapshots": {"every": 1, "preview_px": 32}}
+    job_id = submit(client, **body)
+    started = worker.start(job_id)
+    worker.snapshot(started, 1000)
+    worker.image(started)
+    worker.store.succeed(job_id, "e", provenance={})
+
+    def sizes(**params: Any) -> dict[str, tuple[int, int] | None]:
+        with stream(client, job_id, None, **params) as reply:
+            events = list(read(reply.iter_lines()))
+        found: dict[str, tuple[int, int] | None] = {}
+        for event in events:
+            if event.name in ("snapshot", "image"):
+                png = event.data.get("png")
+                raw = None if png is None else base64.b64decode(png)
+                found[event.name] = raw and Image.open(io.BytesIO(raw)).size  # type: ignore[assignment]
+        return found
+
+    assert sizes() == {"snapshot": (32, 32), "image": None}
+    assert sizes(inline="true") == {"snapshot": (32, 32), "image": (32, 32)}
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_only_who_asked_cancels_by_leaving(client: httpx.Client, ask: bool) -> None:
+    job_id = submit(client)
+    with stream(client, job_id, None, cancel_on_disconnect=ask) as reply:
+        next(read(reply.iter_lines()))
+    time.sleep(0.3)
+    status = client.get(f"/jobs/{job_id}").json()["status"]
+    assert status == ("canceled" if ask else "queued")
+
+
+def test_leaving_a_held_request_cancels_where_asked(client: httpx.Client) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(
+            "/generate",
+            json={},
+            params={"cancel_on_disconnect": "true"},
+            headers={"Prefer": "wait=30"},
+            timeout=0.4,
+        )
+    deadline = time.monotonic() + 5
+    while client.get("/jobs").json()["data"][0]["status"] != "canceled":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_post_can_stream(client: httpx.Client, worker: Worker) -> None:
+    headers = {"Accept": "text/event-stream"}
+    with client.stream("POST", "/generate", json={"steps": 3}, headers=headers) as reply:
+        assert reply.status_code == 200
+        events = read(reply.iter_lines())
+        first = next(events)
+        assert first.name == "reset" and first.data["reason"] == "new"
+        job_id = first.data["job"]["id"]
+        assert reply.headers["location"] == f"/jobs/{job_id}"
+        worker.finish(job_id)
+        assert [e.name for e in events] == ["status", "status", "image", "status", "done"]

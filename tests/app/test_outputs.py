@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.app.conftest import CARD, Worker, X
+
+
+@pytest.fixture
+def job(client: httpx.Client, worker: Worker) -> dict[str, object]:
+    """A finished job of three images with two snapshots of each."""
+    body = {"num_images": 3, "seed": 11, "steps": 2, "snapshots": {"every": 1}, "ttl_s": 60}
+    job_id = client.post("/generate", json=body).json()["id"]
+    started = worker.start(job_id)
+    for index in range(3):
+        for t in (1000, 500):
+            worker.snapshot(started, t, index=index)
+        worker.image(started, index, X * ((index + 1) / 3))
+    worker.store.succeed(job_id, "e", provenance={"versions": {"torch": "2.13"}})
+    found: dict[str, object] = client.get(f"/jobs/{job_id}").json()
+    return found
+
+
+def test_images_in_three_formats(client: httpx.Client, job: dict[str, object]) -> None:
+    root = f"/jobs/{job['id']}/images"
+    expected = np.rint((X[0] + 1) * 127.5).astype(np.uint8)
+    for suffix, media in (("png", "image/png"), ("webp", "image/webp")):
+        reply = client.get(f"{root}/2.{suffix}")
+        assert reply.headers["content-type"] == media
+        picture = Image.open(io.BytesIO(reply.content)).convert("L")
+        np.testing.assert_array_equal(np.asarray(picture), expected)
+    npy = np.load(io.BytesIO(client.get(f"{root}/2.npy").content))
+    np.testing.assert_array_equal(npy, X)
+    [*_, listed] = job["images"]  # type: ignore[misc]
+    assert listed["sha256"] == hashlib.sha256(expected.tobytes()).hexdigest()
+    assert listed["url"] == f"{root}/2.png" and listed["seed"] == 11
+    large = Image.open(io.BytesIO(client.get(f"{root}/2.png", params={"px": 64}).content))
+    assert large.size == (64, 64)
+
+
+def test_a_png_carries_what_makes_it_again(client: httpx.Client, job: dict[str, object]) -> None:
+    reply = client.get(f"/jobs/{job['id']}/images/1.png")
+    manifest = json.loads(Image.open(io.BytesIO(reply.content)).info["ddpm"])
+    assert manifest["seed"] == 11 and manifest["num_images"] == 3
+    assert manifest["model_digest"] == CARD.digest
+    assert manifest["provenance"] == {"versions": {"torch": "2.13"}, "index": 1}
+    assert not {"webhook_url", "ttl_s", "priority"} & set(manifest)
+    again = client.post("/generate", json=manifest).json()["request"]
+    assert {k: again[k] for k in manifest if k != "provenance"} == {
+        k: v for k, v in manifest.items() if k != "provenance"
+    } | {"snapshots": {**manifest["snapshots"], "at": None, "preview_px": None}}
+    changed = client.post("/generate", json={**manifest, "model_digest": "e" * 64})
+    assert changed.status_code == 422
+
+
+def test_archive_grid_and_film(client: httpx.Client, job: dict[str, object]) -> None:
+    archive = zipfile.ZipFile(io.BytesIO(client.get(f"/jobs/{job['id']}/images.zip").content))
+    assert archive.namelist() == ["0000.png", "0001.png", "0002.png", "manifest.json"]
+    assert json.loads(archive.read("manifest.json"))["seed"] == 11
+    npy = client.get(f"/jobs/{job['id']}/images.zip", params={"format": "npy"})
+    assert zipfile.ZipFile(io.BytesIO(npy.content)).namelist()[0] == "0000.npy"
+    grid = Image.open(io.BytesIO(client.get(f"/jobs/{job['id']}/grid.png").content))
+    assert grid.size == (18, 18)
+    for suffix in ("gif", "webp"):
+        reply = client.get(f"/jobs/{job['id']}/snapshots.{suffix}", params={"px": 36})
+        film = Image.open(io.BytesIO(reply.content))
+        assert film.n_frames == 3 and film.size == (36, 36)  # two snapshots and the images
+    one = client.get(f"/jobs/{job['id']}/snapshots.gif", params={"index": 1, "px": 8})
+    assert Image.open(io.BytesIO(one.content)).size == (8, 8)
+    none = client.get(f"/jobs/{job['id']}/snapshots.gif", params={"kind": "eps"})
+    assert none.status_code == 404
+
+
+def test_snapshots(client: httpx.Client, job: dict[str, object]) -> None:
+    urls = [snapshot["url"] for snapshot in job["snapshots"]]  # type: ignore[attr-defined]
+    assert len(urls) == 6 and urls[0] == f"/jobs/{job['id']}/snapshots/1000/0.png?kind=x_t"
+    assert all(client.get(url).status_code == 200 for url in urls)
+    root = f"/jobs/{job['id']}/snapshots"
+    assert client.get(f"{root}/999/0.png").status_code == 404
+    assert client.get(f"{root}/1000/0.png", params={"kind": "y"}).status_code == 422
+    assert client.get(f"{root}/1000/0.jpg").status_code == 422
+
+
+def test_what_is_not_there_yet(client: httpx.Client, worker: Worker) -> None:
+    job_id = client.post("/generate", json={"num_images": 2}).json()["id"]
+    early = client.get(f"/jobs/{job_id}/images/0.png")
+    assert early.status_code == 404 and early.json()["code"] == "not_ready"
+    started = worker.start(job_id)
+    worker.image(started, 0)
+    assert client.get(f"/jobs/{job_id}/images/0.png").status_code == 200
+    assert client.get(f"/jobs/{job_id}/images.zip").json()["code"] == "not_ready"
+    worker.store.fail(job_id, "e", code="worker_error", detail="it broke")
+    assert client.get(f"/jobs/{job_id}/images/0.png").status_code == 200
+    assert client.get(f"/jobs/{job_id}/images/1.png").json()["code"] == "not_found"

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from app.auth import PublicWithoutKeys, check_bind
+from app.main import create_app
+from jobs.settings import Settings
+from jobs.store import JobStore, WorkerInfo
+from tests.app.conftest import CARD, Worker
+
+
+def test_models_and_schedule(client: httpx.Client, store: JobStore) -> None:
+    [model] = client.get("/models").json()["data"]
+    assert model["name"] == "mnist" and model["T"] == 1000 and model["guidance"]
+    assert "betas" not in model and not model["served"]
+    store.heartbeat(WorkerInfo("w", "ddpm", ("mnist",)), rates={})
+    assert client.get("/models/mnist").json()["served"]
+    schedule = client.get("/models/mnist/schedule").json()
+    betas = np.array(CARD.betas)
+    bars = np.cumprod(1 - betas)
+    assert schedule["t"][0] == 1 and schedule["t"][-1] == 1000
+    np.testing.assert_allclose(schedule["beta"], betas)
+    np.testing.assert_allclose(schedule["alpha_bar"], bars)
+    np.testing.assert_allclose(schedule["snr"], bars / (1 - bars), rtol=1e-9)
+    previous = np.append(1.0, bars[:-1])
+    expected = betas * (1 - previous) / (1 - bars)
+    np.testing.assert_allclose(schedule["posterior_variance"], expected, rtol=1e-9)
+
+
+def test_readiness_and_metrics(client: httpx.Client, store: JobStore, worker: Worker) -> None:
+    assert client.get("/readyz").json() == {"status": "ready", "models": 1, "workers": 0}
+    job_id = client.post("/generate", json={"steps": 10}).json()["id"]
+    client.post("/generate", json={"steps": 10})
+    started = worker.start(job_id)
+    worker.progress(started, 10, 1)
+    worker.image(started)
+    store.succeed(job_id, "e", provenance={})
+    text = client.get("/metrics").text
+    for line in (
+        'ddpm_queue_jobs{queue="ddpm",status="queued"} 1.0',
+        'ddpm_queue_jobs{queue="ddpm",status="running"} 0.0',
+        'ddpm_queue_image_steps{queue="ddpm"} 10.0',
+        'ddpm_jobs_total{status="succeeded"} 1.0',
+        'ddpm_jobs_admitted_total{kind="generate"} 2.0',
+        "ddpm_image_steps_total 10.0",
+        "ddpm_output_bytes 512.0",
+        'ddpm_http_requests_total{method="POST",route="/generate",status="202"} 2.0',
+    ):
+        assert line in text, line
+
+
+def test_keys(store: JobStore, serve: Callable[..., httpx.Client]) -> None:
+    client = serve(api_keys="first,second")
+    for path in ("/healthz", "/readyz", "/"):
+        assert client.get(path).status_code == 200
+    for path in ("/jobs", "/metrics", "/models", "/openapi.json", "/docs", "/nothing"):
+        reply = client.get(path)
+        assert reply.status_code == 401, path
+        assert reply.json()["code"] == "unauthorized"
+        assert reply.headers["www-authenticate"] == "Bearer"
+    for header in ("Bearer third", "Basic first", "Bearer", "first"):
+        assert client.get("/jobs", headers={"Authorization": header}).status_code == 401
+    for key in ("first", "second"):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert client.get("/jobs", headers=headers).status_code == 200
+    # One client's Idempotency-Key is not another's.
+    ids = set()
+    for key in ("first", "second"):
+        headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "k"}
+        ids.add(client.post("/generate", json={}, headers=headers).json()["id"])
+    assert len(ids) == 2
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_a_public_address_needs_keys(host: str) -> None:
+    with pytest.raises(PublicWithoutKeys, match="DDPM_API_KEYS"):
+        check_bind(host, Settings())
+    check_bind(host, Settings(api_keys="k"))  # type: ignore[arg-type]
+    check_bind(host, Settings(allow_public_without_keys=True))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    check_bind(host, Settings())
+
+
+def test_request_ids_are_echoed(client: httpx.Client) -> None:
+    reply = client.get("/nothing", headers={"X-Request-ID": "abc-1"})
+    assert reply.headers["x-request-id"] == reply.json()["request_id"] == "abc-1"
+    odd = client.get("/healthz", headers={"X-Request-ID": "a b"})
+    assert len(odd.headers["x-request-id"]) == 16
+
+
+def test_openapi_is_complete() -> None:
+    schema = create_app(Settings()).openapi()
+    schemas = schema["components"]["schemas"]
+    routes = {
+        (method, path): operation
+        for path, operations in schema["paths"].items()
+        for method, operation in operations.items()
+    }
+    assert len(routes) == 19
+    for route, operation in routes.items():
+        good = [r for status, r in operation["responses"].items() if status.startswith("2")]
+        assert good and operation.get("description"), route
+        for status, response in operation["responses"].items():
+            for media, content in response.get("content", {}).items():
+                assert content.get("schema") or content.get("example"), (route, status, media)
+            if not status.startswith("2"):
+                examples = response["content"]["application/problem+json"]["examples"]
+                for code, example in examples.items():
+                    assert example["value"]["code"] == code
+                    assert example["value"]["status"] == int(status)
+    for reference in references(schema):
+        assert reference.removeprefix("#/components/schemas/") in schemas, reference
+    stream = routes["get", "/jobs/{job_id}/events"]["responses"]["200"]
+    events = stream["content"]["text/event-stream"]["x-events"]
+    assert set(events) == {"status", "progress", "snapshot", "image", "done", "error", "reset"}
+    assert all(event["example"] for event in events.values())
+    post = routes["post", "/generate"]["requestBody"]["content"]["application/json"]
+    for example in post["examples"].values():
+        assert create_app is not None and example["value"]
+
+
+def references(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        here = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+        return here + [ref for value in node.values() for ref in references(value)]
+    if isinstance(node, list):
+        return [ref for value in node for ref in references(value)]
+    return []
+
+
+def test_every_documented_example_is_accepted(client: httpx.Client) -> None:
+    schema = client.get("/openapi.json").json()
+    body = schema["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
+    for name, example in body["examples"].items():
+        reply = client.post("/generate", json=example["value"])
+        assert reply.status_code == 202, (name, reply.text)
+
+
+def test_importing_the_api_loads_no_torch() -> None:
+    code = "import sys, app.main, app.commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
