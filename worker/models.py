@@ -16,7 +16,7 @@ import torch
 import diffusion
 from diffusion import CheckpointError, Model
 from diffusion.samplers import SAMPLERS
-from jobs.cards import ModelCard
+from jobs.cards import ModelCard, Sampling
 
 log = logging.getLogger("ddpm.worker")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -122,6 +122,11 @@ def card_of(model: Model, name: str, queue: str) -> ModelCard:
         prediction=config.prediction,
         learned_variance=network.learned_variance,
         samplers=SAMPLERS,
+        sampling=Sampling(
+            sampler=config.sampling.sampler,
+            variance=config.sampling.variance,
+            spacing=config.sampling.spacing,
+        ),
         parameters=_parameters(model),
         schedule_kind=config.schedule.kind,
     )

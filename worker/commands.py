@@ -1,0 +1,77 @@
+"""The command `ddpm worker`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+import redis
+import torch
+
+from jobs.settings import Settings
+from jobs.store import JobStore, connect
+from worker.device import DeviceError, pick_device
+from worker.models import ModelFolder
+from worker.rq_adapter import EngineWorker
+from worker.runtime import Runtime
+
+log = logging.getLogger("ddpm.worker")
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--queue", help="RQ queue to listen to (DDPM_QUEUE, default ddpm).")
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path),
+    help="Folder of checkpoint folders (DDPM_MODELS, default models).",
+)
+@click.option(
+    "--capacity", type=click.IntRange(8), help="Images stepped together (DDPM_SLOTS, default 64)."
+)
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1, …; default: a GPU if there is.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of the network.")
+@click.option("--name", default="", help="Name of this worker; must be unique.")
+@click.option("--verbose", is_flag=True, help="Log every job.")
+def worker(
+    names: tuple[str, ...],
+    queue: str | None,
+    models: Path | None,
+    capacity: int | None,
+    device: str,
+    threads: int | None,
+    name: str,
+    verbose: bool,
+) -> None:
+    """Serve jobs from Redis (REDIS_URL) with the models of a folder, or only those NAMES."""
+    given = {"queue": queue, "models": models, "slots": capacity}
+    settings = Settings(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        folder = ModelFolder(
+            settings.models, queue=settings.queue, device=pick_device(device), names=names
+        )
+        serve(settings, folder, name=name, verbose=verbose)
+    except DeviceError as error:
+        raise click.ClickException(str(error)) from error
+    except redis.exceptions.ConnectionError as error:
+        raise click.ClickException(f"no Redis at {settings.redis_url}: {error}") from error
+
+
+def serve(settings: Settings, folder: ModelFolder, *, name: str, verbose: bool) -> None:
+    """Run a worker until it is told to stop."""
+    runtime = Runtime(settings, JobStore.connect(settings), folder)
+    rq_worker = EngineWorker(runtime, connect(settings), name=name)
+    runtime.start()
+    if not folder.served:
+        log.warning("no model in %s yet; waiting for one", settings.models)
+    log.info("worker %s: queue %s, %s", rq_worker.name, settings.queue, ", ".join(folder.served))
+    try:
+        rq_worker.work(logging_level="INFO" if verbose else "WARNING")
+    finally:
+        runtime.close()
+    log.info("worker %s: stopped", rq_worker.name)

@@ -1,0 +1,52 @@
+"""What made a job's outputs, for its record and its pictures."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.specs import NoiseSpec
+from worker.flights import Flight
+
+
+def provenance(flight: Flight) -> dict[str, Any]:
+    """Beside the request: model, schedule, software, device."""
+    model = flight.served.model
+    config = model.config
+    schedule = config.schedule.to_dict()
+    schedule.pop("betas", None)  # a long list; the digest stands for it
+    spec = flight.record.spec
+    made: dict[str, Any] = {
+        "model": flight.served.name,
+        "model_digest": model.digest,
+        "schedule": schedule,
+        "prediction": config.prediction,
+        "device": _device_name(model.device),
+        "versions": _versions(),
+    }
+    if not isinstance(spec, NoiseSpec):
+        made["clip"] = config.sampling.clip
+    return made
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["numpy"] = np.__version__
+    try:
+        versions["ddpm-serve"] = version("ddpm-serve")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        versions["ddpm-serve"] = "unknown"
+    return versions

@@ -1,0 +1,60 @@
+"""The job function: what RQ's jobs name. Our worker knows it; a stock RQ worker calls it.
+
+On a stock worker (`rq worker -S rq.serializers.JSONSerializer`) a job is a batch of its own, and
+loads its model itself; the images are the same.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+from rq import get_current_job
+
+from jobs.settings import Settings
+from jobs.store import JobStore
+from worker.device import pick_device
+from worker.flights import Ending, Flight
+from worker.models import ModelFolder
+from worker.runtime import Runtime
+
+
+class JobFailed(RuntimeError):
+    """The job ended badly; its record in the store says why."""
+
+
+def run_job(job_id: str) -> None:
+    """Run one job to its end. Raises JobFailed, after which RQ will not try it again."""
+    settings = Settings()
+    store = JobStore.connect(settings)
+    record = store.record(job_id)
+    names = () if record is None else (record.model,)
+    folder = ModelFolder(settings.models, queue=settings.queue, device=pick_device(), names=names)
+    runtime = Runtime(settings, store, folder, threads=False)
+    try:
+        runtime.start()
+        begun = runtime.begin(job_id, _execution_id(), "rq")
+        error: BaseException | None = None
+        if isinstance(begun, Flight):
+            outcome = runtime.run_to_end(begun)
+            begun, error = outcome.ending, outcome.error
+        if begun is Ending.FAILED:
+            _do_not_retry()
+            raise JobFailed(str(error or "see the job's record"))
+    finally:
+        runtime.close()
+        store.redis.close()
+
+
+def _execution_id() -> str:
+    """RQ's id of this execution, which fences our writes; any unique one outside a worker."""
+    job = get_current_job()
+    executions = [] if job is None else job.get_executions()
+    if not executions:
+        return uuid.uuid4().hex
+    return str(max(executions, key=lambda execution: execution.created_at).id)
+
+
+def _do_not_retry() -> None:
+    job = get_current_job()
+    if job is not None:
+        job.retries_left = 0

@@ -1,0 +1,253 @@
+"""A worker without its queue: models, engine and outputs, put together.
+
+The RQ adapter begins jobs here and hears how they end; `worker.run.run_job` does the same for a
+single job on a stock RQ worker. Nothing here knows of RQ.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import redis
+from torch import Tensor
+
+from diffusion.samplers import SamplerError
+from jobs.records import JobRecord
+from jobs.settings import Settings
+from jobs.specs import GenerateSpec, NoiseSpec
+from jobs.states import Status
+from jobs.store import MAX_ATTEMPTS, JobStore, Started, WorkerInfo
+from worker.engine import Engine
+from worker.flights import Ending, Flight, Intent, Outcome, generate_task
+from worker.lane import EngineOptions
+from worker.models import ModelFolder, Served
+from worker.noising import MODES, x_start_of
+from worker.outputs import Outputs, OutputsThread
+from worker.tasks import Canceled, EngineError, Failed, Finished, Snapshot
+
+log = logging.getLogger("ddpm.worker")
+DUTIES_S = 3.0  # between two looks at the model folder
+SLOTS_A_ROW = 4  # slots for samples set aside, besides those of one batch
+NOISE_THREADS = 2
+_ENDINGS = {
+    Status.SUCCEEDED: Ending.SUCCEEDED,
+    Status.EXPIRED: Ending.SUCCEEDED,
+    Status.FAILED: Ending.FAILED,
+    Status.CANCELED: Ending.CANCELED,
+}
+
+
+class JobRefused(Exception):
+    """A job that cannot be run here, with a code for its record."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class Runtime:
+    """Runs jobs of the store.
+
+    threads: run the engine and the outputs on threads of their own; else `run_to_end` runs them
+    on the caller's. outcomes: the end of each flight that `begin` returned, once.
+    """
+
+    def __init__(
+        self, settings: Settings, store: JobStore, folder: ModelFolder, *, threads: bool = True
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.folder = folder
+        self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self.flights: dict[str, Flight] = {}  # by execution
+        self.outputs = Outputs(store, cancel=self._cancel_task, outcome=self.outcomes.put)
+        self._writer = OutputsThread(self.outputs) if threads else None
+        options = EngineOptions(
+            capacity=SLOTS_A_ROW * max(settings.slots, 8),
+            max_rows=max(settings.slots, 8),
+            checkpoint_every=settings.checkpoint_s,
+        )
+        self.engine = Engine(self._writer.put if self._writer else self.outputs.handle, options)
+        self._noise = ThreadPoolExecutor(NOISE_THREADS, thread_name_prefix="noise")
+        self._duties_at = 0.0
+
+    def start(self) -> None:
+        """Load the models and start the threads."""
+        self.rescan()
+        if self._writer is not None:
+            self._writer.start()
+            self.engine.start()
+
+    def close(self) -> None:
+        """Stop; what is in flight stays as its last checkpoint left it."""
+        self.outputs.closing.set()
+        self._noise.shutdown(wait=False, cancel_futures=True)
+        self.engine.stop()
+        if self._writer is not None:
+            self._writer.stop()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What broke the engine or the outputs down, if anything did."""
+        return self.engine.failure or (self._writer.failure if self._writer else None)
+
+    # Models
+
+    def rescan(self) -> None:
+        """Look at the model folder, and publish what changed."""
+        changes = self.folder.rescan()
+        for served in changes.loaded:
+            self.engine.prepare(served.model)
+            self.store.publish_card(served.card)
+        for name in changes.gone:
+            log.info("model %s is gone", name)
+            self.store.retire_card(name)
+        if changes.loaded or changes.gone:
+            digests = {served.model.digest for served in self.folder.served.values()}
+            self.engine.keep_only(digests)
+
+    def duties(self, worker: str) -> None:
+        """What is due every few seconds, busy or not: rescan, and say that this worker lives."""
+        if time.monotonic() < self._duties_at:
+            return
+        self._duties_at = time.monotonic() + DUTIES_S
+        self.rescan()
+        served = self.folder.served
+        by_digest = self.engine.rates()
+        rates = {name: by_digest.get(s.model.digest, 0.0) for name, s in served.items()}
+        info = WorkerInfo(
+            name=worker,
+            queue=self.settings.queue,
+            models=tuple(served),
+            device=next((s.model.device.type for s in served.values()), "cpu"),
+            active=sum(flight.record.images for flight in list(self.flights.values())),
+        )
+        self.store.heartbeat(info, {name: rate for name, rate in rates.items() if rate})
+
+    # Jobs
+
+    def begin(self, job_id: str, execution: str, worker: str) -> Flight | Ending:
+        """Start a job, or say how it stands already where there is nothing to run."""
+        record = self.store.record(job_id)
+        served = None if record is None else self._model(record.model)
+        digest = "" if served is None else served.model.digest
+        started = self.store.start(job_id, execution, worker=worker, digest=digest)
+        if started is None or record is None:
+            now = self.store.record(job_id)
+            return Ending.LOST if now is None else _ENDINGS.get(now.status, Ending.LOST)
+        try:
+            return self._launch(started, execution, served)
+        except (JobRefused, SamplerError, EngineError, ValueError) as error:
+            code = error.code if isinstance(error, JobRefused) else "worker_error"
+            self.store.fail(job_id, execution, code=code, detail=str(error))
+            return Ending.FAILED
+
+    def _model(self, name: str) -> Served | None:
+        if name not in self.folder.served:
+            self.rescan()  # it may have come since the last look
+        return self.folder.served.get(name)
+
+    def _launch(self, started: Started, execution: str, served: Served | None) -> Flight:
+        record = started.record
+        served = _runnable(started, served)
+        deadline = time.monotonic() + self.settings.job_deadline_s
+        flight = Flight(record, execution, served, deadline)
+        match record.spec:
+            case GenerateSpec():
+                task, flight.done_before = generate_task(served, started, execution)
+                flight.table = task.table
+                self._register(flight)
+                self.engine.submit(task)
+            case NoiseSpec() as spec:
+                if started.inputs is None:
+                    raise JobRefused("worker_error", "the uploaded images are gone")
+                self._register(flight)
+                x_start = x_start_of(started.inputs)
+                self._noise.submit(self._run_noise, flight, spec, x_start)
+        return flight
+
+    def _register(self, flight: Flight) -> None:
+        self.flights[flight.execution] = flight
+        self.outputs.add(flight)
+
+    def landed(self, outcome: Outcome) -> Flight | None:
+        """Take the flight of an outcome off the list."""
+        return self.flights.pop(outcome.execution, None)
+
+    def end(self, flight: Flight, intent: Intent) -> None:
+        """Ask a flight to end; it is answered by an outcome."""
+        if flight.intent in (Intent.RUN, intent) or intent is Intent.LOSE:
+            flight.intent = intent
+            if intent is Intent.LOSE:
+                self.outputs.drop(flight)
+            self._cancel_task(flight.execution)
+
+    def look_for_cancels(self) -> None:
+        """End the flights that users have canceled, where no write has said so yet."""
+        by_id = {flight.id: flight for flight in list(self.flights.values())}
+        for job_id in self.store.cancel_requested(by_id):
+            if by_id[job_id].intent is Intent.RUN:
+                self.end(by_id[job_id], Intent.CANCEL)
+
+    def run_to_end(self, flight: Flight) -> Outcome:
+        """Run one flight on this thread (without `start`)."""
+        while self.outcomes.empty():
+            if time.monotonic() > flight.deadline:
+                self.end(flight, Intent.TIME_OUT)
+            if not self.engine.tick():
+                time.sleep(0.01)  # a noise job runs on a thread of its own
+        outcome = self.outcomes.get()
+        self.landed(outcome)
+        return outcome
+
+    def _cancel_task(self, execution: str) -> None:
+        try:
+            self.engine.cancel(execution)
+        except EngineError:
+            log.debug("the engine has stopped; %s needs no cancel", execution)
+
+    def _run_noise(self, flight: Flight, spec: NoiseSpec, x_start: Tensor) -> None:
+        try:
+            self._noise_to_end(flight, spec, x_start)
+        except redis.exceptions.RedisError:
+            log.exception("noise job %s could not be written", flight.id)
+        except Exception as error:
+            log.exception("noise job %s failed", flight.id)
+            self.outputs.handle([Failed(flight.execution, error)])
+
+    def _noise_to_end(self, flight: Flight, spec: NoiseSpec, x_start: Tensor) -> None:
+        assert spec.seed is not None
+        schedule = flight.served.model.schedule
+        indices = tuple(range(x_start.shape[0]))
+        ts = [t - 1 for t in spec.t]
+        for found in MODES[spec.mode](schedule, x_start, ts, seed=spec.seed):
+            if flight.intent is Intent.RUN and time.monotonic() > flight.deadline:
+                flight.intent = Intent.TIME_OUT
+            if flight.intent is not Intent.RUN:
+                self.outputs.handle([Canceled(flight.execution, None)])
+                return
+            planes = (found.x_t, x_start, found.eps)
+            self.outputs.handle([Snapshot(flight.execution, indices, 0, found.t, *planes)])
+        self.outputs.handle([Finished(flight.execution)])
+
+
+def _runnable(started: Started, served: Served | None) -> Served:
+    """The model, or JobRefused with the reason why the job cannot run."""
+    record: JobRecord = started.record
+    if started.attempts > MAX_ATTEMPTS:
+        raise JobRefused(
+            "gave_up", f"{MAX_ATTEMPTS} workers in a row ended without any progress of this job"
+        )
+    if served is None:
+        raise JobRefused("model_unavailable", f"no model {record.model} in this worker's folder")
+    pinned = record.spec.model_digest
+    if pinned is not None and pinned != served.model.digest:
+        digest = served.model.digest
+        raise JobRefused("model_changed", f"model {record.model} is {digest} now, not {pinned}")
+    if served.model.shape != record.shape:
+        shape = served.model.shape
+        raise JobRefused("model_changed", f"model {record.model} makes images of shape {shape} now")
+    return served
