@@ -104,6 +104,15 @@ def test_a_chain_yields_what_each_step_found(model: Model) -> None:
     torch.testing.assert_close(steps[-1].x_next, steps[-1].x_start)
 
 
+def test_sample_is_the_chain_from_x_T_of_its_seed(model: Model) -> None:
+    indices, seed = torch.tensor([3, 4]), 2**40
+    x = image_normals(seed, indices, row=0, purpose=Purpose.X_T, shape=model.shape)
+    table = build_table(model.schedule, steps=6)
+    *_, last = chain(model, table, x, seed=seed, indices=indices)
+    found = sample(model, 5, seed=seed, **FAST)[3:]
+    assert close(found, last.x_next.clamp(-1, 1))
+
+
 def test_on_step_hears_of_every_evaluation(model: Model) -> None:
     heard: list[tuple[int, int]] = []
 
