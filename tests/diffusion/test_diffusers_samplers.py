@@ -15,11 +15,20 @@ import torch
 from torch import Tensor
 
 from diffusion.forward import q_sample
-from diffusion.samplers import SamplerTable, ancestral, ddim, dpmpp_2m, predict_x_start, update
+from diffusion.samplers import (
+    SamplerTable,
+    ancestral,
+    ddim,
+    dpmpp_2m,
+    predict_x_start,
+    scale_noise,
+    update,
+)
 from diffusion.schedule import linear_schedule
 
 SCHEDULE = linear_schedule()
 SHAPE = (2, 3, 4, 4)
+THEIR_VARIANCES = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}
 # How diffusers is run: dtype, largest difference, smallest t of a pair.
 PRECISIONS = [(torch.float32, 1e-5, 10), (torch.float64, 1e-9, 0)]
 precisions = pytest.mark.parametrize(
@@ -49,16 +58,26 @@ def draw(seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def v(i: int, dtype: torch.dtype) -> Tensor:
+    """Where a network that learned Σ puts each pixel's variance, from −1 (small) to 1 (large)."""
+    return torch.tanh(draw(100 + i, dtype))
+
+
 def two_rows(
     table: SamplerTable, start: int, x: Tensor, outs: list[Tensor], prev: Tensor | None = None
 ) -> list[Tensor]:
-    """x after row `start` and after the next; their noises are `draw(0)` and `draw(1)`."""
+    """x after row `start` and after the next; their noises are `draw(0)` and `draw(1)`.
+
+    The network's second half, where the table reads one, is `v(0)` and `v(1)`.
+    """
     columns, found = torch.from_numpy(table.coefficients).to(x.dtype), []
+    spread = torch.from_numpy(table.spread).to(x.dtype)
     prev = torch.zeros_like(x) if prev is None else prev
     for i in range(2):
         rows = columns[start + i].expand(SHAPE[0], -1)
         x_start = predict_x_start(rows, x, outs[i])
-        x, prev = update(rows, x, x_start, prev, draw(i, x.dtype)), x_start
+        z = scale_noise(spread[start + i].expand(SHAPE[0]), v(i, x.dtype), draw(i, x.dtype))
+        x, prev = update(rows, x, x_start, prev, z), x_start
         found.append(x)
     return found
 
@@ -79,7 +98,7 @@ def exact_tables(scheduler: Any, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize(
     ("steps", "spacing"), [(1000, "leading"), (50, "linspace"), (40, "leading"), (8, "linspace")]
 )
-@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
 @pytest.mark.parametrize("clip", [True, False])
 def test_ddpm(
     diffusers: ModuleType,
@@ -92,7 +111,7 @@ def test_ddpm(
     t_min: int,
 ) -> None:
     scheduler = diffusers.DDPMScheduler(
-        variance_type=f"fixed_{variance}", clip_sample=clip, timestep_spacing=spacing
+        variance_type=THEIR_VARIANCES[variance], clip_sample=clip, timestep_spacing=spacing
     )
     exact_tables(scheduler, dtype).set_timesteps(steps)
     ts = scheduler.timesteps.tolist()
@@ -102,7 +121,8 @@ def test_ddpm(
         wanted = [x]
         for i in range(2):
             generator = torch.Generator().manual_seed(i)
-            step = scheduler.step(outs[i], ts[start + i], wanted[-1], generator=generator)
+            out = torch.cat([outs[i], v(i, dtype)], dim=1) if variance == "learned" else outs[i]
+            step = scheduler.step(out, ts[start + i], wanted[-1], generator=generator)
             wanted.append(step.prev_sample)
         assert largest_difference(two_rows(table, start, x, outs), wanted[1:]) <= tolerance
 
