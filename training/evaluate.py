@@ -1,0 +1,292 @@
+"""`ddpm evaluate`: bits/dim by term, rate–distortion, reconstructions, Fréchet distance.
+
+Everything goes into one folder: results.json, the pictures, and partial/ with the numbers of every
+network call, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusion.likelihood import check_sigma
+from diffusion.model import Model, load, write_json
+from diffusion.sampling import build_table, fast_dtype, prepare
+from training.bits import Chosen, Measured, choose, mean_and_error, measure
+from training.config import DataConfig
+from training.data import Images, load_images
+from training.features import (
+    Draw,
+    distance,
+    load_features,
+    real_features,
+    sampled_features,
+)
+from training.plots import plot_progressive, plot_rate_distortion, plot_terms
+from training.progressive import progressive_reconstructions
+from training.rate_distortion import markdown, paper_steps, rate_distortion
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What the command line asks for; see `training.evaluate_command`."""
+
+    model: Path
+    data: str
+    out: Path
+    splits: tuple[str, ...]
+    images: int
+    monte_carlo: int
+    samples: int
+    sigma: str | None
+    labelled: bool
+    seed: int
+    fit: str
+    image_column: str
+    label_column: str
+    features: str | None
+    frechet_images: int
+    sampler: str | None
+    steps: int
+    pictures: int
+    device: str | None
+    dtype: str
+    batch_size: int
+    quiet: bool
+
+
+def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str, Any]:
+    """Run everything that is asked for, write it to options.out, return results.json's content.
+
+    echo: gets a line for each result. Raises ValueError (bad options, data, partial results of
+    another run) and OSError.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load(options.model, device)
+    sigma = check_sigma(loaded, options.sigma)
+    dtype = DTYPES.get(options.dtype) or fast_dtype(loaded)
+    run = Run(options, prepare(loaded, dtype=dtype), sigma)
+    results: dict[str, Any] = {
+        "model": str(options.model),
+        "digest": loaded.digest,
+        "data": options.data,
+        "T": loaded.schedule.T,
+        "dims": run.dims,
+        "dims_unpadded": run.dims_unpadded,
+        "sigma": sigma,
+        "seed": options.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "splits": {},
+    }
+    fulls: dict[str, Measured] = {}
+    for split in options.splits:
+        results["splits"][split] = run.bits(split, fulls, echo)
+    last = options.splits[-1]
+    if fulls:
+        results["rate_distortion"] = run.curves(fulls, last, echo)
+    run.progressive(last)
+    if options.features is not None:
+        results["frechet"] = run.frechet(options.features, last, echo)
+    write_json(results, options.out / "results.json")
+    return results
+
+
+class Run:
+    """One evaluation of one model: the parts of `evaluate`, in their order."""
+
+    def __init__(self, options: EvaluateOptions, model: Model, sigma: str) -> None:
+        self.options, self.model, self.sigma = options, model, sigma
+        learned = model.config.network.learned_variance
+        fixed = ("large", "small")
+        self.sigmas = (sigma, *(s for s in (*fixed, "learned")[: 2 + learned] if s != sigma))
+        self.dims = int(np.prod(model.shape))
+        crop = model.config.crop
+        self.dims_unpadded = model.shape[0] * crop[0] * crop[1] if crop else self.dims
+        # A network without a "no label" label is asked with the images' own.
+        network = model.config.network
+        self.labelled = options.labelled or (network.num_classes > 0 and not network.null_class)
+        self._loaded: dict[tuple[str, bool], Images] = {}
+        self.key = {
+            "digest": model.digest,
+            "data": options.data,
+            "labelled": self.labelled,
+            "dtype": str(model.network.conv_in.weight.dtype),
+        }
+
+    def chosen(self, split: str, n: int, *, labelled: bool | None = None) -> Chosen:
+        """n images of a split, shuffled by the seed."""
+        labelled = self.labelled if labelled is None else labelled
+        if (split, labelled) not in self._loaded:
+            self._loaded[split, labelled] = self._load(split, labelled)
+        images = self._loaded[split, labelled]
+        return choose(images, n, seed=self.options.seed, labelled=labelled)
+
+    def _load(self, split: str, labelled: bool) -> Images:
+        options, network = self.options, self.model.config.network
+        fit = options.fit if options.fit != "auto" else "pad" if self.model.config.crop else "error"
+        config = DataConfig.model_validate(
+            {
+                "source": options.data,
+                "split": split,
+                "fit": fit,
+                "image_column": options.image_column,
+                "label_column": options.label_column,
+            }
+        )
+        return load_images(
+            config,
+            channels=network.in_channels,
+            side=network.image_size,
+            num_classes=network.num_classes if labelled else 0,
+            progress=not options.quiet,
+        )
+
+    def bits(
+        self, split: str, fulls: dict[str, Measured], echo: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Bits/dim of a split: the full sum (kept in `fulls`) and the Monte Carlo estimate."""
+        options = self.options
+        found: dict[str, Any] = {}
+        for name, n, samples in (
+            ("full", options.images, None),
+            ("monte_carlo", options.monte_carlo, options.samples),
+        ):
+            if not n:
+                continue
+            measured = measure(
+                self.model,
+                self.chosen(split, n),
+                sigmas=self.sigmas,
+                seed=options.seed,
+                samples=samples,
+                path=options.out / "partial" / f"{split}-{name}.npz",
+                key=self.key | {"split": split},
+                batch_size=options.batch_size,
+                progress=not options.quiet,
+            )
+            found[name] = self.summary(measured)
+            if samples is None:
+                fulls[split] = measured
+                found[name]["terms"] = terms_of(measured, self.sigma)
+            echo(f"{split}, {name.replace('_', ' ')}: {describe(found[name], self.sigma)}")
+        return found
+
+    def summary(self, measured: Measured) -> dict[str, Any]:
+        """Means and standard errors in bits/dim, for each choice of σ²."""
+        out: dict[str, Any] = {
+            "images": len(measured.prior),
+            "evaluations_an_image": measured.plan.row.shape[1],
+            "L_T": float(measured.prior_bits().mean()),
+        }
+        for sigma in self.sigmas:
+            mean, error = mean_and_error(measured.bits_per_dim(sigma))
+            decoder = float(measured.decoder_bits(sigma).mean())
+            out[sigma] = {
+                "bits_per_dim": mean,
+                "standard_error": error,
+                "bits_per_unpadded_dim": mean * self.dims / self.dims_unpadded,
+                "L_0": decoder,
+                "L_1_to_T-1": mean - decoder - out["L_T"],
+            }
+        return out
+
+    def curves(
+        self, fulls: dict[str, Measured], split: str, echo: Callable[[str], None]
+    ) -> list[dict[str, float]]:
+        """Plot the terms of all splits and the rate–distortion curve of one; returns its table."""
+        out = self.options.out
+        lines = {
+            f"{name}, σ² {sigma}": full.term_bits(sigma).mean(0)
+            for name, full in fulls.items()
+            for sigma in self.sigmas
+        }
+        plot_terms(lines, out / "terms.png")
+        curve = rate_distortion(fulls[split], self.sigma)
+        plot_rate_distortion(curve, out / "rate_distortion.png")
+        rows = curve.at(paper_steps(self.model.schedule.T))
+        echo(f"\nrate and distortion, {split}, σ² {self.sigma}:\n{markdown(rows)}")
+        return rows
+
+    def progressive(self, split: str) -> None:
+        """Draw progressive.png for a few images of a split."""
+        options = self.options
+        if not options.pictures:
+            return
+        chosen = self.chosen(split, options.pictures)
+        found = progressive_reconstructions(self.model, chosen, seed=options.seed)
+        plot_progressive(found, options.out / "progressive.png")
+
+    def frechet(self, name: str, split: str, echo: Callable[[str], None]) -> dict[str, Any]:
+        """Distance of samples to a split, beside that of as many images of the first split."""
+        options = self.options
+        features = load_features(name, self.model.device)
+        conditional = self.model.config.network.num_classes > 0
+        real = {
+            which: self.chosen(which, options.frechet_images, labelled=conditional)
+            for which in dict.fromkeys((options.splits[0], split))
+        }
+        found = {
+            which: real_features(
+                features, chosen, device=self.model.device, batch_size=options.batch_size
+            )
+            for which, chosen in real.items()
+        }
+        first = real[options.splits[0]]
+        labels = first.batch(np.arange(len(first)))[1]
+        default = self.model.config.sampling
+        table = build_table(
+            self.model.schedule,
+            sampler=options.sampler or default.sampler,
+            steps=options.steps,
+            spacing=default.spacing,
+            variance=default.variance,
+            clip=default.clip,
+        )
+        samples = sampled_features(
+            features,
+            Draw(self.model, table, len(first), options.seed, labels),
+            width=found[split].shape[1],
+            path=options.out / "partial" / "frechet.npz",
+            key=self.key
+            | {"features": name, "sampler": options.sampler, "steps": options.steps}
+            | {"seed": options.seed, "images": len(first), "labels_of": options.splits[0]},
+            batch_size=options.batch_size,
+            progress=not options.quiet,
+        )
+        result: dict[str, Any] = {"features": name, "images": len(samples), "steps": options.steps}
+        for which, values in found.items():
+            result[f"samples_to_{which}"] = distance(samples, values)
+            echo(f"Fréchet distance of samples to {which}: {result[f'samples_to_{which}']:.4f}")
+        if len(found) == 2:
+            a, b = found.values()
+            result["real_to_real"] = distance(a, b)
+        return result
+
+
+def terms_of(measured: Measured, sigma: str) -> dict[str, list[float]]:
+    """The table of L_{t−1} over t = 1..T, with standard errors, in bits/dim."""
+    bits = measured.term_bits(sigma)
+    columns = [mean_and_error(column) for column in bits.T]
+    return {
+        "t": list(range(1, bits.shape[1] + 1)),
+        "bits_per_dim": [mean for mean, _ in columns],
+        "standard_error": [error for _, error in columns],
+    }
+
+
+def describe(summary: dict[str, Any], sigma: str) -> str:
+    """One line of a summary."""
+    found = summary[sigma]
+    return (
+        f"{found['bits_per_dim']:.4f} ± {found['standard_error']:.4f} bits/dim on "
+        f"{summary['images']} images (L_T {summary['L_T']:.5f}, L_1..L_T−1 "
+        f"{found['L_1_to_T-1']:.4f}, L_0 {found['L_0']:.4f}; σ² {sigma})"
+    )

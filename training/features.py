@@ -1,0 +1,144 @@
+"""Fréchet distance of a model's samples to a data set, in the features of any network.
+
+The network is a TorchScript file that maps float32 images [N, C, H, W] in [−1, 1] to features
+[N, F], or `inception`: torchmetrics' Inception v3 (2048 features), where its weights can be had.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion.model import Model
+from diffusion.noise import Purpose, image_normals
+from diffusion.samplers import SamplerTable
+from diffusion.sampling import chain
+from diffusion.schedule import Float64
+from training.bits import Chosen
+from training.frechet import frechet_distance
+from training.partial import PartialArrays
+
+Features = Callable[[Tensor], Tensor]
+
+
+class FeatureError(ValueError):
+    """A feature network that cannot be used; the message says why."""
+
+
+def load_features(name: str, device: torch.device) -> Features:
+    """The feature network of a name or file. Raises FeatureError."""
+    if name == "inception":
+        return _inception(device)
+    try:
+        with warnings.catch_warnings():
+            # TorchScript is on its way out of torch, but it is what feature networks come in.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            script = torch.jit.load(name, map_location=device).eval()  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FeatureError(f"features = {name!r}: no TorchScript file: {error}") from error
+    return lambda images: script(images)
+
+
+def _inception(device: torch.device) -> Features:
+    try:
+        metrics = importlib.import_module("torchmetrics.image.fid")
+        network = metrics.NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+    except (ImportError, OSError) as error:
+        raise FeatureError(
+            "features = 'inception': needs torchmetrics and torch-fidelity, and its weights from "
+            f"the network: {error}"
+        ) from error
+    network = network.to(device).eval()
+
+    def features(images: Tensor) -> Tensor:
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        found: Tensor = network(pixels.expand(-1, 3, -1, -1))
+        return found
+
+    return features
+
+
+@torch.inference_mode()
+def real_features(
+    features: Features, chosen: Chosen, *, device: torch.device, batch_size: int
+) -> Float64:
+    """Features of the chosen images, [N, F]."""
+    blocks = np.array_split(np.arange(len(chosen)), -(-len(chosen) // batch_size))
+    parts = [_evaluated(features, chosen.batch(block)[0].to(device)) for block in blocks]
+    found: Float64 = np.concatenate(parts)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """How to draw: `n` samples of a table; labels [n], or None for none."""
+
+    model: Model
+    table: SamplerTable
+    n: int
+    seed: int
+    labels: Tensor | None
+
+
+def sampled_features(
+    features: Features,
+    draw: Draw,
+    *,
+    width: int,
+    path: Path,
+    key: dict[str, Any],
+    batch_size: int,
+    progress: bool,
+) -> Float64:
+    """Features [n, width] of samples 0..n−1, keeping what is done in `path`."""
+    partial = PartialArrays(path, {"features": (draw.n, width)}, key)
+    left = np.unique(partial.missing() // width)
+    bar = tqdm(
+        total=draw.n, initial=draw.n - len(left), desc=path.stem, unit="image", disable=not progress
+    )
+    with bar, partial.saved() as save_now_and_then:
+        for first in range(0, len(left), batch_size):
+            which = left[first : first + batch_size]
+            images = draw_images(draw, torch.from_numpy(which))
+            partial.arrays["features"][which] = _evaluated(features, images)
+            bar.update(len(which))
+            save_now_and_then()
+    return partial.arrays["features"]
+
+
+@torch.inference_mode()
+def draw_images(draw: Draw, indices: Tensor) -> Tensor:
+    """Samples of these indices, [N, C, H, W] in [−1, 1]: each depends on (seed, index) alone."""
+    indices = indices.to(draw.model.device)
+    x = image_normals(draw.seed, indices, row=0, purpose=Purpose.X_T, shape=draw.model.shape)
+    labels = None if draw.labels is None else draw.labels.to(indices.device)[indices]
+    for step in chain(
+        draw.model, draw.table, x, seed=draw.seed, indices=indices, class_label=labels
+    ):
+        x = step.x_next
+    return x.clamp(-1, 1)
+
+
+def _evaluated(features: Features, images: Tensor) -> Float64:
+    found = features(images)
+    if found.ndim != 2:
+        raise FeatureError(f"features: the network gave shape {list(found.shape)}, not [N, F]")
+    values: Float64 = found.double().cpu().numpy()
+    return values
+
+
+def distance(a: Float64, b: Float64) -> float:
+    """The Fréchet distance. Raises FeatureError for fewer than two images on a side."""
+    try:
+        return frechet_distance(a, b)
+    except ValueError as error:
+        raise FeatureError(str(error)) from error
