@@ -54,11 +54,11 @@ def bound(settings: Settings, host: str, port: int) -> socket.socket:
 )
 def api(host: str, port: int, log_level: str) -> None:
     """Run the HTTP API alone, against REDIS_URL."""
-    # Imported here, so that `ddpm up` and `--help` do not wait for it.
-    from app.server import serve
-
     settings = load_settings()
     listener = bound(settings, host, port)
+    # Imported here: what can be refused at once need not wait for it.
+    from app.server import serve
+
     click.echo(f"ddpm api: {url_of(listener)}, documentation at /docs")
     try:
         serve(settings, listener, log_level=log_level)

@@ -7,6 +7,7 @@ and Redis has everything on disk.
 from __future__ import annotations
 
 import fcntl
+import http.client
 import os
 import signal
 import sys
@@ -19,7 +20,6 @@ from app import embedded_redis
 from app.children import Child
 from app.embedded_redis import RedisUnavailable
 from jobs.settings import Settings
-from jobs.store import JobStore
 
 _READY_S = 180.0  # a large model on a slow disk
 _POLL_S = 0.1
@@ -67,7 +67,6 @@ class Supervisor:
         try:
             self._start()
             if self._wait_until_ready():
-                self._say(self._ready_line())
                 self._watch()
         except RedisUnavailable as error:
             raise StartFailed(str(error)) from error
@@ -106,15 +105,19 @@ class Supervisor:
         return Child(name, command, log=self._folder / f"{log}.log", env=self._env)
 
     def _wait_until_ready(self) -> bool:
-        """True when everything answers, False when a signal came first."""
+        """True when everything answers (and was said to), False when a signal came first."""
         deadline = time.monotonic() + _READY_S
+        from jobs.store import JobStore  # here: the children load meanwhile
+
         store = JobStore.connect(self._settings)
         while not self._stops:
             for child in self._children():
                 if not child.running:
                     raise StartFailed(child.epitaph())
             alive = [info for info in store.workers() if info.at >= self._began]
-            if len(alive) >= self._count and store.cards() and self._api_answers():
+            cards = store.cards()
+            if len(alive) >= self._count and cards and self._api_answers():
+                self._say(self._ready_line(sorted(cards)))
                 return True
             if time.monotonic() > deadline:
                 raise StartFailed(
@@ -124,21 +127,20 @@ class Supervisor:
         return False
 
     def _api_answers(self) -> bool:
-        # Imported here: the supervisor is at work while this loads.
-        import httpx
-
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._host, self._host)
-        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        connection = http.client.HTTPConnection(host, self._port, timeout=2)
         try:
-            reply = httpx.get(f"http://{host}:{self._port}/readyz", timeout=2, trust_env=False)
-        except httpx.HTTPError:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
             return False
-        return reply.is_success
+        finally:
+            connection.close()
 
-    def _ready_line(self) -> str:
-        names = ", ".join(sorted(JobStore.connect(self._settings).cards()))
+    def _ready_line(self, names: list[str]) -> str:
         host = "localhost" if self._host in ("127.0.0.1", "0.0.0.0", "::1", "::") else self._host
-        return f"ddpm serves {names} on http://{host}:{self._port} (Ctrl-C stops; nothing is lost)"
+        where = f"http://{host}:{self._port}"
+        return f"ddpm serves {', '.join(names)} on {where} (Ctrl-C stops; nothing is lost)"
 
     def _watch(self) -> None:
         while not self._stops:
