@@ -68,11 +68,11 @@ def _find_model(name: str) -> Path:
 @click.option("--num-images", "-n", default=1, show_default=True, type=click.IntRange(min=1))
 @click.option("--class-label", help="A label or class name; several with commas, used in turn.")
 @click.option("--guidance", default=1.0, show_default=True, help="ε_u + g(ε_c − ε_u); 1 is off.")
-@click.option("--sampler", default="ddpm", show_default=True, help="ddpm, ddim or dpmpp_2m.")
+@click.option("--sampler", help="ddpm, ddim, dpmpp_2m or langevin; default: the model's, or ddpm.")
 @click.option("--steps", default=100, show_default=True, help="Network evaluations an image.")
-@click.option("--spacing", default="uniform", show_default=True, help="uniform or quadratic.")
+@click.option("--spacing", help="uniform, quadratic, leading or trailing; default: the model's.")
 @click.option("--eta", default=0.0, show_default=True, help="Noise of ddim: 0 none, 1 ancestral.")
-@click.option("--variance", default="large", show_default=True, help="σ² of ddpm: large or small.")
+@click.option("--variance", help="σ² of ddpm: large, small or learned; default: the model's.")
 @click.option("--seed", type=int, help="Default: drawn, and printed.")
 @click.option("--out", type=PATH, default=Path("grid.png"), show_default=True, help="See below.")
 @click.option("--snapshots", "every", type=click.IntRange(min=1), help="A row every N steps.")
@@ -110,8 +110,6 @@ def convert(source: Path, target: Path, to: str) -> None:
     from diffusion import diffusers_folder
     from diffusion.model import CheckpointError
 
-    if target.exists() and any(target.iterdir()):
-        sys.exit(f"ddpm convert: {target}: exists and is not empty")
     try:
         diffusers_folder.convert(source, target, to)
     except (CheckpointError, OSError) as error:

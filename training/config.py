@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from diffusion.model import CheckpointError, ModelConfig
 from diffusion.parameterization import PREDICTIONS
+from diffusion.samplers import SamplerError, SamplingDefaults
 from diffusion.schedule import ScheduleConfig, ScheduleError
 from diffusion.unet import NetworkConfigError, UNetConfig
 
@@ -69,6 +70,7 @@ class TrainConfig(Section):
     data: DataConfig
     network: UNetConfig = Field(default_factory=UNetConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    sampling: SamplingDefaults = Field(default_factory=SamplingDefaults)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     prediction: str = "epsilon"
     steps: int = Field(default=800_000, ge=1)
@@ -96,6 +98,11 @@ class TrainConfig(Section):
     def _schedule(cls, raw: object) -> object:
         return _build(ScheduleConfig, raw)
 
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _sampling(cls, raw: object) -> object:
+        return _build(SamplingDefaults, raw)
+
     @field_validator("prediction")
     @classmethod
     def _prediction(cls, name: str) -> str:
@@ -120,7 +127,9 @@ class TrainConfig(Section):
         """What the checkpoint says of the model."""
         names = tuple(class_names) if self.network.num_classes else ()
         try:
-            return ModelConfig(self.network, self.schedule, self.prediction, names, crop)
+            return ModelConfig(
+                self.network, self.schedule, self.prediction, names, crop, self.sampling
+            )
         except CheckpointError as error:
             raise ConfigError(f"network.num_classes: {error}") from error
 
@@ -135,7 +144,7 @@ def _build(kind: type[Any], raw: object) -> object:
             raise ValueError(f"unknown key {key!r}; allowed: {', '.join(known)}")
     try:
         return kind(**raw)
-    except (NetworkConfigError, ScheduleError, TypeError) as error:
+    except (NetworkConfigError, SamplerError, ScheduleError, TypeError) as error:
         raise ValueError(str(error)) from error
 
 

@@ -31,11 +31,11 @@ class SampleOptions:
     num_images: int
     class_label: str | None
     guidance: float
-    sampler: str
+    sampler: str | None
     steps: int
-    spacing: str
+    spacing: str | None
     eta: float
-    variance: str
+    variance: str | None
     seed: int | None
     out: Path
     every: int | None

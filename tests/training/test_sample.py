@@ -73,7 +73,7 @@ def test_a_folder_films_and_a_chain_in_columns(model: Path, tmp_path: Path) -> N
         (["--sampler", "euler"], "sampler = 'euler': must be one of ddpm, ddim"),
         (["--steps", "21"], "steps = 21: must be 1..20"),
         (["--eta", "2", "--sampler", "ddim"], "eta = 2.0"),
-        (["--variance", "medium"], "variance = 'medium': must be large or small"),
+        (["--variance", "medium"], "variance = 'medium': must be one of large, small"),
         (["--spacing", "cubic"], "spacing = 'cubic'"),
         (["--seed", "-1"], "seed = -1"),
         (["--model", "nowhere"], "nowhere/config.json: no such file"),
