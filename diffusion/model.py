@@ -164,6 +164,8 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     save_file(tensors, temporary, metadata={"format": "pt"})
+    # save_file gives them to their owner alone; a service under another user must read them too.
+    temporary.chmod(0o644)
     temporary.replace(path)
 
 
