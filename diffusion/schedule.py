@@ -155,7 +155,10 @@ def _positive(T: int) -> int:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """What a checkpoint says of its schedule: `kind` linear, cosine or betas (an explicit list)."""
+    """What a checkpoint says of its schedule: `kind` linear, cosine or betas (an explicit list).
+
+    A training may also say `learned`: linear at first, then trained; its checkpoints list betas.
+    """
 
     kind: str = "linear"
     T: int = 1000
@@ -184,7 +187,7 @@ class ScheduleConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: only the fields that the kind uses."""
-        if self.kind == "linear":
+        if self.kind in ("linear", "learned"):
             ends = {"beta_start": self.beta_start, "beta_end": self.beta_end}
             return {"kind": self.kind, "T": self.T, **ends}
         if self.kind == "cosine":
@@ -196,4 +199,5 @@ _BUILDERS = {
     "linear": lambda c: linear_schedule(c.T, c.beta_start, c.beta_end),
     "cosine": lambda c: cosine_schedule(c.T),
     "betas": lambda c: Schedule(np.asarray(c.betas, dtype=np.float64)),
+    "learned": lambda c: linear_schedule(c.T, c.beta_start, c.beta_end),
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusion.noise import Purpose, normals, uniform_words
 from training.data import Images
+from training.timesteps import Timesteps, UniformTimesteps
 
 _TWO32 = 2**32
 
@@ -65,8 +66,10 @@ class Batches:
         label_dropout: float,
         labelled: bool,
         device: torch.device,
+        timesteps: Timesteps | None = None,
     ) -> None:
-        self.images, self.seed, self.T, self.device = images, seed, T, device
+        self.images, self.seed, self.device = images, seed, device
+        self.timesteps = UniformTimesteps(T) if timesteps is None else timesteps
         self.flips, self.labelled = flips, labelled
         self.null_label, self.label_dropout = null_label, label_dropout
         self.order = Order(seed, len(images))
@@ -82,7 +85,7 @@ class Batches:
         seeds = torch.full_like(p, self.seed)
         index, row = p % _TWO32, p // _TWO32
         words = uniform_words(seeds, index, rows=row, purpose=Purpose.TRAINING_DRAWS)
-        t = (words[:, 0] * self.T) >> 32
+        t = self.timesteps.draw(words[:, 0])
         if self.flips:
             flip = (words[:, 1] & 1).bool().view(-1, 1, 1, 1)
             x_start = torch.where(flip, x_start.flip(-1), x_start)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,9 @@ class TrainConfig(Section):
 
     batch_size: images an optimizer step, over all processes; accumulate: backward passes it is
     cut into. label_dropout: share of rows that train the null label. ema_decay: of the averaged
-    weights, warmed up as min(ema_decay, (1+n)/(10+n)).
+    weights, warmed up as min(ema_decay, (1+n)/(10+n)). objective: see `training.objectives`;
+    hybrid_weight is its λ, min_snr_gamma its γ. sigma: σ² in the bound. timesteps: of training,
+    uniform or by importance. schedule.kind = "learned": trained too, from linear.
     """
 
     data: DataConfig
@@ -73,6 +76,11 @@ class TrainConfig(Section):
     sampling: SamplingDefaults = Field(default_factory=SamplingDefaults)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     prediction: str = "epsilon"
+    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
+    sigma: Literal["large", "small", "learned"] = "large"
+    timesteps: Literal["uniform", "importance"] = "uniform"
+    hybrid_weight: float = Field(default=1e-3, gt=0)
+    min_snr_gamma: float = Field(default=5.0, gt=0)
     steps: int = Field(default=800_000, ge=1)
     batch_size: int = Field(default=128, ge=1)
     accumulate: int = Field(default=1, ge=1)
@@ -121,15 +129,40 @@ class TrainConfig(Section):
             raise ValueError(f"sample_steps = {self.sample_steps}: must be 1..{self.schedule.T}")
         return self
 
+    @model_validator(mode="after")
+    def _objective(self) -> TrainConfig:
+        learned = self.sigma == "learned"
+        if learned != self.network.learned_variance:
+            raise ValueError(
+                f"sigma = {self.sigma!r}: network.learned_variance must be {str(learned).lower()}"
+            )
+        allowed = ("vlb", "hybrid") if learned else ("simple", "vlb", "min_snr")
+        if self.objective not in allowed:
+            raise ValueError(
+                f"objective = {self.objective!r}: must be one of {', '.join(allowed)} with "
+                f"sigma = {self.sigma!r}"
+            )
+        way = (self.objective, self.prediction)
+        if self.learns_schedule and way != ("vlb", "epsilon"):
+            raise ValueError(
+                "schedule.kind = 'learned': needs objective = 'vlb' and prediction = 'epsilon'"
+            )
+        return self
+
+    @property
+    def learns_schedule(self) -> bool:
+        """Whether the forward process is trained with the network."""
+        return self.schedule.kind == "learned"
+
     def model(
         self, class_names: Sequence[str] = (), crop: tuple[int, int] | None = None
     ) -> ModelConfig:
         """What the checkpoint says of the model."""
         names = tuple(class_names) if self.network.num_classes else ()
+        # A forward process in training starts as its linear namesake.
+        schedule = replace(self.schedule, kind="linear") if self.learns_schedule else self.schedule
         try:
-            return ModelConfig(
-                self.network, self.schedule, self.prediction, names, crop, self.sampling
-            )
+            return ModelConfig(self.network, schedule, self.prediction, names, crop, self.sampling)
         except CheckpointError as error:
             raise ConfigError(f"network.num_classes: {error}") from error
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.ema import EMA
+from training.timesteps import Timesteps
 
 STATE_FILE, PROGRESS_FILE = "state.safetensors", "progress.json"
 
@@ -32,10 +33,16 @@ class StateError(ValueError):
 
 
 def save_state(
-    folder: Path, *, network: nn.Module, ema: EMA, optimizer: torch.optim.Adam, step: int
+    folder: Path,
+    *,
+    network: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.Adam,
+    step: int,
+    timesteps: Timesteps,
 ) -> None:
     """Write the state after `step` optimizer steps. Raises StateError on a full disk."""
-    tensors: dict[str, Tensor] = {}
+    tensors = timesteps.state()
     for i, (name, p) in enumerate(network.named_parameters()):
         moments = optimizer.state.get(p, {})
         tensors[f"weights.{name}"] = p.detach()
@@ -80,7 +87,14 @@ def find_state(folder: Path) -> Path | None:
     return None
 
 
-def load_state(folder: Path, *, network: nn.Module, ema: EMA, optimizer: torch.optim.Adam) -> int:
+def load_state(
+    folder: Path,
+    *,
+    network: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.Adam,
+    timesteps: Timesteps,
+) -> int:
     """Restore a run in place and return its step. Raises StateError."""
     where = find_state(folder)
     if where is None:
@@ -115,6 +129,7 @@ def load_state(folder: Path, *, network: nn.Module, ema: EMA, optimizer: torch.o
                     "exp_avg": _like(tensors[f"exp_avg.{name}"], p),
                     "exp_avg_sq": _like(tensors[f"exp_avg_sq.{name}"], p),
                 }
+        timesteps.load(tensors)
     return step
 
 

@@ -1,4 +1,4 @@
-"""The training loop: L_simple by default, EMA, warm-up, clipping, resumable to the bit."""
+"""The training loop: any objective, EMA, warm-up, clipping, resumable to the bit."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.forward import q_sample
 from diffusion.model import Model, ModelConfig, build_network, save
-from diffusion.parameterization import target
 from diffusion.sampling import fast_dtype, sample
 from diffusion.unet import UNet
 from training.batches import Batch, Batches
 from training.config import ConfigError, OptimizerConfig, TrainConfig
 from training.data import Images, load_images
 from training.ema import EMA
+from training.loss import FORWARD_PROCESS, Loss, attach_process, split_process
 from training.pictures import grid
 from training.runlog import Meter, RunLog
 from training.state import StateError, load_state, save_state, write_failure
+from training.timesteps import ImportanceTimesteps, Timesteps, UniformTimesteps
 
 CONFIG_FILE = "train.json"
 
@@ -64,6 +64,13 @@ class Trainer:
         )
         self.model_config: ModelConfig = config.model(self.images.class_names, self._crop())
         self.schedule = config.schedule.build()
+        process = attach_process(self.network, config)
+        self.objective = Loss(config, self.schedule, process)
+        self.timesteps: Timesteps = (
+            ImportanceTimesteps(self.schedule.T, self.device)
+            if config.timesteps == "importance"
+            else UniformTimesteps(self.schedule.T)
+        )
         self.batches = Batches(
             self.images,
             seed=config.seed,
@@ -73,6 +80,7 @@ class Trainer:
             label_dropout=config.label_dropout,
             labelled=config.network.num_classes > 0,
             device=self.device,
+            timesteps=self.timesteps,
         )
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = config.optimizer
@@ -106,6 +114,9 @@ class Trainer:
         from diffusion.model import load
 
         weights = load(init).network.state_dict()
+        if self.objective.process is not None:  # it starts anew
+            state = self.objective.process.state_dict(prefix=f"{FORWARD_PROCESS}.")
+            weights = {**weights, **state}
         try:
             self.network.load_state_dict(weights)
         except RuntimeError as error:
@@ -126,24 +137,22 @@ class Trainer:
     def resume(self) -> int:
         """Continue from the folder's state; returns its step."""
         self.step = load_state(
-            self.folder, network=self.network, ema=self.ema, optimizer=self.optimizer
+            self.folder,
+            network=self.network,
+            ema=self.ema,
+            optimizer=self.optimizer,
+            timesteps=self.timesteps,
         )
         return self.step
 
     def loss(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:
-        """L_simple (Ho et al. 2020, eq. 14) in the network's parameterisation, a scalar."""
-        x_t = q_sample(self.schedule, batch.x_start, batch.t, batch.eps)
-        x_t = x_t.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        ):
-            out = network(x_t, batch.t, batch.class_label)
-        wanted = batch.eps
-        if self.config.prediction != "epsilon":
-            wanted = target(
-                self.schedule, self.config.prediction, x_start=batch.x_start, x_t=x_t, t=batch.t
-            )
-        return (out.float() - wanted).square().mean()
+        """The configured objective on a batch, a scalar: see `training.objectives`."""
+        losses = self.objective(network, batch, dtype=self.dtype)
+        weighted = (losses * self.timesteps.weight(batch.t)).mean()
+        if self.config.timesteps == "importance":
+            gather = self.accelerator.gather
+            self.timesteps.record(gather(batch.t), gather(losses.detach()))
+        return weighted
 
     def run(self, *, progress: bool = True) -> None:
         """Train to config.steps, or until interrupted: either way the last step is on disk."""
@@ -243,10 +252,8 @@ class Trainer:
     def averaged_model(self) -> Model:
         """The model with the averaged weights."""
         names = [name for name, _ in self.network.named_parameters()]
-        return Model(
-            self.model_config,
-            build_network(self.model_config, self.ema.state(names), self.device),
-        )
+        weights, config = split_process(self.ema.state(names), self.model_config)
+        return Model(config, build_network(config, weights, self.device))
 
     def save(self) -> None:
         """Write the model and the state. Raises StateError; what was there before stays whole."""
@@ -265,6 +272,7 @@ class Trainer:
             ema=self.ema,
             optimizer=self.optimizer,
             step=self.step,
+            timesteps=self.timesteps,
         )
 
     def save_samples(self, log: RunLog | None) -> Path:
