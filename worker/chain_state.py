@@ -26,13 +26,12 @@ def pack(row: int, x_t: Tensor, x_start_prev: Tensor | None) -> bytes:
 
 def unpack(raw: bytes, shape: tuple[int, int, int]) -> tuple[int, Tensor, Tensor | None]:
     """Inverse of `pack`. Raises StateError."""
-    if len(raw) < _HEADER.size:
-        raise StateError(f"{len(raw)} bytes: too short for a chain's state")
-    magic, row, has_memory = _HEADER.unpack_from(raw)
-    values = np.frombuffer(raw[_HEADER.size :], dtype="<f4")
-    planes = 1 + has_memory
-    if magic != _MAGIC or values.size != planes * int(np.prod(shape)):
+    plane = 4 * int(np.prod(shape))
+    planes, rest = divmod(len(raw) - _HEADER.size, plane)
+    magic, row, has_memory = _HEADER.unpack_from(raw) if planes in (1, 2) else (b"", 0, False)
+    if magic != _MAGIC or rest or planes != 1 + has_memory:
         raise StateError(f"{len(raw)} bytes: not the state of a chain of shape {shape}")
+    values = np.frombuffer(raw, dtype="<f4", offset=_HEADER.size)
     both = torch.from_numpy(values.astype(np.float32).reshape(planes, *shape))
     return int(row), both[0], both[1] if has_memory else None
 

@@ -58,5 +58,5 @@ MODES: dict[str, Noising] = {"closed": closed, "stepwise": stepwise}
 
 def x_start_of(inputs: NDArray[np.uint8]) -> Tensor:
     """float32 [N, C, H, W] in [−1, 1] of uint8 [N, H, W, C]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(inputs, -1, 1)))
-    return pixels.to(torch.float32) / 127.5 - 1.0
+    pixels = np.moveaxis(inputs, -1, 1).astype(np.float32, order="C")
+    return torch.from_numpy(pixels) / 127.5 - 1.0

@@ -19,7 +19,9 @@ import socket
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -42,6 +44,7 @@ from rq.worker import BaseWorker, WorkerStatus
 from jobs.rq_queue import JOB_FUNCTION
 from worker.flights import Ending, Flight, Intent, Outcome
 from worker.runtime import Runtime
+from worker.tasks import EngineStopped
 
 log = logging.getLogger("ddpm.worker")
 
@@ -209,17 +212,19 @@ class EngineWorker(BaseWorker):
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """A busy period: begins with one job and ends when none is in flight."""
-        self._board(job, queue)
-        while self._boarded:
+        work: Callable[[], None] = partial(self._board, job, queue)
+        while True:
             try:
-                self._busy_round()
+                work()
             except AWAY as error:
-                if self._released_at is not None and self._late(self._released_at, RELEASE_S):
+                if self._stop_at is not None and self._late(self._stop_at, RELEASE_S):
                     log.error("Redis is away (%s) at the end; RQ will hand the jobs on", error)
                     self._boarded.clear()
-                    return
                 log.warning("Redis is away (%s); the jobs in flight go on", error)
                 time.sleep(POLL_S)
+            if not self._boarded:
+                return
+            work = self._busy_round
 
     def _busy_round(self) -> None:
         self._land_ended()
@@ -255,13 +260,18 @@ class EngineWorker(BaseWorker):
             queue.intermediate_queue.remove(job.id)
             return
         boarded = Boarded(job, queue, self.prepare_execution(job))
-        self.prepare_job_execution(job, True)
         try:
             job_id = _job_id(job)
-        except Exception as error:  # not one of ours, or another serializer
+        except Exception as error:  # not one of ours, or of another serializer
+            queue.intermediate_queue.remove(job.id)
             self._fail(boarded, error)
             return
-        begun = self.runtime.begin(job_id, boarded.execution.id, self.name)
+        self.prepare_job_execution(job, True)
+        try:
+            begun = self.runtime.begin(job_id, boarded.execution.id, self.name)
+        except EngineStopped:  # broken down since the last look, which comes next
+            self._requeue(boarded)
+            return
         if isinstance(begun, Flight):
             boarded.flight = begun
             self._boarded[boarded.execution.id] = boarded

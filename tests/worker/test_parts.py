@@ -1,0 +1,163 @@
+"""The smaller parts of a worker: states as bytes, the model folder, noising, snapshot rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import diffusion
+from diffusion import Model
+from diffusion.samplers import SAMPLERS
+from diffusion.sampling import build_table
+from jobs.specs import Snapshots
+from worker import rq_adapter
+from worker.chain_state import StateError, pack, unpack
+from worker.commands import worker as worker_command
+from worker.device import DeviceError, pick_device
+from worker.flights import snapshot_rows
+from worker.models import ModelFolder, card_of
+from worker.noising import closed, stepwise, x_start_of
+
+SHAPE = (3, 8, 8)
+
+
+def test_a_chains_state_survives_as_bytes() -> None:
+    x, memory = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    row, x_again, memory_again = unpack(pack(17, x, memory), SHAPE)
+    assert row == 17 and torch.equal(x, x_again)
+    assert memory_again is not None and torch.equal(memory, memory_again)
+    assert unpack(pack(3, x, None), SHAPE)[2] is None
+    assert len(pack(3, x, None)) < 4 * x.numel() + 16
+
+
+OTHER_BYTES = {"none": b"", "magic": bytes(9 + 4 * 192), "length": bytes(100)}
+
+
+@pytest.mark.parametrize("raw", OTHER_BYTES.values(), ids=OTHER_BYTES.keys())
+def test_other_bytes_are_no_state(raw: bytes) -> None:
+    with pytest.raises(StateError, match="bytes"):
+        unpack(raw, SHAPE)
+
+
+def test_the_folder_is_reread_and_each_model_loaded_once(
+    tmp_path: Path, make_model: Callable[..., Model]
+) -> None:
+    folder = ModelFolder(tmp_path / "models", queue="q")
+    assert folder.rescan().loaded == ()  # no folder yet
+    diffusion.save(make_model(seed=1), tmp_path / "models" / "one")
+    (served,) = folder.rescan().loaded
+    assert served.name == "one" and served.card.queue == "q"
+    assert folder.rescan().loaded == ()
+    diffusion.save(make_model(seed=2), tmp_path / "models" / "two")
+    diffusion.save(make_model(seed=3), tmp_path / "models" / "one")
+    assert {s.name for s in folder.rescan().loaded} == {"one", "two"}
+    assert folder.served["one"].model.digest != served.model.digest
+    shutil.rmtree(tmp_path / "models" / "two")
+    assert folder.rescan().gone == ("two",)
+    assert set(folder.served) == {"one"}
+
+
+def test_a_broken_model_is_named_once_and_tried_again_when_it_changes(
+    tmp_path: Path, make_model: Callable[..., Model], caplog: pytest.LogCaptureFixture
+) -> None:
+    diffusion.save(make_model(), tmp_path / "bad")
+    weights = tmp_path / "bad" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    folder = ModelFolder(tmp_path, queue="q")
+    assert folder.rescan().loaded == () and folder.rescan().loaded == ()
+    assert caplog.text.count("model bad cannot be served") == 1
+    assert "model.safetensors" in caplog.text
+    weights.write_bytes(whole)
+    assert len(folder.rescan().loaded) == 1
+
+
+def test_only_the_named_models_are_served(tmp_path: Path, make_model: Callable[..., Model]) -> None:
+    for name in ("one", "two", ".hidden", "not a name"):
+        diffusion.save(make_model(), tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    assert {s.name for s in ModelFolder(tmp_path, queue="q").rescan().loaded} == {"one", "two"}
+    named = ModelFolder(tmp_path, queue="q", names=("two",))
+    assert {s.name for s in named.rescan().loaded} == {"two"}
+
+
+def test_a_diffusers_folder_is_served_too(tmp_path: Path, make_model: Callable[..., Model]) -> None:
+    from diffusion.diffusers_folder import convert
+
+    diffusion.save(make_model(classes=0), tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", "diffusers")
+    cards = {s.name: s.card for s in ModelFolder(tmp_path, queue="q").rescan().loaded}
+    assert cards["theirs"].betas == pytest.approx(cards["ours"].betas)
+
+
+def test_the_card_says_what_the_api_must_know(make_model: Callable[..., Model]) -> None:
+    card = card_of(make_model(T=50), "tiny", "q")
+    assert card.T == 50 and card.shape == (1, 8, 8)
+    assert card.class_names == ("0", "1", "2") and card.null_label == 3
+    assert card.samplers == SAMPLERS
+    assert json.loads(card.model_dump_json())["parameters"] > 0
+
+
+def test_closed_noise_has_one_eps_and_stepwise_agrees_in_distribution(model: Model) -> None:
+    schedule = model.schedule
+    x_start = torch.full((2000, 1, 2, 2), 0.5)
+    found = {n.t: n for n in closed(schedule, x_start, [0, 20, 49], seed=3)}
+    assert list(found) == [0, 20, 49]
+    assert torch.equal(found[0].eps, found[49].eps)
+    chain = {n.t: n for n in stepwise(schedule, x_start, [0, 20, 49], seed=3)}
+    for t, noised in chain.items():
+        bar = schedule.alpha_bar(t)
+        assert noised.x_t.mean() == pytest.approx(0.5 * bar**0.5, abs=0.05)
+        assert noised.x_t.var() == pytest.approx(1 - bar, rel=0.06)
+        again = bar**0.5 * x_start + (1 - bar) ** 0.5 * noised.eps
+        torch.testing.assert_close(again, noised.x_t, atol=1e-5, rtol=0)
+
+
+def test_uploaded_pixels_become_minus_one_to_one() -> None:
+    pixels = np.array([0, 255], np.uint8).reshape(1, 1, 2, 1)
+    assert x_start_of(pixels).flatten().tolist() == [-1.0, 1.0]
+
+
+def test_snapshots_at_and_every(model: Model) -> None:
+    table = build_table(model.schedule, steps=10)
+    assert snapshot_rows(table, None) == frozenset()
+    assert snapshot_rows(table, Snapshots(every=4)) == {0, 4, 8}
+    t = table.t + 1
+    assert snapshot_rows(table, Snapshots(at=(50, int(t[3]), 1))) == {0, 3, 9}
+    assert snapshot_rows(table, Snapshots(at=(int(t[3]) - 1,))) == {3}
+
+
+def test_another_rq_is_refused_and_the_difference_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rq_adapter.check_rq()
+
+    def prepare_execution(self: object, job: object, colour: str) -> None: ...
+
+    changed = {prepare_execution: "self job"}
+    monkeypatch.setattr(rq_adapter, "_SIGNATURES", changed)
+    with pytest.raises(rq_adapter.RQMismatch, match=r"prepare_execution takes \(self job colour\)"):
+        rq_adapter.check_rq()
+    monkeypatch.setattr(rq_adapter, "VERSION", "3.1.0")
+    with pytest.raises(rq_adapter.RQMismatch, match=r"RQ 3\.1\.0"):
+        rq_adapter.check_rq()
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(DeviceError, match="device = 'nonsense'"):
+        pick_device("nonsense")
+
+
+def test_the_command_says_that_there_is_no_redis(tmp_path: Path) -> None:
+    env = {"REDIS_URL": f"unix://{tmp_path}/none.sock"}
+    result = CliRunner().invoke(worker_command, ["--models", str(tmp_path)], env=env)
+    assert result.exit_code == 1
+    assert "no Redis at unix://" in result.output
+    result = CliRunner().invoke(worker_command, ["--device", "nonsense"], env=env)
+    assert result.exit_code == 1 and "device = 'nonsense'" in result.output

@@ -1,0 +1,296 @@
+"""The worker as RQ sees it: a real Redis, real worker processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rq import Queue, Worker
+from rq.command import send_shutdown_command, send_stop_job_command
+from rq.job import JobStatus
+from rq.registry import StartedJobRegistry
+from rq.serializers import JSONSerializer
+from rq.suspension import resume, suspend
+
+import diffusion
+from jobs.pictures import from_bytes
+
+Service = Any  # of conftest.py; tests cannot import it
+
+
+def started(service: Service, job_id: str, done: int = 1) -> None:
+    """Wait until a job has made some steps."""
+    service.until(lambda: service.record(job_id).done >= done)
+
+
+def test_a_job_from_end_to_end(running: Service) -> None:
+    job_id = running.admit(num_images=3, steps=20, seed=5, class_label=1, snapshots={"every": 10})
+    record = running.ended(job_id)
+    assert running.rq_status(job_id) == "finished"
+    assert record.done == record.work == 60
+    model = diffusion.load(running.models / "tiny")
+    expected = diffusion.sample(
+        model, 3, steps=20, seed=5, class_label=1, dtype=torch.float32, variance="large"
+    )
+    outputs = running.outputs(job_id)
+    for i in range(3):
+        image = from_bytes(outputs[f"i:{i}"], record.shape)
+        np.testing.assert_allclose(image, expected[i].numpy(), atol=1e-3)
+    ts = sorted({int(name.split(":")[1]) for name in outputs if name.startswith("s:")})
+    assert len(ts) == 2 and ts[-1] == 1000
+    assert record.provenance is not None
+    assert record.provenance["model_digest"] == model.digest
+    assert record.provenance["versions"]["torch"] == torch.__version__
+
+
+def test_jobs_of_every_kind_share_the_worker(running: Service) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), dtype=np.uint8)
+    noise = {"kind": "noise", "inputs": pictures, "seed": 1, "kinds": ("x_t", "eps")}
+    ids = [running.admit(steps=5 + i, seed=i, sampler="ddim") for i in range(12)]
+    closed = running.admit(t=(1, 500, 1000), **noise)
+    stepwise = running.admit(t=(500,), mode="stepwise", **noise)
+    for job_id in [*ids, closed, stepwise]:
+        running.ended(job_id)
+    outputs = running.outputs(closed)
+    x, eps = (from_bytes(outputs[f"s:500:{kind}:1"], (1, 8, 8)) for kind in ("x_t", "eps"))
+    bar = np.prod(1 - np.asarray(running.card.betas)[:500])
+    x_start = np.moveaxis(pictures[1].astype(np.float64) / 127.5 - 1, -1, 0)
+    np.testing.assert_allclose(x, bar**0.5 * x_start + (1 - bar) ** 0.5 * eps, atol=1e-5)
+    assert len(outputs) == 3 * 2 * 2
+    assert set(running.outputs(stepwise)) == {
+        f"s:500:{kind}:{i}" for kind in ("x_t", "eps") for i in range(2)
+    }
+
+
+def test_rq_shows_the_truth(running: Service) -> None:
+    job_id = running.admit(num_images=4, steps=1000)
+    started(running, job_id)
+    (name,) = [info.name for info in running.store.workers()]
+    job = running.rq_job(job_id)
+    assert job.get_status() == JobStatus.STARTED and job.worker_name == name
+    (worker,) = Worker.all(connection=running.redis, serializer=JSONSerializer)
+    assert worker.get_state() == "busy"
+    assert job_id in [execution.job_id for execution in worker.get_current_executions()]
+    registry = StartedJobRegistry("ddpm", connection=running.redis, serializer=JSONSerializer)
+    assert job_id in registry.get_job_ids(cleanup=False)
+    shown = subprocess.run(
+        [sys.executable, "-m", "rq.cli", "info", "--url", running.url, "--raw"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "queue ddpm 0, 1 executing" in shown.stdout
+    (line,) = [line for line in shown.stdout.splitlines() if line.startswith(f"worker {name} ")]
+    assert ") busy ddpm." in line
+    running.store.cancel(job_id)
+    running.ended(job_id, "canceled")
+    assert job_id not in registry.get_job_ids(cleanup=False)
+
+
+def test_cancel_a_running_job_keeps_its_latest_state(running: Service) -> None:
+    job_id = running.admit(num_images=2, steps=1000, seed=1)
+    started(running, job_id)
+    assert running.store.cancel(job_id) == "requested"
+    record = running.ended(job_id, "canceled", seconds=10)
+    assert 0 < record.done < record.work
+    assert running.rq_status(job_id) == "canceled"
+    kinds = {name.split(":")[2] for name in running.outputs(job_id) if name.startswith("s:")}
+    assert kinds == {"x_t", "x_start"}
+
+
+def test_cancel_a_waiting_job_that_rq_still_hands_out(running: Service) -> None:
+    suspend(running.redis)
+    try:
+        time.sleep(1.5)  # an idle worker looks once a second
+        job_id = running.admit(steps=5)
+        assert running.store.cancel(job_id) == "canceled"  # and no word to RQ
+    finally:
+        resume(running.redis)
+    running.until(lambda: running.rq_status(job_id) == "canceled")
+    assert running.outputs(job_id) == {}
+
+
+def test_rq_can_cancel_too(running: Service) -> None:
+    job_id = running.admit(steps=1000, num_images=4)
+    started(running, job_id)
+    running.rq_job(job_id).cancel()
+    running.ended(job_id, "canceled", seconds=10)
+
+
+def test_the_stop_command_stops_one_of_many(running: Service) -> None:
+    others = [running.admit(steps=300) for _ in range(3)]
+    job_id = running.admit(num_images=4, steps=1000)
+    started(running, job_id)
+    send_stop_job_command(running.redis, job_id, serializer=JSONSerializer)
+    running.ended(job_id, "canceled", seconds=20)
+    assert running.rq_status(job_id) == "stopped"
+    for other in others:
+        running.ended(other)
+
+
+def test_a_deleted_job_is_dropped(running: Service) -> None:
+    job_id = running.admit(num_images=4, steps=1000)
+    started(running, job_id)
+    running.store.purge(job_id)
+    running.rq_job(job_id).delete()
+    running.until(lambda: not Worker.all(connection=running.redis)[0].get_current_executions(True))
+    assert running.store.record(job_id) is None
+    assert not [key for key in running.redis.keys("*") if job_id.encode() in key]
+
+
+def test_a_foreign_job_fails_with_a_reason_and_harms_nobody(running: Service) -> None:
+    queue = Queue("ddpm", connection=running.redis, serializer=JSONSerializer)
+    foreign = queue.enqueue("os.getcwd")
+    pickled = Queue("ddpm", connection=running.redis).enqueue("worker.run.run_job", "x")
+    job_id = running.admit(steps=5)
+    running.ended(job_id)
+    running.until(lambda: running.rq_status(foreign.id) == "failed")
+    running.until(lambda: Queue("ddpm", connection=running.redis).failed_job_registry.count >= 2)
+    assert "takes worker.run.run_job" in (running.rq_job(foreign.id).latest_result().exc_string)
+    assert pickled.get_status() == JobStatus.FAILED
+
+
+def test_a_job_for_a_model_that_is_not_here_fails_with_a_reason(running: Service) -> None:
+    suspend(running.redis)
+    try:
+        time.sleep(1.5)
+        lost = running.admit(steps=5)
+        running.redis.hset(f"ddpm:job:{lost}", "model", "absent")
+    finally:
+        resume(running.redis)
+    record = running.ended(lost, "failed")
+    assert record.fault is not None and record.fault.code == "model_unavailable"
+    assert running.rq_status(lost) == "failed"
+
+
+LONG = {"num_images": 3, "steps": 200, "seed": 11, "deterministic": True, "class_label": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(running: Service) -> dict[str, bytes]:
+    """The outputs of LONG where nothing happens to it."""
+    job_id = running.admit(**LONG)
+    running.ended(job_id)
+    return dict(running.outputs(job_id))
+
+
+def killed_and_found(service: Service, job_id: str) -> None:
+    """What RQ's cleaners do when the heartbeats of a dead worker have lapsed, at once."""
+    registry = StartedJobRegistry("ddpm", connection=service.redis, serializer=JSONSerializer)
+    registry.cleanup(timestamp=time.time() + 60)
+    assert service.rq_status(job_id) == "queued"
+
+
+def test_a_stop_and_a_crash_later_the_images_are_the_same(
+    service: Service, undisturbed: dict[str, bytes]
+) -> None:
+    first = service.worker(DDPM_DRAIN_S="0")
+    job_id = service.admit(**LONG)
+    started(service, job_id, 150)
+    assert service.kill(first) == 0
+    record = service.record(job_id)
+    assert record.status == "queued" and record.attempts == 0
+    assert service.rq_status(job_id) == "queued"
+    assert service.store.workers() == [] and Worker.all(connection=service.redis) == []
+    second = service.worker(DDPM_CHECKPOINT_S="0.2")
+    started(service, job_id, 350)
+    service.kill(second, signal.SIGKILL)
+    assert service.redis.hlen(f"ddpm:job:{job_id}:state") > 0
+    killed_and_found(service, job_id)
+    service.worker()
+    record = service.ended(job_id)
+    assert service.outputs(job_id) == undisturbed
+    # After the crash some steps were made twice, but not all.
+    steps = int(service.redis.hget("ddpm:totals", "image_steps") or 0)
+    assert record.work <= steps < record.work + 250
+
+
+@pytest.mark.slow
+def test_a_frozen_worker_that_thaws_writes_nothing(
+    service: Service, undisturbed: dict[str, bytes]
+) -> None:
+    first = service.worker()
+    frozen = service.store.workers()[0].name
+    job_id = service.admit(**LONG)
+    started(service, job_id, 100)
+    first.send_signal(signal.SIGSTOP)
+    killed_and_found(service, job_id)
+    service.worker()
+    record = service.ended(job_id)
+    events = service.redis.xlen(f"ddpm:job:{job_id}:events")
+    assert service.outputs(job_id) == undisturbed
+    first.send_signal(signal.SIGCONT)
+    time.sleep(3)
+    assert service.redis.xlen(f"ddpm:job:{job_id}:events") == events
+    assert service.outputs(job_id) == undisturbed
+    assert service.record(job_id).execution == record.execution
+    assert service.rq_status(job_id) == "finished"
+    assert frozen != record.worker
+    assert first.poll() is None  # and goes on to serve
+    service.kill(service.processes[-1])
+    service.ended(service.admit(steps=3))
+
+
+@pytest.mark.slow
+def test_a_killed_workers_job_is_back_within_half_a_minute(service: Service) -> None:
+    first = service.worker()
+    job_id = service.admit(**{**LONG, "num_images": 8})
+    started(service, job_id, 100)
+    service.worker()
+    holder = service.record(job_id).worker
+    assert holder is not None
+    before = service.record(job_id).execution
+    service.kill(first, signal.SIGKILL)
+    killed = time.monotonic()
+    service.until(lambda: service.record(job_id).execution not in (None, before), seconds=60)
+    assert time.monotonic() - killed < 35
+    service.ended(job_id, seconds=120)
+
+
+def test_a_stock_rq_worker_runs_the_same_job(
+    service: Service, undisturbed: dict[str, bytes]
+) -> None:
+    job_id = service.admit(**LONG)
+    stock = service.run(
+        sys.executable, "-m", "rq.cli", "worker", "ddpm", "--burst", "--url", service.url,
+        "-S", "rq.serializers.JSONSerializer",
+    )  # fmt: skip
+    assert stock.wait(timeout=120) == 0
+    service.ended(job_id)
+    assert service.outputs(job_id) == undisturbed
+    assert service.rq_status(job_id) == "finished"
+
+
+def test_redis_restarts_under_a_running_job(
+    own_redis: Any,
+    model_folder: Path,
+    tmp_path: Path,
+    running: Service,
+    undisturbed: dict[str, bytes],
+) -> None:
+    persistent = ("--appendonly", "yes", "--appendfsync", "always")
+    url, server = own_redis("restarted", *persistent)
+    service = type(running)(url, model_folder, tmp_path / "log")
+    try:
+        worker = service.worker(DDPM_DRAIN_S="30")
+        job_id = service.admit(**LONG)
+        started(service, job_id, 100)
+        server.terminate()
+        server.wait(timeout=20)
+        time.sleep(1)
+        own_redis("restarted", *persistent)
+        service.ended(job_id)
+        assert service.outputs(job_id) == undisturbed
+        # And it still hears RQ: told to stop, it lets short work end.
+        last = service.admit(steps=100)
+        started(service, last)
+        send_shutdown_command(service.redis, service.store.workers()[0].name)
+        assert worker.wait(timeout=60) == 0
+        service.ended(last)
+    finally:
+        service.close()

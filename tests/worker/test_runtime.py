@@ -1,0 +1,193 @@
+"""Runtime and outputs on a real Redis, in this process: what the record of a job says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import diffusion
+from diffusion import Model
+from jobs.settings import Settings
+from jobs.store import MAX_ATTEMPTS
+from worker.chain_state import pack
+from worker.flights import Ending, Flight, Intent, Outcome
+from worker.models import ModelFolder
+from worker.runtime import Runtime
+
+Service = Any  # of conftest.py; tests cannot import it
+
+
+@pytest.fixture
+def runtime(service: Service) -> Iterator[Runtime]:
+    yield from make_runtime(service)
+
+
+def make_runtime(service: Service, **settings: object) -> Iterator[Runtime]:
+    changed = Settings(redis_url=service.url, models=service.models, **settings)  # type: ignore[arg-type]
+    folder = ModelFolder(changed.models, queue=changed.queue)
+    runtime = Runtime(changed, service.store, folder, threads=False)
+    runtime.start()
+    yield runtime
+    runtime.close()
+
+
+def run(runtime: Runtime, job_id: str, execution: str = "e1") -> Ending:
+    begun = runtime.begin(job_id, execution, "w")
+    return runtime.run_to_end(begun).ending if isinstance(begun, Flight) else begun
+
+
+def events(service: Service, job_id: str) -> list[str]:
+    rows = service.redis.xrange(f"ddpm:job:{job_id}:events")
+    return [fields[b"event"].decode() for _, fields in rows]
+
+
+def test_events_come_in_order(service: Service, runtime: Runtime) -> None:
+    job_id = service.admit(steps=4, snapshots={"at": (1,), "kinds": ("x_t", "eps")})
+    assert run(runtime, job_id) is Ending.SUCCEEDED
+    names = events(service, job_id)
+    assert names[:2] == ["status", "status"] and names[-2:] == ["status", "done"]
+    assert names.count("progress") == 4 and names.count("snapshot") == 2
+    assert names.index("image") > names.index("snapshot")
+
+
+def test_a_deadline_ends_the_job_with_a_reason(service: Service) -> None:
+    for runtime in make_runtime(service, job_deadline_s=0.2):
+        job_id = service.admit(steps=1000, num_images=8)
+        assert run(runtime, job_id) is Ending.FAILED
+        fault = service.record(job_id).fault
+        assert fault.code == "deadline_exceeded" and "more than 0 s" in fault.detail
+
+
+def test_a_job_that_ended_is_not_run_again(service: Service, runtime: Runtime) -> None:
+    job_id = service.admit(steps=2)
+    assert run(runtime, job_id) is Ending.SUCCEEDED
+    before = events(service, job_id)
+    assert run(runtime, job_id, "e2") is Ending.SUCCEEDED
+    assert events(service, job_id) == before
+    assert run(runtime, "unknown", "e3") is Ending.LOST
+
+
+def test_a_job_that_makes_no_progress_is_given_up(service: Service, runtime: Runtime) -> None:
+    job_id = service.admit(steps=2)
+    for attempt in range(MAX_ATTEMPTS):
+        assert service.store.start(job_id, f"e{attempt}", worker="w", digest="") is not None
+    assert run(runtime, job_id, "last") is Ending.FAILED
+    assert service.record(job_id).fault.code == "gave_up"
+
+
+def test_a_pinned_model_that_changed_is_refused(service: Service, runtime: Runtime) -> None:
+    job_id = service.admit(steps=2, model_digest=service.card.digest)
+    spec = service.record(job_id).spec.model_copy(update={"model_digest": "0" * 64})
+    service.redis.hset(f"ddpm:job:{job_id}", "spec", spec.model_dump_json())
+    assert run(runtime, job_id) is Ending.FAILED
+    assert service.record(job_id).fault.code == "model_changed"
+
+
+def test_states_of_another_model_do_not_count(
+    service: Service, tmp_path: Path, make_model: Callable[..., Model]
+) -> None:
+    """A job begun with one version of a model and resumed with the next starts over."""
+    service.models = tmp_path / "models"
+    diffusion.save(make_model(seed=4, T=1000), service.models / "tiny")
+    for runtime in make_runtime(service):
+        first = service.admit(steps=6, num_images=2, seed=1, deterministic=True)
+        assert run(runtime, first) is Ending.SUCCEEDED
+        second = service.admit(steps=6, num_images=2, seed=1, deterministic=True)
+        assert service.store.start(second, "old", worker="w", digest="another") is not None
+        batch = service.store.batch()
+        record = service.record(second)
+        x = diffusion.sample(make_model(), 1, steps=2)[0]
+        batch.checkpoint(record, "old", index=0, state=pack(3, x, None))
+        batch.image(record, "old", index=1, x=np.zeros((1, 8, 8), np.float32))
+        batch.send()
+        assert run(runtime, second, "new") is Ending.SUCCEEDED
+        assert service.outputs(second) == service.outputs(first)
+
+
+def test_a_broken_state_only_costs_the_steps(service: Service, runtime: Runtime) -> None:
+    first = service.admit(steps=6, seed=1, deterministic=True)
+    assert run(runtime, first) is Ending.SUCCEEDED
+    second = service.admit(steps=6, seed=1, deterministic=True)
+    digest = service.card.digest
+    assert service.store.start(second, "old", worker="w", digest=digest) is not None
+    batch = service.store.batch()
+    batch.checkpoint(service.record(second), "old", index=0, state=b"garbage")
+    batch.send()
+    assert run(runtime, second, "new") is Ending.SUCCEEDED
+    assert service.outputs(second) == service.outputs(first)
+
+
+def test_the_store_fences_an_execution_that_lost_its_job(
+    service: Service, runtime: Runtime
+) -> None:
+    job_id = service.admit(steps=50)
+    flight = runtime.begin(job_id, "old", "w")
+    assert isinstance(flight, Flight)
+    runtime.engine.tick()
+    assert service.store.start(job_id, "new", worker="other", digest="") is not None
+    before = len(events(service, job_id))
+    assert runtime.run_to_end(flight) == Outcome(job_id, "old", Ending.LOST)
+    runtime.engine.tick()
+    assert len(events(service, job_id)) == before
+    assert runtime.engine.waiting_rows == 0 and not runtime.flights
+
+
+def test_a_released_job_keeps_its_state_and_loses_no_step(
+    service: Service, runtime: Runtime
+) -> None:
+    job_id = service.admit(steps=20, num_images=2, seed=1, deterministic=True)
+    flight = runtime.begin(job_id, "one", "w")
+    assert isinstance(flight, Flight)
+    for _ in range(7):
+        runtime.engine.tick()
+    runtime.end(flight, Intent.RELEASE)
+    assert runtime.run_to_end(flight).ending is Ending.RELEASED
+    assert service.store.requeue(job_id, "one")
+    assert run(runtime, job_id, "two") is Ending.SUCCEEDED
+    assert int(service.redis.hget("ddpm:totals", "image_steps")) == 40
+    whole = service.admit(steps=20, num_images=2, seed=1, deterministic=True)
+    assert run(runtime, whole, "three") is Ending.SUCCEEDED
+    assert service.outputs(job_id) == service.outputs(whole)
+
+
+def test_a_noise_job_can_be_canceled(service: Service, runtime: Runtime) -> None:
+    pictures = np.zeros((1, 8, 8, 1), np.uint8)
+    job_id = service.admit(kind="noise", t=tuple(range(1, 1001)), inputs=pictures)
+    flight = runtime.begin(job_id, "e", "w")
+    assert isinstance(flight, Flight)
+    service.until(lambda: len(service.outputs(job_id)) > 3)
+    service.store.cancel(job_id)
+    assert runtime.run_to_end(flight).ending is Ending.CANCELED
+    assert len(service.outputs(job_id)) < 1000
+
+
+def test_duties_publish_models_rates_and_life(
+    service: Service, tmp_path: Path, make_model: Callable[..., Model]
+) -> None:
+    service.models = tmp_path / "models"
+    diffusion.save(make_model(seed=4, T=1000), service.models / "tiny")
+    for runtime in make_runtime(service):
+        assert set(service.store.cards()) == {"tiny"}
+        diffusion.save(make_model(seed=5), service.models / "later")
+        runtime.duties("me")
+        assert set(service.store.cards()) == {"tiny", "later"}
+        (info,) = service.store.workers()
+        assert (
+            info.name == "me"
+            and info.alive(time.time())
+            and set(info.models)
+            == {
+                "tiny",
+                "later",
+            }
+        )
+        assert service.redis.hget("ddpm:rates:tiny", "me") is not None
+        for path in (service.models / "later").iterdir():
+            path.unlink()
+        runtime.rescan()
+        assert set(service.store.cards()) == {"tiny"}
