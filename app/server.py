@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from types import FrameType
 
 import uvicorn
@@ -35,4 +36,7 @@ class Server(uvicorn.Server):
 
 def serve(settings: Settings, listener: socket.socket, *, log_level: str = "warning") -> None:
     """Serve until SIGINT or SIGTERM."""
+    # The admission thread waits for this long to get the interpreter back after each reply of
+    # Redis while the event loop is busy; the default is 5 ms.
+    sys.setswitchinterval(0.001)
     Server(create_app(settings), log_level=log_level).run(sockets=[listener])

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
 from fastapi import Request
 from redis.exceptions import RedisError
 
+from app.admitting import Admitter
 from app.auth import Keyring
 from app.metrics import Metrics
 from app.tasks import reap
 from app.webhooks import Courier
-from jobs.admission import Admission, Admitted, Order
+from jobs.admission import Admission, Admitted
 from jobs.errors import JobNotFound
 from jobs.hub import BLOCK_MS, EventHub
 from jobs.janitor import Janitor
+from jobs.rates import eta_s
 from jobs.reader import JobReader, JobState, connect
 from jobs.settings import Settings
 from jobs.store import JobStore
 from jobs.webhooks import WebhookQueue
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Services:
@@ -40,6 +39,7 @@ class Services:
         self.closing = asyncio.Event()  # streams end when it is set
         self.store = JobStore.connect(settings)
         self.admission = Admission(self.store)
+        self.admitter = Admitter(self.admission)
         self._redis = connect(settings)
         self._blocked = connect(settings, socket_timeout=3 * BLOCK_MS / 1000)
         self.reader = JobReader(self._redis)
@@ -47,8 +47,6 @@ class Services:
         self.courier = Courier(settings, WebhookQueue(self._redis), self.reader, self.metrics)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._janitor = Janitor(self.store)
-        # RQ has no asyncio. One thread admits, so that admissions never collide in a process.
-        self._admitter = ThreadPoolExecutor(1, thread_name_prefix="admission")
         self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="janitor")
 
     @asynccontextmanager
@@ -74,7 +72,7 @@ class Services:
             self._loop.call_soon_threadsafe(self.closing.set)
 
     async def _close(self) -> None:
-        self._admitter.shutdown()
+        self.admitter.close()
         self._sweeper.shutdown()
         try:
             await self.hub.close()
@@ -96,13 +94,13 @@ class Services:
                 log.exception("maintenance failed; trying again")
             await asyncio.sleep(self.settings.janitor_s)
 
-    async def admit(self, order: Order) -> Admitted:
-        """Take a job in. Raises what Admission.admit raises."""
-        return await self.in_admission(functools.partial(self.admission.admit, order))
-
-    async def in_admission(self, call: Callable[[], T]) -> T:
-        """Run a call of `admission` in its thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._admitter, call)
+    async def admitted(self, admitted: Admitted) -> JobState:
+        """A job just taken in, as it is; read again only if it is an earlier one."""
+        record = admitted.record
+        if record is None:
+            return await self.job(admitted.job_id)
+        eta = eta_s(admitted.ahead, await self.reader.rate(record.model))
+        return JobState(record, {}, (), admitted.queue_position, eta)
 
     async def job(self, job_id: str) -> JobState:
         """The job, or JobNotFound."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import redis.asyncio as aioredis
 
-from jobs import keys
+from jobs import keys, scripts
 from jobs.cards import ModelCard
 from jobs.rates import combined_rate, eta_s
 from jobs.records import JobRecord, parse_record
@@ -66,6 +66,7 @@ class JobReader:
 
     def __init__(self, connection: aioredis.Redis) -> None:
         self._redis: Any = connection  # redis-py types every reply as sync or async
+        self._view: Any = connection.register_script(scripts.VIEW)
         self._cards: tuple[float, dict[str, ModelCard]] = (-_CARDS_S, {})
         self._rates: dict[str, tuple[float, float | None]] = {}
 
@@ -97,31 +98,25 @@ class JobReader:
 
     async def job(self, job_id: str) -> JobState | None:
         """A job with its outputs, place in the queue and estimate; None if unknown."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hgetall(keys.job(job_id))
-            pipe.hgetall(keys.index(job_id))
-            raw, index = await pipe.execute()
-        if not raw:
+        found = await self._view(args=[job_id, queue_key("")])
+        if not found:
             return None
-        record = parse_record(raw).as_of(time.time())
-        images, snapshots = _parse_index({} if record.outputs_gone else index)
+        raw, index, place, completed = found
+        record = parse_record(_pairs(raw)).as_of(time.time())
+        images, snapshots = _parse_index({} if record.outputs_gone else _pairs(index))
         if record.status not in ACTIVE:
             return JobState(record, images, snapshots)
-        position, eta = await self._outlook(record)
-        return JobState(record, images, snapshots, position, eta)
+        eta = await self._eta(record, int(completed))
+        return JobState(record, images, snapshots, None if place < 0 else place, eta)
 
-    async def _outlook(self, record: JobRecord) -> tuple[int | None, float | None]:
-        """Place in RQ's list, and seconds to the end."""
-        rate = await self.rate(record.model)
-        if record.status is Status.RUNNING:
-            measured = record.eta_s
-            return None, eta_s(record.work - record.done, rate) if measured is None else measured
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.lpos(queue_key(record.queue), record.id)
-            pipe.hget(keys.queue(record.queue), "completed")
-            position, completed = await pipe.execute()
-        ahead = max(record.position - int(completed or 0), record.work - record.done)
-        return position, eta_s(ahead, rate)
+    async def _eta(self, record: JobRecord, completed: int) -> float | None:
+        """Seconds to the end: what a running job measures itself, else by the model's rate."""
+        if record.status is Status.RUNNING and record.eta_s is not None:
+            return record.eta_s
+        left = record.work - record.done
+        if record.status is Status.QUEUED:
+            left = max(left, record.position - completed)
+        return eta_s(left, await self.rate(record.model))
 
     async def page(
         self, *, status: Status | None, model: str | None, limit: int, cursor: str | None
@@ -187,6 +182,10 @@ class JobReader:
         """Counters since the store began, and the bytes that outputs hold."""
         raw = await self._redis.hgetall(keys.TOTALS)
         return {name.decode(): int(value) for name, value in raw.items()}
+
+
+def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _difference(pair: list[bytes | None]) -> int:

@@ -89,13 +89,46 @@ end
 """
 )
 
-# KEYS: idempotency, waiting set, clients, totals. ARGV: client.
-# One round trip for everything admission decides by.
-ADMISSION_STATE = """
-return {redis.call('GET', KEYS[1]) or '', redis.call('ZCARD', KEYS[2]),
-        redis.call('HGET', KEYS[3], ARGV[1]) or '0',
-        redis.call('HGET', KEYS[4], 'output_bytes') or '0'}
+# ARGV: id, queue, model, client, kind, work, bytes, status data, idempotency key ('' for none),
+# its record, its seconds; then the fields and values of the record. Runs inside admission's MULTI,
+# sent whole: an EVALSHA that Redis does not know would fail alone, and the rest be carried out.
+ADMIT = (
+    f"local P = '{PREFIX}'"
+    + """
+local function key(id) return P .. 'job:' .. id end
+local id, queue, client, work = ARGV[1], ARGV[2], ARGV[4], ARGV[6]
+redis.call('INCR', P .. 'admissions')
+redis.call('HSET', key(id), unpack(ARGV, 12))
+for _, set in ipairs({'jobs', 'jobs:model:' .. ARGV[3], 'jobs:status:queued',
+                      'queue:' .. queue .. ':queued'}) do
+  redis.call('ZADD', P .. set, 0, id)
+end
+redis.call('SADD', P .. 'queues', queue)
+redis.call('HINCRBY', P .. 'queue:' .. queue, 'admitted', work)
+redis.call('HINCRBY', P .. 'clients', client, work)
+redis.call('HINCRBY', P .. 'totals', 'output_bytes', ARGV[7])
+redis.call('HINCRBY', P .. 'totals', 'admitted_' .. ARGV[5], 1)
+redis.call('XADD', key(id) .. ':events', '*', 'event', 'status', 'data', ARGV[8])
+if ARGV[9] ~= '' then redis.call('SET', ARGV[9], ARGV[10], 'EX', ARGV[11]) end
 """
+)
+
+# ARGV: id, prefix of RQ's queue lists. A job with all that a view of it needs, in one round trip:
+# {record, index of outputs, place in the queue or -1, image-steps its queue has completed}.
+VIEW = (
+    _PRELUDE
+    + """
+local id = ARGV[1]
+local queue = get(id, 'queue')
+if not queue then return {} end
+local place = -1
+if get(id, 'status') == 'queued' then
+  place = redis.call('LPOS', ARGV[2] .. queue, id) or -1
+end
+return {redis.call('HGETALL', key(id)), redis.call('HGETALL', key(id) .. ':index'), place,
+        redis.call('HGET', P .. 'queue:' .. queue, 'completed') or '0'}
+"""
+)
 
 # ARGV: id, execution, worker, now, digest, status data, canceled data, final data.
 # Returns {what, attempts}: run, canceled, ended or missing.

@@ -108,7 +108,7 @@ class Desk:
         if idem is None:
             return None
         call = functools.partial(self._held.admission.replay, self._client, idem)
-        job_id = await self._held.in_admission(call)
+        job_id = await self._held.admitter.call(call)
         return None if job_id is None else Admitted(job_id, replayed=True)
 
     async def admit(
@@ -129,7 +129,7 @@ class Desk:
             inputs=inputs,
             idempotency=self._idempotency,
         )
-        return await self._held.admit(order)
+        return await self._held.admitter.admit(order)
 
 
 def idempotency(request: Request, body: Body, kind: str) -> Idempotency | None:
@@ -201,9 +201,12 @@ async def answer(
         headers["Idempotency-Replayed"] = "true"
     if asked.media == "events":
         return await stream(held, job_id, headers=headers, cancel=cancel, inline=inline)
-    state = await until_ended(
-        held, request, job_id, seconds=asked.wait_s, cancel_on_disconnect=cancel
-    )
+    if asked.wait_s > 0:
+        state = await until_ended(
+            held, request, job_id, seconds=asked.wait_s, cancel_on_disconnect=cancel
+        )
+    else:
+        state = await held.admitted(admitted)
     if asked.applied is not None:
         headers["Preference-Applied"] = asked.applied
     return await finished(held, state, asked, headers)
