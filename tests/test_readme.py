@@ -1,0 +1,142 @@
+"""The README's examples, run as they stand against `ddpm up` on another port."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.house import ROOT, check_ddpm
+
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+START_TIMEOUT = 90.0
+
+
+def blocks(language: str, mark: str) -> list[str]:
+    found = [text for kind, text in BLOCKS if kind == language and mark in text]
+    assert found, f"the README has no {language} example with {mark}"
+    return found
+
+
+@dataclass(frozen=True)
+class Service:
+    folder: Path
+    address: str
+
+    def run(self, command: list[str], example: str) -> str:
+        """Run an example in the folder of the first ones' files; what it prints."""
+        text = example.replace("localhost:8000", self.address)
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        ran = subprocess.run(
+            [*command, text],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "models").symlink_to(ROOT / "models")
+    command = [sys.executable, "-m", "ddpm", "up", "--port", "0", "--data", str(folder / "data")]
+    environment = {k: v for k, v in os.environ.items() if k != "REDIS_URL"}
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        address = re.search(r"http://(localhost:\d+)", line)
+        assert address, line
+        yield Service(folder, address[1])
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def test_the_first_picture_is_a_digit_on_the_disk(service: Service) -> None:
+    (example,) = blocks("bash", "seven.png localhost")
+    service.run(["bash", "-ec"], example)
+    with Image.open(service.folder / "seven.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (32, 32))
+        assert np.asarray(picture).std() > 20  # strokes, not a blank
+
+
+def test_a_job_streams_to_its_end_and_leaves_a_film(service: Service) -> None:
+    (example,) = blocks("bash", "/events")
+    printed = service.run(["bash", "-ec"], example)
+    for event in ("status", "progress", "snapshot", "image", "done"):
+        assert f"event: {event}\n" in printed
+    with Image.open(service.folder / "chain.gif") as film:
+        assert film.format == "GIF"
+        assert getattr(film, "n_frames", 1) >= 5
+
+
+def test_a_picture_is_noised_at_every_t_asked_for(service: Service) -> None:
+    (example,) = blocks("bash", "localhost:8000/noise")
+    Image.new("L", (28, 28), 200).save(service.folder / "seven.png")
+    printed = service.run(["bash", "-ec"], example)
+    assert sorted(int(t) for t in re.findall(r'"t":(\d+),"index":0,"kind":"x_t"', printed)) == [
+        1, 100, 500, 1000,
+    ]  # fmt: skip
+
+
+def test_python_over_http(service: Service) -> None:
+    (example,) = blocks("python", "import httpx")
+    printed = service.run([sys.executable, "-c"], example)
+    status, digest = printed.split()
+    assert status == "succeeded"
+    assert len(digest) == 64
+    with Image.open(service.folder / "grid.png") as picture:
+        assert min(picture.size) >= 96
+    assert httpx.get(f"http://{service.address}/docs").status_code == 200
+
+
+def test_the_library_in_five_lines(service: Service) -> None:
+    (example,) = blocks("python", "import diffusion")
+    printed = service.run(
+        [sys.executable, "-c"], f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n{example}"
+    )
+    assert printed.startswith("torch.Size([4, 1, 32, 32])")
+
+
+def test_every_ddpm_command_of_the_readme_is_one() -> None:
+    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+    commands = [line.split()[1:] for line in lines if line.startswith(".venv/bin/ddpm")]
+    assert {command[0] for command in commands} >= {"sample", "train"}
+    for command in commands:
+        check_ddpm(command)
+
+
+@pytest.mark.slow
+def test_sampling_without_a_server(service: Service) -> None:
+    (example,) = blocks("bash", "ddpm sample --model mnist")
+    assert shutil.which("ddpm", path=str(Path(sys.executable).parent))
+    service.run(["bash", "-ec"], example.replace(".venv/bin/", ""))
+    with (
+        Image.open(service.folder / "grid.png") as grid,
+        Image.open(service.folder / "chain.gif") as film,
+    ):
+        assert grid.size == (8 * 34 - 2, 8 * 34 - 2)
+        assert getattr(film, "n_frames", 1) >= 10
