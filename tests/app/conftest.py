@@ -86,10 +86,17 @@ def store(redis_url: str) -> Iterator[JobStore]:
     store.redis.close()
 
 
+@pytest.fixture(scope="session")
+def shared_server(redis_server: str) -> Iterator[httpx.Client]:
+    """One server with default settings for all tests that need no other."""
+    with serving(Settings(redis_url=redis_server, janitor_s=0.5)) as client:
+        yield client
+
+
 @pytest.fixture
-def client(store: JobStore, serve: Callable[..., httpx.Client]) -> httpx.Client:
-    """A server with default settings and one model."""
-    return serve()
+def client(store: JobStore, shared_server: httpx.Client) -> httpx.Client:
+    """The shared server, on an empty Redis with one model."""
+    return shared_server
 
 
 class Worker:

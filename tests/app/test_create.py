@@ -141,7 +141,8 @@ def test_without_a_model_the_service_is_not_ready(serve: Callable[..., httpx.Cli
     assert client.get("/healthz").json() == {"status": "ok"}
 
 
-def test_idempotent_replay(client: httpx.Client, store: JobStore) -> None:
+def test_idempotent_replay(store: JobStore, serve: Callable[..., httpx.Client]) -> None:
+    client = serve()
     headers = {"Idempotency-Key": "k1"}
     first = client.post("/generate", json={"steps": 5, "class_label": 1}, headers=headers)
     again = client.post("/generate", json={"class_label": 1, "steps": 5}, headers=headers)

@@ -149,8 +149,9 @@ def test_expiry(client: httpx.Client, worker: Worker, store: JobStore) -> None:
 
 
 def test_estimates_follow_the_measured_rate(
-    client: httpx.Client, store: JobStore, worker: Worker
+    store: JobStore, worker: Worker, serve: Callable[..., httpx.Client]
 ) -> None:
+    client = serve()
     ids = [submit(client, steps=100) for _ in range(2)]
     assert "eta_s" not in client.get(f"/jobs/{ids[0]}").json()
     store.heartbeat(WorkerInfo("w", "ddpm", ("mnist",)), rates={"mnist": 50.0})

@@ -34,7 +34,10 @@ def test_models_and_schedule(client: httpx.Client, store: JobStore) -> None:
     np.testing.assert_allclose(schedule["posterior_variance"], expected, rtol=1e-9)
 
 
-def test_readiness_and_metrics(client: httpx.Client, store: JobStore, worker: Worker) -> None:
+def test_readiness_and_metrics(
+    store: JobStore, worker: Worker, serve: Callable[..., httpx.Client]
+) -> None:
+    client = serve()
     assert client.get("/readyz").json() == {"status": "ready", "models": 1, "workers": 0}
     job_id = client.post("/generate", json={"steps": 10}).json()["id"]
     client.post("/generate", json={"steps": 10})

@@ -49,7 +49,12 @@ def free_port() -> int:
 @contextlib.contextmanager
 def up(place: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """A running `ddpm up`, ready; killed at the end if it still lives."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DDPM_COMPILE": "0"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "DDPM_COMPILE": "0",
+        "DDPM_DRAIN_S": "0.5",
+    }
     environment.pop("REDIS_URL", None)
     port = free_port()
     process = subprocess.Popen(
