@@ -55,6 +55,8 @@ class ModelConfig:
         object.__setattr__(self, "class_names", tuple(self.class_names))
         if self.crop is not None:
             object.__setattr__(self, "crop", tuple(self.crop))
+        if self.schedule.kind == "learned":
+            raise CheckpointError("schedule: kind = 'learned' is for training; a model lists betas")
         x_start_coefficients(self.schedule.build(), self.prediction)
         if self.class_names and len(self.class_names) != self.network.num_classes:
             raise CheckpointError(
