@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion.noise import (
     MAX_SEED,
     Purpose,
+    _normals_on_device,
     check_seed,
     image_normals,
     normal_table,
@@ -127,6 +128,17 @@ def test_noise_is_the_same_in_any_batch_order_and_subset() -> None:
     order = [2, 0, 3]
     mixed = draw(*([values[i] for i in order] for values in (seeds, indices, rows)), (1, 8, 8))
     assert torch.equal(mixed, batch[order])
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 5, 7), (1, 1, 1)])
+def test_the_path_of_a_cpu_gives_what_a_device_computes(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.cat([torch.randint(0, MAX_SEED, (6,), generator=generator), torch.tensor([0])])
+    indices, rows = torch.randint(0, 2**31, (2, 7), generator=generator)
+    purposes = torch.arange(7)
+    device = _normals_on_device((seeds, indices, rows, purposes), math.prod(shape))
+    cpu = normals(seeds, indices, rows=rows, purpose=purposes, shape=shape)
+    assert torch.equal(cpu, device.view(-1, *shape))
 
 
 def test_purposes_may_differ_within_a_batch() -> None:
