@@ -1,6 +1,6 @@
 """Images/s of our trainer against the same network in diffusers' plain fp32 training loop.
 
-    .venv/bin/python benchmarks/training.py
+    .venv/bin/python benchmarks/training_speed.py
 
 Both train the 1.6M-parameter network of models/mnist on the same 512 random pictures. The two
 take turns, so that a machine whose speed drifts slows both; the ratio is the median over turns.
