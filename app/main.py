@@ -59,7 +59,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 async def page() -> FileResponse:
     """The web page."""
-    return FileResponse(STATIC / "index.html")
+    # An upgrade must not meet a page from a browser's cache; the ETag makes the check cheap.
+    return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:
