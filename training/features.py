@@ -67,7 +67,6 @@ def _inception(device: torch.device) -> Features:
     return features
 
 
-@torch.inference_mode()
 def real_features(
     features: Features, chosen: Chosen, *, device: torch.device, batch_size: int
 ) -> Float64:
@@ -128,6 +127,7 @@ def draw_images(draw: Draw, indices: Tensor) -> Tensor:
     return x.clamp(-1, 1)
 
 
+@torch.inference_mode()
 def _evaluated(features: Features, images: Tensor) -> Float64:
     found = features(images)
     if found.ndim != 2:

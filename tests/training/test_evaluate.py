@@ -222,8 +222,14 @@ def test_frechet_distance_with_a_torchscript_network(
     model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     class Means(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(2))
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.stack([x.mean(dim=(1, 2, 3)), x[:, :, 2:6, 2:6].mean(dim=(1, 2, 3))], 1)
+            return self.scale * torch.stack(
+                [x.mean(dim=(1, 2, 3)), x[:, :, 2:6, 2:6].mean(dim=(1, 2, 3))], 1
+            )
 
     torch.jit.script(Means()).save(str(tmp_path / "features.pt"))
     out = tmp_path / "out"
