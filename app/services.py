@@ -27,6 +27,7 @@ from jobs.store import JobStore
 from jobs.webhooks import WebhookQueue
 
 log = logging.getLogger(__name__)
+_COURIERS = 4
 
 
 class Services:
@@ -58,7 +59,8 @@ class Services:
             asyncio.create_task(self._maintain(), name="janitor"),
         ]
         if self.settings.webhook_secret is not None:
-            tasks.append(asyncio.create_task(self.courier.run(), name="webhooks"))
+            # Several, so that one receiver that is slow does not hold up the others.
+            tasks += [asyncio.create_task(self.courier.run()) for _ in range(_COURIERS)]
         try:
             yield
         finally:

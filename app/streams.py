@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from starlette.responses import Response
@@ -44,7 +44,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        source: AsyncIterator[bytes],
+        source: AsyncGenerator[bytes],
         *,
         services: Services,
         headers: dict[str, str] | None = None,
@@ -80,8 +80,9 @@ class EventStream(Response):
             raise error
 
     async def _pump(self, send: Send) -> None:
-        async for chunk in self._source:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        async with aclosing(self._source) as chunks:
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
 
 async def disconnected(receive: Receive) -> None:
@@ -99,7 +100,7 @@ async def has_ended(services: Services, record: JobRecord, last_event_id: str | 
 
 async def job_frames(
     services: Services, state: JobState, *, last_event_id: str | None, inline: bool, new: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """The frames of a job's stream, to its end.
 
     last_event_id: resume after it; if it is gone, `reset` comes first. inline: pictures as base64
@@ -114,9 +115,11 @@ async def job_frames(
         after = await services.hub.last_id(job_id)
         state = await services.job(job_id)
         yield _reset_frame("trimmed", state, after)
-    source = services.hub.follow(
-        job_id, after or START, idle_s=0.0 if _is_over(state) else services.settings.sse_comment_s
-    )
+    if state.record.status in ACTIVE:
+        idle_s = services.settings.sse_comment_s
+        source = services.hub.follow(job_id, after or START, idle_s=idle_s)
+    else:
+        source = services.hub.replay(job_id, after or START)
     async with aclosing(source) as batches:
         async for entries in batches:
             for chunk in await _frames(services, state.record, entries, inline):
@@ -141,10 +144,6 @@ async def _resume_at(services: Services, record: JobRecord, last: str | None) ->
     except ValueError:
         return None
     return last if await hub.knows(record.id, last) else None
-
-
-def _is_over(state: JobState) -> bool:
-    return state.record.status not in ACTIVE
 
 
 def _reset_frame(reason: str, state: JobState, entry_id: str | None = None) -> bytes:

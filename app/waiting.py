@@ -20,13 +20,13 @@ _LOOK_S = 5.0  # how often to look whether the job is still there at all
 async def until_ended(
     services: Services,
     request: Request,
-    job_id: str,
+    state: JobState,
     *,
     seconds: float,
     cancel_on_disconnect: bool = False,
 ) -> JobState:
     """The job as it is when it ends, when the time is over, or when nobody listens any more."""
-    state = await services.job(job_id)
+    job_id = state.record.id
     if seconds <= 0 or state.record.status not in ACTIVE:
         return state
     ended = asyncio.create_task(_ended(services, job_id))

@@ -72,7 +72,7 @@ async def checked_address(host: str, port: int, *, private_too: bool) -> str:
 
 
 class Courier:
-    """Delivers what is due, one at a time a process."""
+    """Delivers what is due; `run` may run several times at once."""
 
     def __init__(
         self, settings: Settings, queue: WebhookQueue, reader: JobReader, metrics: Metrics

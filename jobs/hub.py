@@ -86,20 +86,22 @@ class EventHub:
     async def run(self) -> None:
         """Read until canceled; a lost connection is tried again."""
         while True:
+            asked = dict(self._cursors)
             try:
-                reply = await self._blocked.xread(self._cursors, count=_PAGE, block=BLOCK_MS)
+                reply = await self._blocked.xread(asked, count=_PAGE, block=BLOCK_MS)
             except RedisError as error:
                 log.warning("event reader: %s; trying again", error)
                 await asyncio.sleep(0.5)
                 continue
             for stream, entries in reply or ():
-                self._deliver(stream.decode(), entries)
+                name = stream.decode()
+                # Else its followers have changed meanwhile: it is read again from their place.
+                if self._cursors.get(name) == asked[name]:
+                    self._deliver(name, entries)
             if reply:
                 await asyncio.sleep(_GATHER_S)
 
     def _deliver(self, stream: str, raw: list[Any]) -> None:
-        if stream not in self._cursors:  # its last follower left while we waited
-            return
         entries = _entries(raw)
         self._cursors[stream] = entries[-1].id
         for follower in self._followers.get(stream, ()):
@@ -113,10 +115,9 @@ class EventHub:
         It never ends by itself: stop at an entry named in ENDS. A missing stream is an idle one.
         """
         stream, follower = keys.events(job_id), _Follower()
-        await self._attach(stream, follower)
+        last = after
         try:
-            last = after
-            follower.lagging = True  # first read what is there already
+            await self._attach(stream, follower, after)
             while True:
                 entries = [e for e in follower.take() if order(e.id) > order(last)]
                 if follower.lagging:
@@ -132,6 +133,13 @@ class EventHub:
                         yield []
         finally:
             self._detach(stream, follower)
+
+    async def replay(self, job_id: str, after: str = START) -> AsyncGenerator[list[Entry]]:
+        """What a job that has ended left behind past `after`; [] if that was not its end."""
+        while entries := await self.read(job_id, after):
+            yield entries
+            after = entries[-1].id
+        yield []
 
     async def read(self, job_id: str, after: str = START) -> list[Entry]:
         """Up to 500 events of a job past `after`."""
@@ -154,14 +162,17 @@ class EventHub:
         """Remove what the hub wrote."""
         await self._redis.delete(self._wake_key)
 
-    async def _attach(self, stream: str, follower: _Follower) -> None:
-        if stream not in self._cursors:
-            newest = await self._redis.xrevrange(stream, count=1)
-            # Another follower may have come while we asked; its place is as good.
-            self._cursors.setdefault(stream, newest[0][0].decode() if newest else START)
+    async def _attach(self, stream: str, follower: _Follower, after: str) -> None:
+        """A new stream is read from `after` on; one that is read already has to be caught up."""
+        if stream in self._cursors:
+            follower.lagging = True
+        else:
+            self._cursors[stream] = after
         self._followers[stream].add(follower)
-        await self._redis.xadd(self._wake_key, {"event": "wake", "data": ""}, maxlen=1)
-        await self._redis.expire(self._wake_key, 3600)  # in case this process is killed
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.xadd(self._wake_key, {"event": "wake", "data": ""}, maxlen=1)
+            pipe.expire(self._wake_key, 3600)  # in case this process is killed
+            await pipe.execute()
 
     def _detach(self, stream: str, follower: _Follower) -> None:
         self._followers[stream].discard(follower)

@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     slots: int = Field(default=64, ge=1, description="images stepped together, a model")
     checkpoint_s: float = Field(default=2.0, gt=0, description="seconds between saved chain states")
     compile: bool = Field(default=True, description="compile the network in the background")
+    cache_dir: Path = Field(
+        default=Path("~/.cache/ddpm-serve"), description="folder of the compiled code"
+    )
     drain_s: float = Field(default=8.0, ge=0, description="seconds to finish work on SIGTERM")
     stall_limit_s: float = Field(
         default=120.0, gt=0, description="seconds without a step: device hung"

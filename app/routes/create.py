@@ -201,12 +201,13 @@ async def answer(
         headers["Idempotency-Replayed"] = "true"
     if asked.media == "events":
         return await stream(held, job_id, headers=headers, cancel=cancel, inline=inline)
-    if asked.wait_s > 0:
-        state = await until_ended(
-            held, request, job_id, seconds=asked.wait_s, cancel_on_disconnect=cancel
-        )
-    else:
-        state = await held.admitted(admitted)
+    state = await until_ended(
+        held,
+        request,
+        await held.admitted(admitted),
+        seconds=asked.wait_s,
+        cancel_on_disconnect=cancel,
+    )
     if asked.applied is not None:
         headers["Preference-Applied"] = asked.applied
     return await finished(held, state, asked, headers)

@@ -58,7 +58,8 @@ async def get_job(
     wait: Annotated[float, Query(ge=0, le=60, description="hold until the job ends")] = 0,
 ) -> Response:
     """A job."""
-    state = await until_ended(services(request), request, job_id, seconds=wait)
+    held = services(request)
+    state = await until_ended(held, request, await held.job(job_id), seconds=wait)
     return json_response(dump(job_view(state)))
 
 
