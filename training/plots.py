@@ -81,5 +81,5 @@ def _show(axis: Any, image: Tensor) -> None:
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
