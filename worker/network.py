@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ class Network:
         self.dtype = torch.float32 if exact else dtype
         self._fast = prepare(model, dtype=self.dtype)
         self._compiled: dict[int, Forward] = {}
+        self.uses: Counter[int] = Counter()  # steps by their rows
         self._e_x, self._e_out = self._conversion()
         self.exact = exact
         sizes = tuple(size for size in EAGER_SIZES if size <= max_rows)
@@ -111,13 +113,14 @@ class Network:
     def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None, shape: Shape) -> Tensor:
         """The raw output, float32 [N, C or 2C, H, W], of a batch padded to the shape."""
         rows = x.shape[0]
+        self.uses[rows] += 1
         padding = shape.rows - rows
         if padding < 0:
             raise TaskError(f"{rows} rows do not fit a batch of {shape.rows}")
         if padding:
             x, t = _pad(x, padding), _pad(t, padding)
             labels = None if labels is None else _pad(labels, padding)
-        forward = self._compiled[shape.rows] if shape.compiled else self._eager
+        forward = self._compiled[shape.rows] if shape.compiled else self.eager
         return forward(x.to(self.dtype), t, labels).to(torch.float32)[:rows]
 
     def _eps_from_output(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -126,7 +129,8 @@ class Network:
         e_x, e_out = self._e_x[t].view(-1, 1, 1, 1), self._e_out[t].view(-1, 1, 1, 1)
         return e_x * x + e_out * out
 
-    def _eager(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def eager(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The raw output, uncompiled, of a batch in the network's own data type."""
         out: Tensor = self._fast.network(x, t, labels)
         return out
 
@@ -158,15 +162,15 @@ class Network:
     def _rows_stand_alone(self, x: Tensor, t: Tensor, labels: Tensor | None) -> bool:
         """Whether a turned batch gives the turned result, and row 0 does not see its mates."""
         size = x.shape[0]
-        whole = self._eager(x, t, labels)
+        whole = self.eager(x, t, labels)
         for k in sorted({1, size // 2, size - 1}):
             turned_labels = None if labels is None else labels.roll(k)
             if not torch.equal(
-                self._eager(x.roll(k, 0), t.roll(k), turned_labels), whole.roll(k, 0)
+                self.eager(x.roll(k, 0), t.roll(k), turned_labels), whole.roll(k, 0)
             ):
                 return False
         first_labels = None if labels is None else labels[:1].expand(size)
-        alone = self._eager(x[:1].repeat(size, 1, 1, 1), t[:1].expand(size), first_labels)
+        alone = self.eager(x[:1].repeat(size, 1, 1, 1), t[:1].expand(size), first_labels)
         return torch.equal(alone[:1], whole[:1])
 
 

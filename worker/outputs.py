@@ -19,8 +19,9 @@ import redis
 import torch
 from torch import Tensor
 
+from jobs.batch import Fate, WriteBatch
 from jobs.pictures import Float32
-from jobs.store import Fate, JobStore, WriteBatch
+from jobs.store import JobStore
 from worker.chain_state import pack
 from worker.flights import Ending, Flight, Intent, Outcome
 from worker.provenance import provenance

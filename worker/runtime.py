@@ -19,6 +19,7 @@ from jobs.settings import Settings
 from jobs.specs import GenerateSpec, NoiseSpec
 from jobs.states import Status
 from jobs.store import MAX_ATTEMPTS, JobStore, Started, WorkerInfo
+from worker.compiling import Compiler
 from worker.engine import Engine
 from worker.flights import Ending, Flight, Intent, Outcome, generate_task
 from worker.lane import EngineOptions
@@ -70,6 +71,11 @@ class Runtime:
             checkpoint_every=settings.checkpoint_s,
         )
         self.engine = Engine(self._writer.put if self._writer else self.outputs.handle, options)
+        self._compiler = Compiler(
+            self.engine,
+            settings.cache_dir.expanduser() / "compiled",
+            enabled=settings.compile and threads,
+        )
         self._noise = ThreadPoolExecutor(NOISE_THREADS, thread_name_prefix="noise")
         self._duties_at = 0.0
 
@@ -83,6 +89,7 @@ class Runtime:
     def close(self) -> None:
         """Stop; what is in flight stays as its last checkpoint left it."""
         self.outputs.closing.set()
+        self._compiler.close()
         self._noise.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
         if self._writer is not None:
@@ -114,6 +121,7 @@ class Runtime:
             return
         self._duties_at = time.monotonic() + DUTIES_S
         self.rescan()
+        self._compiler.poll(self.folder.served.values())
         served = self.folder.served
         by_digest = self.engine.rates()
         rates = {name: by_digest.get(s.model.digest, 0.0) for name, s in served.items()}

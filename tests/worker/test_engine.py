@@ -186,13 +186,13 @@ def test_batches_have_the_sizes_of_the_buckets(
     network = harness.engine.lanes[(model.digest, False)].pool.network
     allowed = {shape.rows for shape in network.shapes}
     seen: set[int] = set()
-    eager = network._eager
+    eager = network.eager
 
     def watched(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         seen.add(x.shape[0])
         return eager(x, t, labels)
 
-    monkeypatch.setattr(network, "_eager", watched)
+    monkeypatch.setattr(network, "eager", watched)
     harness.run(*crowd(model, 40))
     assert seen <= allowed
     assert max(seen) <= 16
@@ -384,7 +384,7 @@ def test_a_batch_that_raises_is_bisected_down_to_the_guilty_task(
     tasks = [task(model, f"t{i}", seed=i, label=i % 3) for i in range(16)]
     harness.run(tasks[0], ticks=1)
     network = harness.engine.lanes[(model.digest, False)].pool.network
-    eager = network._eager
+    eager = network.eager
 
     def broken(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         # The network's own check, as it would be for a label beyond the table.
@@ -393,7 +393,7 @@ def test_a_batch_that_raises_is_bisected_down_to_the_guilty_task(
             raise IndexError("index out of range in self")
         return eager(x, t, labels)
 
-    monkeypatch.setattr(network, "_eager", broken)
+    monkeypatch.setattr(network, "eager", broken)
     harness.run(*tasks[1:])
     failed = {e.task_id for e in harness.events if isinstance(e, Failed)}
     ended = {e.task_id for e in harness.events if isinstance(e, Finished)}
@@ -489,7 +489,7 @@ def test_a_lost_device_breaks_the_engine_down_and_not_the_tasks(
     def lost(*_: object) -> Tensor:
         raise torch.AcceleratorError("the device was lost")
 
-    monkeypatch.setattr(network, "_eager", lost)
+    monkeypatch.setattr(network, "eager", lost)
     with pytest.raises(torch.AcceleratorError):
         harness.engine.tick()
     assert not harness.of(Failed, "a")

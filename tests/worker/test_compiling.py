@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffusion
+from diffusion import Model
+from diffusion.sampling import build_table
+from worker.compiling import Compiler, difference
+from worker.engine import Engine
+from worker.models import ModelFolder, Served
+from worker.tasks import Event, Images, Start, Task
+
+
+@pytest.fixture
+def served(tmp_path: Path, make_model: Callable[..., Model]) -> Served:
+    diffusion.save(make_model(), tmp_path / "models" / "tiny")
+    (one,) = ModelFolder(tmp_path / "models", queue="q").rescan().loaded
+    return one
+
+
+def run(engine: Engine, model: Model, steps: int) -> None:
+    table = build_table(model.schedule, steps=steps)
+    engine.submit(Task(id="a", model=model, table=table, seed=1, starts=(Start(0),)))
+    while engine.tick():
+        pass
+
+
+def test_nothing_is_compiled_where_it_is_switched_off(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(lambda events: None)
+    for _ in range(3):
+        run(engine, served.model, 50)
+    Compiler(engine, tmp_path / "cache", enabled=False).poll([served])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_a_compiler_it_says_so_once(
+    served: Served,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="ddpm.worker")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    engine = Engine(lambda events: None)
+    for _ in range(3):
+        run(engine, served.model, 50)
+    compiler = Compiler(engine, tmp_path / "cache")
+    compiler.poll([served])
+    compiler.poll([served])
+    assert caplog.text.count("no g++ here") == 1
+
+
+def test_only_shapes_in_use_are_compiled(served: Served, tmp_path: Path) -> None:
+    engine = Engine(lambda events: None)
+    run(engine, served.model, 10)
+    compiler = Compiler(engine, tmp_path / "cache")
+    compiler.poll([served])
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_folder_that_others_may_write_to_is_refused(
+    served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(0o777)
+    engine = Engine(lambda events: None)
+    for _ in range(3):
+        run(engine, served.model, 50)
+    Compiler(engine, folder).poll([served])
+    assert "others may write" in caplog.text
+    assert list(folder.iterdir()) == []
+
+
+def test_a_failed_compilation_leaves_the_eager_code(
+    served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(lambda events: None)
+    for _ in range(3):
+        run(engine, served.model, 50)
+    compiler = Compiler(engine, tmp_path / "cache")
+    shutil.rmtree(served.folder)  # so that the other process cannot load it
+    deadline = time.monotonic() + 60
+    while "stay uncompiled" not in caplog.text:
+        compiler.poll([served])
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    compiler.close()
+    assert all(not shape.compiled for shape in engine.prepare(served.model).shapes)
+    run(engine, served.model, 5)
+
+
+def test_old_code_is_swept(tmp_path: Path) -> None:
+
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    for name, age in (("old.pt2", 40), ("new.pt2", 1)):
+        (folder / name).write_bytes(b"")
+        then = time.time() - age * 86_400
+        os.utime(folder / name, (then, then))
+    Compiler(Engine(lambda events: None), folder)
+    assert [path.name for path in folder.iterdir()] == ["new.pt2"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.timeout(900)
+def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) -> None:
+    events: list[Event] = []
+    engine = Engine(events.extend)
+    for _ in range(3):
+        run(engine, served.model, 50)
+    compiler = Compiler(engine, tmp_path / "cache")
+    network = engine.prepare(served.model)
+    deadline = time.monotonic() + 800
+    while not any(shape.compiled for shape in network.shapes):
+        compiler.poll([served])
+        engine.tick()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    compiler.close()
+    (shape,) = [shape for shape in network.shapes if shape.compiled]
+    assert shape.rows == 1
+    assert difference(network, network._compiled[1], 1) < 1e-3
+    run(engine, served.model, 20)
+    (images,) = [e for e in events if isinstance(e, Images)][-1:]
+    expected = diffusion.sample(
+        served.model, 1, seed=1, steps=20, dtype=torch.float32, variance="large"
+    )
+    torch.testing.assert_close(images.x.clamp(-1, 1), expected, atol=1e-4, rtol=0)
+    again = Engine(lambda events: None)
+    run(again, served.model, 2)
+    began = time.monotonic()
+    Compiler(again, tmp_path / "cache").poll([served])  # at once, from the disk
+    again.tick()
+    assert any(shape.compiled for shape in again.prepare(served.model).shapes)
+    assert time.monotonic() - began < 5
