@@ -26,14 +26,12 @@ All registry cleaning, here and in workers, runs inside `store.lock("registries"
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from enum import IntEnum
 from typing import Any, Self
 
 import numpy as np
@@ -41,23 +39,16 @@ import redis
 from numpy.typing import NDArray
 
 from jobs import events, keys, scripts
+from jobs.batch import WriteBatch
 from jobs.cards import ModelCard
-from jobs.events import ImageEvent, JobFault, ProgressEvent, SnapshotEvent
-from jobs.pictures import Float32, UInt8, to_uint8
+from jobs.events import JobFault
+from jobs.pictures import UInt8
 from jobs.records import JobRecord, parse_record
 from jobs.settings import Settings
 from jobs.states import Status
 
 MAX_ATTEMPTS = 5  # starts without any progress between them, before a job is given up
 WORKER_TTL_S = 30  # a worker unheard of for so long is not counted as alive
-
-
-class Fate(IntEnum):
-    """What a write says about its job."""
-
-    LOST = 0
-    OK = 1
-    CANCEL = 2
 
 
 @dataclass(frozen=True)
@@ -153,7 +144,7 @@ class JobStore:
 
     def batch(self) -> WriteBatch:
         """An empty batch of writes."""
-        return WriteBatch(self)
+        return WriteBatch(self.write)
 
     def write(self, calls: list[list[Any]]) -> list[int]:
         """Run the write script for each list of arguments, in one round trip."""
@@ -296,69 +287,6 @@ class JobStore:
         finally:
             if got:
                 self._unlock(keys=[keys.lock(name)], args=[token])
-
-
-class WriteBatch:
-    """Writes for any number of jobs, sent in one round trip, one atomic script for each job."""
-
-    def __init__(self, store: JobStore) -> None:
-        self._store = store
-        self._jobs: dict[tuple[str, str], list[Any]] = {}
-
-    def _ops(self, job_id: str, execution: str) -> list[Any]:
-        return self._jobs.setdefault((job_id, execution), [])
-
-    def progress(
-        self, record: JobRecord, execution: str, *, done: int, t: int, eta_s: float | None = None
-    ) -> None:
-        """done: image-steps so far, over all images; t: of the image furthest from its end."""
-        eta = None if eta_s is None else round(eta_s, 2)
-        event = events.dump(ProgressEvent(step=done, total=record.work, t=t, eta_s=eta))
-        self._ops(record.id, execution).extend(["p", done, t, "" if eta is None else eta, event])
-
-    def image(self, record: JobRecord, execution: str, *, index: int, x: Float32) -> None:
-        """A finished image, float32 [C,H,W] in [−1, 1]; its saved state is dropped."""
-        sha256 = pixels_sha256(x)
-        url = events.image_url(record.id, index, record.spec.format)
-        event = events.dump(ImageEvent(index=index, url=url, sha256=sha256))
-        meta = json.dumps({"sha256": sha256})
-        name = keys.image_field(index)
-        ops = self._ops(record.id, execution)
-        ops.extend(["o", name, _plane(x, record), meta, "image", event, "x", index])
-
-    def snapshot(
-        self, record: JobRecord, execution: str, *, t: int, kind: str, index: int, x: Float32
-    ) -> None:
-        """A state of the chain, float32 [C,H,W]; t = 1..T; kind x_t, x_start or eps."""
-        url = events.snapshot_url(record.id, t, kind, index)
-        fields = {"t": t, "index": index, "kind": kind, "url": url}
-        event = events.dump(SnapshotEvent.model_validate(fields))
-        name = keys.snapshot_field(t, kind, index)
-        ops = self._ops(record.id, execution)
-        ops.extend(["o", name, _plane(x, record), "{}", "snapshot", event])
-
-    def checkpoint(self, record: JobRecord, execution: str, *, index: int, state: bytes) -> None:
-        """The chain state of one image, in whatever form the engine reads back."""
-        self._ops(record.id, execution).extend(["c", index, state])
-
-    def send(self) -> dict[str, Fate]:
-        """Write everything. Returns what became of each job; the batch is empty afterwards."""
-        jobs, self._jobs = self._jobs, {}
-        if not jobs:
-            return {}
-        replies = self._store.write([[*key, *ops] for key, ops in jobs.items()])
-        return {job_id: Fate(r) for (job_id, _), r in zip(jobs, replies, strict=True)}
-
-
-def _plane(x: Float32, record: JobRecord) -> bytes:
-    if x.shape != record.shape:
-        raise ValueError(f"x: shape {x.shape}, must be {record.shape} (job {record.id})")
-    return np.ascontiguousarray(x, dtype="<f4").tobytes()
-
-
-def pixels_sha256(x: Float32) -> str:
-    """SHA-256 (hex) of the 8-bit pixels, row by row with channels last: what a PNG decodes to."""
-    return hashlib.sha256(to_uint8(x).tobytes()).hexdigest()
 
 
 def inputs_array(raw: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:

@@ -8,9 +8,10 @@ import pytest
 from redis.exceptions import ResponseError
 
 from jobs import keys
+from jobs.batch import Fate
 from jobs.janitor import Janitor
 from jobs.states import TRANSITIONS, Status
-from jobs.store import Fate, JobStore, WorkerInfo
+from jobs.store import JobStore, WorkerInfo
 
 Submit = Callable[..., str]
 X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
