@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
 import signal
 import socket
@@ -13,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 READY_S = 90.0
@@ -99,6 +103,9 @@ def test_up_serves_stops_and_forgets_nothing(place: Path) -> None:
         png = client.post("/generate", json=body, headers=headers)
         assert png.status_code == 200 and png.content.startswith(b"\x89PNG")
         done = png.headers["location"]
+        noise_follows_the_closed_form(client)
+        a_running_job_can_be_canceled(client)
+        a_stream_can_be_resumed(client)
         long = client.post("/generate", json={"steps": 1000, "num_images": 32}).json()["id"]
         wait_for_status(client, long, "running")
         second = up_in_same_folder(place)
@@ -112,6 +119,58 @@ def test_up_serves_stops_and_forgets_nothing(place: Path) -> None:
         output, _ = process.communicate(timeout=40)
         assert process.returncode == 1
         assert output.startswith("Error: worker 1 stopped (signal SIGKILL); see ")
+
+
+def noise_follows_the_closed_form(client: httpx.Client) -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    request = {"t": [1, 300, 1000], "kinds": ["x_t", "eps"], "seed": 2}
+    files = {"image": ("a.png", buffer.getvalue()), "request": (None, json.dumps(request))}
+    job = client.post("/noise", files=files, headers={"Prefer": "wait=30"}).json()
+    assert job["status"] == "succeeded" and len(job["snapshots"]) == 6
+    x_start = pixels / 127.5 - 1
+    arrays = {}
+    for snapshot in job["snapshots"]:
+        npy = client.get(snapshot["url"].replace(".png", ".npy")).content
+        arrays[snapshot["t"], snapshot["kind"]] = np.load(io.BytesIO(npy))[0]
+        bar = snapshot["alpha_bar"]
+        assert snapshot["snr"] == pytest.approx(bar / (1 - bar))
+        if snapshot["kind"] == "x_t":
+            expected = np.sqrt(bar) * x_start + np.sqrt(1 - bar) * arrays[snapshot["t"], "eps"]
+            np.testing.assert_allclose(arrays[snapshot["t"], "x_t"], expected, atol=1e-5)
+    np.testing.assert_array_equal(arrays[1, "eps"], arrays[1000, "eps"])
+
+
+def a_running_job_can_be_canceled(client: httpx.Client) -> None:
+    job_id = client.post("/generate", json={"steps": 1000, "num_images": 32}).json()["id"]
+    wait_for_status(client, job_id, "running")
+    assert client.post(f"/jobs/{job_id}/cancel").status_code == 200
+    job = client.get(f"/jobs/{job_id}", params={"wait": 30}).json()
+    assert job["status"] == "canceled"
+    assert {snapshot["kind"] for snapshot in job["snapshots"]} == {"x_t", "x_start"}
+    assert client.get(job["snapshots"][0]["url"]).status_code == 200
+
+
+def a_stream_can_be_resumed(client: httpx.Client) -> None:
+    body = {"steps": 200, "snapshots": {"every": 50}}
+    job_id = client.post("/generate", json=body).json()["id"]
+    ids: list[str] = []
+    names: list[str] = []
+    while not names or names[-1] != "done":
+        headers = {"Last-Event-ID": ids[-1]} if ids else {}
+        with client.stream("GET", f"/jobs/{job_id}/events", headers=headers) as reply:
+            for line in reply.iter_lines():
+                field, _, value = line.partition(": ")
+                if field == "id":
+                    ids.append(value)
+                elif field == "event":
+                    names.append(value)
+                if field == "data" and len(ids) % 20 == 0:
+                    break  # the connection is closed with the block
+    assert len(set(ids)) == len(ids) == len(names)
+    assert names.count("snapshot") == 4 and names.count("image") == 1
+    assert "reset" not in names
 
 
 def up_in_same_folder(place: Path) -> subprocess.CompletedProcess[str]:
