@@ -31,6 +31,9 @@ COMMANDS: dict[str, Entry] = {
     "worker": Entry("worker.commands:worker", "worker", "Run one worker alone, on REDIS_URL."),
     "train": Entry("training.commands:train", "train", "Train a network from a TOML file."),
     "sample": Entry("training.commands:sample", "train", "Draw images, a grid or a film."),
+    "evaluate": Entry(
+        "training.evaluate_command:evaluate", "train", "Measure bits/dim and image quality."
+    ),
     "convert": Entry("training.commands:convert", "train", "Convert from and to diffusers."),
 }
 

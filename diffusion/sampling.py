@@ -35,11 +35,12 @@ ClassLabel = int | Sequence[int] | Tensor | None
 class Step:
     """One row of a chain, after its network evaluation.
 
-    row: 0, 1, …; t: index 0..T−1; x_t: what entered the step; x_start and eps: what was found
-    there; x_next: what left it. All [N, C, H, W].
+    row: 0, 1, … of `rows` in all; t: index 0..T−1; x_t: what entered the step; x_start and eps:
+    what was found there; x_next: what left it. All [N, C, H, W].
     """
 
     row: int
+    rows: int
     t: int
     x_t: Tensor
     x_start: Tensor
@@ -153,7 +154,7 @@ def chain(
         if table.spread[row]:
             z = scale_noise(on_device.spread[row].expand(n), v, z)
         x_next = update(rows, x, x_start, x_start_prev, z)
-        yield Step(row, int(table.t[row]), x, x_start, eps, x_next)
+        yield Step(row, len(table), int(table.t[row]), x, x_start, eps, x_next)
         x, x_start_prev = x_next, x_start
 
 

@@ -73,6 +73,7 @@ def _find_model(name: str) -> Path:
 @click.option("--spacing", help="uniform, quadratic, leading or trailing; default: the model's.")
 @click.option("--eta", default=0.0, show_default=True, help="Noise of ddim: 0 none, 1 ancestral.")
 @click.option("--variance", help="σ² of ddpm: large, small or learned; default: the model's.")
+@click.option("--corrector-steps", type=int, help="Langevin steps after each step; default 0.")
 @click.option("--seed", type=int, help="Default: drawn, and printed.")
 @click.option("--out", type=PATH, default=Path("grid.png"), show_default=True, help="See below.")
 @click.option("--snapshots", "every", type=click.IntRange(min=1), help="A row every N steps.")

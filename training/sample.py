@@ -36,6 +36,7 @@ class SampleOptions:
     spacing: str | None
     eta: float
     variance: str | None
+    corrector_steps: int | None
     seed: int | None
     out: Path
     every: int | None
@@ -65,11 +66,11 @@ def draw(options: SampleOptions) -> tuple[Path, int]:
     seed = options.seed if options.seed is not None else secrets.randbelow(2**53)
     labels = parse_labels(options.class_label, model, options.num_images)
     snapshots = Snapshots(options, model)
-    total = options.num_images * options.steps  # network evaluations of single images
-    with tqdm(total=total, desc="sampling", unit="eval", disable=options.quiet) as bar:
+    with tqdm(desc="sampling", unit="eval", disable=options.quiet) as bar:
 
         def on_step(first: int, done: int, step: Step) -> None:
             snapshots.add(done, step)
+            bar.total = options.num_images * step.rows  # network evaluations of single images
             bar.update(len(step.x_t))
 
         images = sample(
@@ -83,6 +84,7 @@ def draw(options: SampleOptions) -> tuple[Path, int]:
             spacing=options.spacing,
             eta=options.eta,
             variance=options.variance,
+            corrector_steps=options.corrector_steps,
             dtype=DTYPES[options.dtype],
             compile=options.compiled,
             batch_size=options.batch_size,

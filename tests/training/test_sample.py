@@ -65,6 +65,13 @@ def test_a_folder_films_and_a_chain_in_columns(model: Path, tmp_path: Path) -> N
         assert picture.size == (4 * 10 - 2, 2 * 10 - 2)  # rows 0, 2, 4 and the image
 
 
+def test_the_bar_counts_correctors(model: Path, tmp_path: Path) -> None:
+    options = ["--model", str(model), "--out", str(tmp_path / "x.png"), "--steps", "3", "-n", "2"]
+    result = CliRunner().invoke(sample, [*options, "--corrector-steps", "2"])
+    assert result.exit_code == 0, result.output
+    assert "14/14" in result.stderr  # two images of 3 steps and 2·2 correctors
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
