@@ -114,6 +114,10 @@ class Engine:
                 self._networks[key] = Network(model, dtype=dtype, max_rows=rows, exact=exact)
             return self._networks[key]
 
+    def is_prepared(self, model: Model, *, exact: bool = False) -> bool:
+        """Whether a task of this model can be submitted without a wait."""
+        return _lane_key(model, exact) in self._networks
+
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
             if self._stopping or self.failure is not None:

@@ -20,7 +20,7 @@ from worker.tasks import TaskError
 # A CPU gains nothing from one more row of padding, and its kernels are set up anew for each shape.
 EAGER_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 EXACT_SIZES = (8, 4, 2, 1)
-WARM_UP_SIZES = (1, 4, 8)
+WARM_UP_SIZES = (1, 4)
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -137,7 +137,7 @@ class Network:
     @torch.inference_mode()
     def _warm_up(self) -> None:
         """Run small batches, so that the first request finds kernels ready and a rate known."""
-        for shape in [shape for shape in self.shapes if shape.rows in WARM_UP_SIZES]:
+        for shape in [shape for shape in self.shapes if shape.rows in WARM_UP_SIZES or self.exact]:
             x = torch.zeros(shape.rows, *self.model.shape, device=self.model.device)
             t = torch.zeros(shape.rows, dtype=torch.long, device=self.model.device)
             labels = t if self.model.config.network.num_classes else None

@@ -222,6 +222,10 @@ class EngineWorker(BaseWorker):
                     self._boarded.clear()
                 log.warning("Redis is away (%s); the jobs in flight go on", error)
                 time.sleep(POLL_S)
+            except Exception:
+                log.exception("a fault of this worker; handing the jobs on")
+                self._abandon()
+                raise
             if not self._boarded:
                 return
             work = self._busy_round
@@ -267,16 +271,19 @@ class EngineWorker(BaseWorker):
             self._fail(boarded, error)
             return
         self.prepare_job_execution(job, True)
+        self._boarded[boarded.execution.id] = boarded
+        self._begin(boarded, job_id)
+
+    def _begin(self, boarded: Boarded, job_id: str) -> None:
+        """Start the flight, or end it at once; while its model loads, neither."""
         try:
             begun = self.runtime.begin(job_id, boarded.execution.id, self.name)
-        except EngineStopped:  # broken down since the last look, which comes next
-            self._requeue(boarded)
+        except EngineStopped:  # the next look at the engine gives every job back
             return
         if isinstance(begun, Flight):
             boarded.flight = begun
-            self._boarded[boarded.execution.id] = boarded
-        else:
-            self._land(boarded, Outcome(job.id, boarded.execution.id, begun))
+        elif begun is not None:
+            self._land(boarded, Outcome(job_id, boarded.execution.id, begun))
 
     def _is_to_run(self, job: Job, queue: Queue) -> bool:
         """Whether a popped job is waiting; two cleaners may have put it into the queue twice."""
@@ -390,7 +397,9 @@ class EngineWorker(BaseWorker):
                 self._end(b, Intent.CANCEL)
             elif status != JobStatus.STARTED:
                 self._leave(b)
-            elif b.flight is not None and time.monotonic() > b.flight.deadline:
+            elif b.flight is None:
+                self._begin(b, _job_id(b.job))
+            elif time.monotonic() > b.flight.deadline:
                 self._end(b, Intent.TIME_OUT)
         self.runtime.look_for_cancels()
 
@@ -401,6 +410,14 @@ class EngineWorker(BaseWorker):
     def _end(self, boarded: Boarded, intent: Intent) -> None:
         if boarded.flight is not None:
             self.runtime.end(boarded.flight, intent)
+            return
+        self._boarded.pop(boarded.execution.id, None)  # its model still loads: nothing runs
+        if intent is Intent.RELEASE:
+            self._requeue(boarded)
+        elif intent is Intent.STOP:
+            self._stop_job(boarded)
+        else:
+            self._clean_up(boarded)
 
     # Orders from RQ and from the system
 

@@ -23,6 +23,7 @@ from worker.compiling import Compiler
 from worker.engine import Engine
 from worker.flights import Ending, Flight, Intent, Outcome, generate_task
 from worker.lane import EngineOptions
+from worker.loader import Loader
 from worker.models import ModelFolder, Served
 from worker.noising import MODES, x_start_of
 from worker.outputs import Outputs, OutputsThread
@@ -77,6 +78,8 @@ class Runtime:
             enabled=settings.compile and threads,
         )
         self._noise = ThreadPoolExecutor(NOISE_THREADS, thread_name_prefix="noise")
+        self._threads = threads
+        self._loader = Loader(self)
         self._duties_at = 0.0
 
     def start(self) -> None:
@@ -90,6 +93,7 @@ class Runtime:
         """Stop; what is in flight stays as its last checkpoint left it."""
         self.outputs.closing.set()
         self._compiler.close()
+        self._loader.close()
         self._noise.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
         if self._writer is not None:
@@ -103,7 +107,7 @@ class Runtime:
     # Models
 
     def rescan(self) -> None:
-        """Look at the model folder, and publish what changed."""
+        """Look at the model folder, and publish what changed; takes as long as loading does."""
         changes = self.folder.rescan()
         for served in changes.loaded:
             self.engine.prepare(served.model)
@@ -116,11 +120,14 @@ class Runtime:
             self.engine.keep_only(digests)
 
     def duties(self, worker: str) -> None:
-        """What is due every few seconds, busy or not: rescan, and say that this worker lives."""
+        """What is due every few seconds, busy or not: rescan, and say that this worker lives.
+
+        Returns at once: a heartbeat must not wait for a model that loads.
+        """
         if time.monotonic() < self._duties_at:
             return
         self._duties_at = time.monotonic() + DUTIES_S
-        self.rescan()
+        self._loader.scan()
         self._compiler.poll(self.folder.served.values())
         served = self.folder.served
         by_digest = self.engine.rates()
@@ -136,10 +143,15 @@ class Runtime:
 
     # Jobs
 
-    def begin(self, job_id: str, execution: str, worker: str) -> Flight | Ending:
-        """Start a job, or say how it stands already where there is nothing to run."""
+    def begin(self, job_id: str, execution: str, worker: str) -> Flight | Ending | None:
+        """Start a job, or say how it stands already where there is nothing to run.
+
+        None: its model is being loaded; ask again soon (only with threads).
+        """
         record = self.store.record(job_id)
-        served = None if record is None else self._model(record.model)
+        if record is not None and self._threads and not self._loader.is_ready(record):
+            return None
+        served = None if record is None else self.folder.served.get(record.model)
         digest = "" if served is None else served.model.digest
         started = self.store.start(job_id, execution, worker=worker, digest=digest)
         if started is None or record is None:
@@ -157,11 +169,6 @@ class Runtime:
             log.exception("job %s cannot be started", job_id)
             self.store.fail(job_id, execution, code="worker_error", detail=str(error))
         return Ending.FAILED
-
-    def _model(self, name: str) -> Served | None:
-        if name not in self.folder.served:
-            self.rescan()  # it may have come since the last look
-        return self.folder.served.get(name)
 
     def _launch(self, started: Started, execution: str, served: Served | None) -> Flight:
         record = started.record

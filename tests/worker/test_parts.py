@@ -161,3 +161,5 @@ def test_the_command_says_that_there_is_no_redis(tmp_path: Path) -> None:
     assert "no Redis at unix://" in result.output
     result = CliRunner().invoke(worker_command, ["--device", "nonsense"], env=env)
     assert result.exit_code == 1 and "device = 'nonsense'" in result.output
+    result = CliRunner().invoke(worker_command, env={**env, "DDPM_DRAIN_S": "soon"})
+    assert result.exit_code == 1 and "DDPM_DRAIN_S = 'soon'" in result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rq.suspension import resume, suspend
 
 import diffusion
 from jobs.pictures import from_bytes
+from worker.models import card_of
 
 Service = Any  # of conftest.py; tests cannot import it
 
@@ -153,6 +155,29 @@ def test_a_foreign_job_fails_with_a_reason_and_harms_nobody(running: Service) ->
     running.until(lambda: Queue("ddpm", connection=running.redis).failed_job_registry.count >= 2)
     assert "takes worker.run.run_job" in (running.rq_job(foreign.id).latest_result().exc_string)
     assert pickled.get_status() == JobStatus.FAILED
+
+
+def test_a_model_put_into_the_folder_serves_without_a_restart(
+    running: Service, make_model: Any, tmp_path: Path
+) -> None:
+    """And its first jobs wait until it is loaded, while the others go on."""
+    card = card_of(make_model(seed=9, T=1000), "new", "ddpm")
+    running.store.publish_card(card)  # as another worker would, that has found it first
+    suspend(running.redis)
+    try:
+        time.sleep(1.5)
+        waiting = [running.admit(steps=4, deterministic=flag) for flag in (True, False)]
+        for job_id in waiting:
+            running.redis.hset(f"ddpm:job:{job_id}", "model", "new")
+        diffusion.save(make_model(seed=9, T=1000), running.models / "new")
+    finally:
+        resume(running.redis)
+    try:
+        for job_id in waiting:
+            assert running.ended(job_id).provenance["model"] == "new"
+    finally:
+        shutil.rmtree(running.models / "new")
+    running.until(lambda: set(running.store.cards()) == {"tiny"})
 
 
 def test_a_job_for_a_model_that_is_not_here_fails_with_a_reason(running: Service) -> None:

@@ -1,0 +1,89 @@
+"""Loads and prepares models on a thread of its own, so that no heartbeat waits for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from diffusion import Model
+from jobs.records import JobRecord
+from jobs.specs import GenerateSpec
+from worker.engine import Engine
+from worker.models import ModelFolder
+
+log = logging.getLogger("ddpm.worker")
+
+
+class Host(Protocol):
+    """What the loader works on."""
+
+    engine: Engine
+    folder: ModelFolder
+
+    def rescan(self) -> None:
+        """Look at the folder, load, publish."""
+
+
+class Loader:
+    """Scans of the model folder, one at a time, and the preparation of networks."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._tasks: dict[object, Future[None]] = {}
+        self._begun = 0  # scans that have begun
+        self._done = 0  # scans that have ended
+        self._asked: dict[str, int] = {}  # job → scans that had begun when it was first asked for
+
+    def close(self) -> None:
+        """Wait for nothing."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def scan(self) -> None:
+        """Look at the folder soon, unless that is under way."""
+        self._once("scan", self._scan)
+
+    def is_ready(self, record: JobRecord) -> bool:
+        """Whether `begin` need not wait for a model; if it would, what it waits for is under way.
+
+        Also true where waiting is of no use: no scan since the first question found the model.
+        """
+        served = self._host.folder.served.get(record.model)
+        if served is None:
+            if self._done > self._asked.setdefault(record.id, self._begun):
+                del self._asked[record.id]
+                return True
+            self.scan()
+            return False
+        self._asked.pop(record.id, None)
+        exact = isinstance(record.spec, GenerateSpec) and record.spec.deterministic
+        if self._host.engine.is_prepared(served.model, exact=exact):
+            return True
+        key = (served.model.digest, exact)
+        task = self._tasks.get(key)
+        if task is not None and task.done():  # it failed: starting the job will say why
+            return True
+        self._once(key, lambda: self._prepare(served.model, exact))
+        return False
+
+    def _once(self, key: object, work: Callable[[], None]) -> None:
+        task = self._tasks.get(key)
+        if task is None or task.done():
+            self._tasks[key] = self._pool.submit(work)
+
+    def _prepare(self, model: Model, exact: bool) -> None:
+        try:
+            self._host.engine.prepare(model, exact=exact)
+        except Exception:
+            log.exception("model %s cannot be prepared", model.digest[:12])
+
+    def _scan(self) -> None:
+        self._begun += 1
+        try:
+            self._host.rescan()
+        except Exception:
+            log.exception("the model folder cannot be scanned")
+        finally:
+            self._done = self._begun
