@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs.settings import MIB, Settings
 from tests.house import ROOT, check_ddpm
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -127,6 +128,24 @@ def test_every_ddpm_command_of_the_readme_is_one() -> None:
     assert {command[0] for command in commands} >= {"sample", "train"}
     for command in commands:
         check_ddpm(command)
+
+
+def settings_table() -> str:
+    """The README's table of settings, from the class that reads them."""
+    lines = ["| variable | default | |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        variable = "REDIS_URL" if name == "redis_url" else f"DDPM_{name.upper()}"
+        value = field.default
+        if isinstance(value, int) and value >= MIB and value % MIB == 0:
+            shown = f"`{value}` ({value // MIB} MiB)" if "bytes" in name else f"`{value}`"
+        else:
+            shown = "" if value is None or value == () else f"`{value}`"
+        lines.append(f"| `{variable}` | {shown} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_settings_are_all_listed() -> None:
+    assert settings_table() in README
 
 
 @pytest.mark.slow
