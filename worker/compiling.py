@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +31,7 @@ from worker.models import Served
 from worker.network import Forward, Network
 
 log = logging.getLogger("ddpm.worker")
-SIZES = (1, 4, 16, 64)
+MOST_SHAPES = 4  # compiled a model
 KEEP_S = 30 * 86_400.0
 USES = 50  # steps of about a size before it is worth a minute of compiling
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest output
@@ -170,11 +171,11 @@ def example(model: diffusion.Model, rows: int) -> tuple[Tensor, Tensor, Tensor |
 
 
 def _uses(network: Network) -> dict[int, int]:
-    """Size to compile → how many steps had about so many rows."""
-    uses = dict.fromkeys(SIZES, 0)
+    """Power of two → how many steps would have fitted it best; the few most used."""
+    uses: Counter[int] = Counter()
     for rows, count in network.uses.copy().items():
-        uses[min(SIZES, key=lambda size: (abs(size - rows) / size, size))] += count
-    return uses
+        uses[1 << (rows - 1).bit_length()] += count
+    return dict(uses.most_common(MOST_SHAPES))
 
 
 def _key(served: Served, network: Network, rows: int) -> str:

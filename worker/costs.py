@@ -7,16 +7,19 @@ measures each shape as it runs it and takes the smallest that comes close to the
 
 from __future__ import annotations
 
-import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 NEARLY_BEST = 0.95  # of the best rate: the smallest such shape wins
-SMOOTHING = 0.2
-FORGET_AFTER = 120.0  # seconds; a shape that was slow while the machine was busy gets a new trial
+RECENT = 8  # steps of a shape that are remembered; the quickest of them counts
+TRIALS = 3  # steps of a shape before it is judged
+EXPLORE = 8  # shapes down to this fraction of what waits are tried
+FORGET_AFTER = 120.0  # seconds; a shape that was slow while the machine was busy gets new trials
 RATE_HALF_LIFE = 10.0  # seconds of work
-COMPILED_GUESS = 0.7  # of the eager time, until it is measured
 
 
 @dataclass(frozen=True)
@@ -28,71 +31,82 @@ class Shape:
 
 
 class CostModel:
-    """Seconds of a step for each shape, smoothed; guesses for shapes not yet seen."""
+    """Seconds of a step for each shape that was run; guesses for the others."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._seconds: dict[Shape, tuple[float, float]] = {}  # shape: (seconds, when)
-        self._seen: set[Shape] = set()
+        self._steps: dict[Shape, deque[tuple[float, float]]] = {}  # (seconds, when)
 
     def record(self, shape: Shape, seconds: float) -> None:
         """One step took so long. The first of each shape is not counted: it also prepares it."""
-        if shape not in self._seen:
-            self._seen.add(shape)
+        if shape not in self._steps:
+            self._steps[shape] = deque(maxlen=RECENT)
             return
-        old = self._seconds.get(shape, (seconds, 0.0))[0]
-        # One step that waited for the processor says nothing of the shape.
-        seconds = min(seconds, 4 * old)
-        self._seconds[shape] = (old + SMOOTHING * (seconds - old), self._clock())
+        self._steps[shape].append((seconds, self._clock()))
+
+    def _fresh(self, shape: Shape) -> list[float]:
+        limit = self._clock() - FORGET_AFTER
+        return [seconds for seconds, when in self._steps.get(shape, ()) if when > limit]
 
     def seconds(self, shape: Shape) -> float:
-        """The estimate for a shape; in arbitrary units while nothing was measured."""
-        known = self._seconds.get(shape)
-        if known is not None and self._clock() - known[1] < FORGET_AFTER:
-            return known[0]
-        if shape.compiled:
-            return COMPILED_GUESS * self.seconds(Shape(shape.rows))
-        return self._guess(shape.rows)
+        """The quickest recent step: one that waited for the processor says nothing of a shape.
+
+        Between two measured shapes linear; beyond them in proportion.
+        """
+        measured = self._fresh(shape)
+        if measured:
+            return min(measured)
+        points = sorted(
+            (other.rows, min(fresh))
+            for other in list(self._steps)
+            if other.compiled == shape.compiled and (fresh := self._fresh(other))
+        )
+        if not points:
+            return float(shape.rows)
+        rows = [rows for rows, _ in points]
+        at = min(max(shape.rows, rows[0]), rows[-1])
+        return float(np.interp(at, rows, [s for _, s in points])) * shape.rows / at
 
     @property
     def fastest(self) -> float:
         """Rows a second of the best shape measured; 0 if none was."""
-        return max((s.rows / seconds for s, (seconds, _) in self._seconds.items()), default=0.0)
-
-    def _guess(self, rows: int) -> float:
-        """Between two measured eager shapes linear; above the largest hopeful, so it is tried."""
-        now = self._clock()
-        points = sorted(
-            (shape.rows, seconds)
-            for shape, (seconds, when) in self._seconds.items()
-            if not shape.compiled and now - when < FORGET_AFTER
-        )
-        if not points:
-            return math.sqrt(rows)
-        below = [point for point in points if point[0] <= rows]
-        above = [point for point in points if point[0] >= rows]
-        if not below:
-            return above[0][1]
-        if not above:
-            return below[-1][1] * math.sqrt(rows / below[-1][0])
-        (low, low_s), (high, high_s) = below[-1], above[0]
-        share = (rows - low) / (high - low) if high > low else 0.0
-        return low_s + share * (high_s - low_s)
+        fresh = [(shape, self._fresh(shape)) for shape in list(self._steps)]
+        return max((shape.rows / min(seconds) for shape, seconds in fresh if seconds), default=0.0)
 
     def best(self, waiting: int, shapes: Iterable[Shape], at_least: int = 1) -> Shape:
         """The smallest shape whose rate for `waiting` rows is nearly the best of all.
 
         A shape larger than `waiting` is padded; a smaller one leaves rows for the next step.
+        Shapes of a power of two that were not lately measured are tried first.
         """
-        candidates = [shape for shape in shapes if shape.rows >= at_least]
+        candidates = _candidates(waiting, [shape for shape in shapes if shape.rows >= at_least])
+        for shape in candidates:
+            if shape.rows <= waiting and len(self._fresh(shape)) < TRIALS and _power_of_two(shape):
+                return shape
         rates = [min(waiting, shape.rows) / self.seconds(shape) for shape in candidates]
         enough = NEARLY_BEST * max(rates)
         good = [
-            (shape.rows, -rate, shape)
-            for shape, rate in zip(candidates, rates, strict=True)
+            (shape.rows, -rate, i)
+            for i, (shape, rate) in enumerate(zip(candidates, rates, strict=True))
             if rate >= enough
         ]
-        return min(good, key=lambda entry: entry[:2])[2]
+        return candidates[min(good)[2]]
+
+
+def _candidates(waiting: int, shapes: Iterable[Shape]) -> list[Shape]:
+    """Shapes worth a thought, by size: powers of two, and the first that holds all that waits."""
+    by_size = sorted(shapes, key=lambda shape: shape.rows)
+    enough = next((shape.rows for shape in by_size if shape.rows >= waiting), by_size[-1].rows)
+    least = min(waiting / EXPLORE, enough)
+    return [
+        shape
+        for shape in by_size
+        if least <= shape.rows <= enough and (_power_of_two(shape) or shape.rows == enough)
+    ]
+
+
+def _power_of_two(shape: Shape) -> bool:
+    return shape.rows.bit_count() == 1
 
 
 class RateMeter:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.costs import FORGET_AFTER, CostModel, RateMeter, Shape
+from worker.costs import FORGET_AFTER, TRIALS, CostModel, RateMeter, Shape
 
 SHAPES = [Shape(rows) for rows in (1, 2, 4, 8, 16, 32, 64)]
 
@@ -10,20 +10,31 @@ SHAPES = [Shape(rows) for rows in (1, 2, 4, 8, 16, 32, 64)]
 def measured(seconds: dict[int, float]) -> CostModel:
     model = CostModel(clock=lambda: 0.0)
     for rows, value in seconds.items():
-        for _ in range(2):
-            model.record(Shape(rows), value)
+        run(model, Shape(rows), value)
     return model
 
 
+def run(model: CostModel, shape: Shape, seconds: float) -> None:
+    for _ in range(TRIALS + 1):
+        model.record(shape, seconds)
+
+
 def test_a_cpu_takes_the_smallest_batch_at_the_knee() -> None:
-    costs = measured({1: 0.0074, 4: 0.0115, 16: 0.042, 32: 0.081, 64: 0.161})
+    costs = measured({1: 0.0074, 4: 0.0115, 8: 0.0216, 16: 0.042, 32: 0.081, 64: 0.161})
     assert costs.best(64, SHAPES).rows == 16  # 381 rows/s, where 64 at once give 398
 
 
 def test_a_gpu_takes_the_largest_batch() -> None:
-    costs = measured({1: 0.002, 8: 0.002, 64: 0.0022})
+    costs = measured({rows: 0.002 + rows * 1e-6 for rows in (1, 2, 4, 8, 16, 32, 64)})
     assert costs.best(64, SHAPES).rows == 64
     assert costs.best(5, SHAPES).rows == 8  # padding is cheaper than a second step
+
+
+def test_a_size_between_the_powers_of_two_is_taken_where_it_holds_all() -> None:
+    costs = measured({rows: 0.01 + 0.005 * rows for rows in (1, 2, 4, 8)})
+    shapes = [*SHAPES, Shape(6), Shape(7)]
+    assert costs.best(6, shapes).rows == 6
+    assert costs.best(64, shapes).rows != 7
 
 
 def test_linear_cost_prefers_a_full_smaller_batch_to_padding() -> None:
@@ -31,34 +42,55 @@ def test_linear_cost_prefers_a_full_smaller_batch_to_padding() -> None:
     assert costs.best(37, SHAPES).rows <= 32
 
 
-def test_shapes_that_were_never_run_are_tried() -> None:
-    costs = measured({1: 0.01})
-    assert costs.best(64, SHAPES).rows == 64
+def test_every_useful_shape_is_tried_before_any_is_judged() -> None:
+    costs = CostModel(clock=lambda: 0.0)
+    tried = []
+    for _ in range(4 * (TRIALS + 1)):
+        shape = costs.best(64, SHAPES)
+        tried.append(shape.rows)
+        costs.record(shape, 0.01 * shape.rows)
+    assert tried == sorted(tried) and set(tried) == {8, 16, 32, 64}
+
+
+def test_shapes_between_two_measured_ones_are_interpolated() -> None:
+    costs = measured({16: 0.1, 32: 0.2})
+    assert costs.seconds(Shape(24)) == pytest.approx(0.15)
+    assert costs.seconds(Shape(64)) == pytest.approx(0.4)
 
 
 def test_the_first_run_of_a_shape_is_not_counted() -> None:
     costs = CostModel(clock=lambda: 0.0)
-    costs.record(Shape(4), 100.0)
+    costs.record(Shape(4), 0.001)
     costs.record(Shape(4), 0.1)
+    assert costs.seconds(Shape(4)) == pytest.approx(0.1)
+
+
+def test_a_step_that_waited_for_the_processor_says_nothing() -> None:
+    costs = measured({4: 0.1})
+    costs.record(Shape(4), 30.0)
     assert costs.seconds(Shape(4)) == pytest.approx(0.1)
 
 
 def test_an_old_measurement_is_forgotten() -> None:
     now = [0.0]
     costs = CostModel(clock=lambda: now[0])
-    for _ in range(2):
-        costs.record(Shape(1), 0.01)
-        costs.record(Shape(64), 6.4)  # the machine was busy
-    assert costs.best(64, SHAPES).rows < 64
+    for rows, seconds in ((8, 0.08), (16, 1.6), (32, 3.2), (64, 6.4)):
+        run(costs, Shape(rows), seconds)  # the machine was busy
+    assert costs.best(64, SHAPES).rows == 8
     now[0] = FORGET_AFTER + 1
+    for _ in range(4 * TRIALS):
+        shape = costs.best(64, SHAPES)
+        costs.record(shape, 0.01 * shape.rows**0.5)
     assert costs.best(64, SHAPES).rows == 64
 
 
 def test_compiled_code_is_tried_and_then_judged_by_its_time() -> None:
-    costs = measured({16: 0.04})
-    shapes = [Shape(16), Shape(16, compiled=True)]
+    costs = measured({16: 0.04, 8: 0.02, 4: 0.01, 2: 0.005})
+    shapes = [*SHAPES, Shape(16, compiled=True)]
     assert costs.best(16, shapes).compiled
-    for _ in range(2):
+    run(costs, Shape(16, compiled=True), 0.03)
+    assert costs.best(16, shapes).compiled
+    for _ in range(8):
         costs.record(Shape(16, compiled=True), 0.08)
     assert not costs.best(16, shapes).compiled
 
