@@ -24,6 +24,7 @@ from worker.fairness import Turns
 from worker.lane import EngineOptions, Lane
 from worker.network import Forward, Network, worker_dtype
 from worker.pool import Batch, Step
+from worker.reports import due_events
 from worker.runs import Run
 from worker.tasks import (
     Advanced,
@@ -33,9 +34,7 @@ from worker.tasks import (
     Event,
     Failed,
     Finished,
-    Images,
     NotFinite,
-    Snapshot,
     Task,
     TaskError,
 )
@@ -107,6 +106,8 @@ class Engine:
     def prepare(self, model: Model, *, exact: bool = False) -> Network:
         """Make a model's network ready, once: data type, memory layout, first small batches."""
         key = _lane_key(model, exact)
+        if key in self._networks:
+            return self._networks[key]
         with self._preparing:
             if key not in self._networks:
                 dtype = torch.float32 if exact else worker_dtype(model)
@@ -212,12 +213,11 @@ class Engine:
                 self._events.append(Canceled(task_id, states))
 
     def _forget_others(self, digests: Collection[str]) -> None:
-        with self._preparing:
-            for key in [key for key in self._networks if key[0] not in digests]:
-                lane = self.lanes.get(key)
-                if lane is None or not lane.runs:
-                    self.lanes.pop(key, None)
-                    del self._networks[key]
+        for key in [key for key in self._networks if key[0] not in digests]:
+            lane = self.lanes.get(key)
+            if lane is None or not lane.runs:
+                self.lanes.pop(key, None)
+                self._networks.pop(key, None)
 
     def _add_compiled(self, digest: str, rows: int, forward: Forward) -> None:
         lane = self.lanes.get((digest, False))
@@ -282,7 +282,7 @@ class Engine:
         seconds, self._settled_at = now - max(pending.began, self._settled_at), now
         lane.pool.network.costs.record(pending.shape, seconds)
         lane.rate.add(step.batch.network_rows, seconds)
-        self._tell_due(step)
+        self._events += due_events(step)
         last_t: dict[Run, int] = {}
         for sample, t in zip(step.batch.samples, step.t.tolist(), strict=True):
             last_t[sample.run] = t
@@ -291,26 +291,6 @@ class Engine:
         self._events += [c for c in pending.checkpoints if _task_id(c) in lane.runs]
         for run, _ in alive:
             self._finish_if_done(lane, run)
-
-    def _tell_due(self, step: Step) -> None:
-        """Events for the chains with a snapshot or their end in this step."""
-        snapshots: dict[tuple[Run, int], list[int]] = {}
-        images: dict[Run, list[int]] = {}
-        for i in step.due:
-            run, row = step.batch.samples[i].run, int(step.rows[i])
-            if run.over:
-                continue
-            if row in run.task.snapshot_rows:
-                snapshots.setdefault((run, row), []).append(i)
-            if row == len(run.task.table) - 1:
-                images.setdefault(run, []).append(i)
-        for (run, row), at in snapshots.items():
-            found = (step.x_t[at], step.x_start[at], step.eps[at])
-            t = int(step.t[at[0]])
-            self._events.append(Snapshot(run.task.id, _indices(step, at), row, t, *found))
-        for run, at in images.items():
-            run.untold -= len(at)
-            self._events.append(Images(run.task.id, _indices(step, at), step.x_next[at]))
 
     def _fail_not_finite(self, lane: Lane, step: Step) -> None:
         for i, finite in enumerate(step.finite.tolist()):
@@ -331,10 +311,6 @@ class Engine:
 
 def _lane_key(model: Model, exact: bool) -> LaneKey:
     return (model.digest or str(id(model)), exact)
-
-
-def _indices(step: Step, at: list[int]) -> tuple[int, ...]:
-    return tuple(step.batch.samples[i].index for i in at)
 
 
 def _task_id(event: Event) -> str:
