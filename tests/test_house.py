@@ -149,7 +149,7 @@ def test_every_phony_target_has_a_rule() -> None:
 
 def test_make_up_passes_the_port_on() -> None:
     done = subprocess.run(
-        ["make", "--dry-run", "up", "PORT=8123"],
+        ["make", "--no-print-directory", "--dry-run", "up", "PORT=8123"],
         cwd=ROOT,
         check=True,
         capture_output=True,
