@@ -46,7 +46,12 @@ def one_thread() -> None:
 
 @torch.no_grad()
 def random_model(
-    *, seed: int = 0, classes: int = 3, T: int = 50, prediction: str = "epsilon"
+    *,
+    seed: int = 0,
+    classes: int = 3,
+    T: int = 50,
+    prediction: str = "epsilon",
+    learned_variance: bool = False,
 ) -> Model:
     network = UNetConfig(
         image_size=8,
@@ -57,6 +62,7 @@ def random_model(
         groups=4,
         num_classes=classes,
         null_class=classes > 0,
+        learned_variance=learned_variance,
     )
     schedule = ScheduleConfig(T=T, beta_end=min(0.999, 20 / T))
     config = ModelConfig(network=network, schedule=schedule, prediction=prediction)
@@ -115,10 +121,10 @@ class Service:
         self.processes.append(process)
         return process
 
-    def worker(self, *options: str, **environment: str) -> subprocess.Popen[bytes]:
-        """A worker process that has said that it lives."""
+    def worker(self, *options: str, fault: str = "", **environment: str) -> subprocess.Popen[bytes]:
+        """A worker process that has said that it lives. fault: code that breaks its device."""
         before = len(self.store.workers())
-        code = "from worker.commands import worker; worker()"
+        code = f"{fault}\nfrom worker.commands import worker; worker()"
         process = self.run(sys.executable, "-c", code, "--verbose", *options, **environment)
         self.until(lambda: len(self.store.workers()) > before, process=process)
         return process

@@ -76,7 +76,7 @@ def task(
     **options: object,
 ) -> Task:
     """A task; options of the table (sampler, steps, …) and of Task may be mixed."""
-    names = ("sampler", "steps", "spacing", "eta", "variance")
+    names = ("sampler", "steps", "spacing", "eta", "variance", "corrector_steps")
     table = {key: options.pop(key) for key in names if key in options}
     starts = tuple(Start(index=i, class_label=label) for i in range(n))
     return Task(
@@ -119,6 +119,8 @@ SAMPLERS = [
     {"sampler": "ddim", "eta": 0.0},
     {"sampler": "ddim", "eta": 1.0},
     {"sampler": "dpmpp_2m"},
+    {"sampler": "ddpm", "corrector_steps": 1},
+    {"sampler": "langevin", "corrector_steps": 2},
 ]
 
 
@@ -132,6 +134,29 @@ def test_agrees_with_the_offline_sampler(model: Model, options: dict[str, object
     images = harness.images("a")
     for i in range(3):
         torch.testing.assert_close(images[i].clamp(-1, 1), expected[i], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_learned_variance_beside_a_fixed_one(
+    make_model: Callable[..., Model], guidance: float
+) -> None:
+    model = make_model(learned_variance=True)
+    harness = Harness()
+    options = {"n": 2, "seed": 5, "label": 1, "guidance": guidance}
+    harness.run(*(task(model, name, variance=name, **options) for name in ("learned", "small")))
+    for name in ("learned", "small"):
+        expected = diffusion.sample(
+            model, 2, seed=5, steps=10, class_label=1, guidance=guidance, variance=name,
+            dtype=torch.float32,
+        )  # fmt: skip
+        for i, image in harness.images(name).items():
+            torch.testing.assert_close(image.clamp(-1, 1), expected[i], atol=1e-4, rtol=0)
+
+
+def test_a_learned_variance_needs_a_network_that_has_one(model: Model) -> None:
+    harness = Harness()
+    harness.run(task(model, "a", variance="learned"))
+    assert "variance = 'learned'" in str(harness.of(Failed, "a")[0].error)
 
 
 @pytest.mark.parametrize("prediction", ["v", "sample", "mean"])

@@ -277,6 +277,39 @@ def test_a_killed_workers_job_is_back_within_half_a_minute(service: Service) -> 
     service.ended(job_id, seconds=200)
 
 
+HANGS = """
+import time
+from worker.pool import Pool
+step, steps = Pool.step, []
+def hang(self, batch, shape):
+    steps.append(1)
+    return step(self, batch, shape) if len(steps) < 200 else time.sleep(10_000)
+Pool.step = hang
+"""
+LOST = (
+    HANGS.replace("time.sleep(10_000)", "lost()")
+    + """
+import torch
+def lost():
+    raise torch.AcceleratorError("the device was lost")
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "status"), [(HANGS, 75), (LOST, 1)], ids=["hangs", "lost"])
+def test_a_device_that_fails_takes_no_job_with_it(
+    service: Service, undisturbed: dict[str, bytes], fault: str, status: int
+) -> None:
+    broken = service.worker(fault=fault, DDPM_STALL_LIMIT_S="3", DDPM_CHECKPOINT_S="0.1")
+    job_id = service.admit(**LONG)
+    assert broken.wait(timeout=60) == status
+    assert service.rq_status(job_id) == "queued"
+    service.worker()
+    assert service.ended(job_id).attempts == 0  # there was progress in between
+    assert service.outputs(job_id) == undisturbed
+
+
 def test_a_stock_rq_worker_runs_the_same_job(
     service: Service, undisturbed: dict[str, bytes]
 ) -> None:
