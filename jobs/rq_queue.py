@@ -5,7 +5,8 @@ Workers import none of this but JOB_FUNCTION; the private half of RQ is the work
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import redis
@@ -16,6 +17,7 @@ from rq.registry import clean_registries
 from rq.serializers import JSONSerializer
 
 JOB_FUNCTION = "worker.run.run_job"  # args: [job_id]; stock RQ workers call it too
+LOOKS = 5  # at a job whose executions change under RQ's hands
 _DAY_S = 86_400
 ENDED = frozenset({"finished", "failed", "stopped", "canceled"})
 
@@ -55,19 +57,17 @@ class Queues:
 
     def cancel(self, job_id: str) -> None:
         """Take a job off its queue. A job that has already left it is left alone."""
-        job = self._fetch(job_id)
-        if job is None or job.get_status(refresh=False) in ENDED:
-            return
-        try:
-            job.cancel()
-        except InvalidJobOperation:  # canceled in between
-            return
+
+        def cancel(job: Job) -> None:
+            if job.get_status(refresh=False) not in ENDED:
+                with contextlib.suppress(InvalidJobOperation):  # canceled in between
+                    job.cancel()
+
+        self._on(job_id, cancel)
 
     def delete(self, job_id: str) -> None:
         """Remove a job and all that RQ keeps of it."""
-        job = self._fetch(job_id)
-        if job is not None:
-            job.delete()
+        self._on(job_id, lambda job: job.delete())
 
     def statuses(self, job_ids: Sequence[str]) -> list[str | None]:
         """RQ's status of each job, None where RQ has no such job."""
@@ -80,6 +80,22 @@ class Queues:
         """Requeue the jobs of dead workers. Only under the store's lock: two at once would
         requeue a job twice."""
         clean_registries(self.get(name))
+
+    def _on(self, job_id: str, act: Callable[[Job], None]) -> None:
+        """Do something to a job, if there is one.
+
+        RQ lists the executions of a job and then reads each; one that a worker ends in between
+        is a ValueError, and gone at the next look.
+        """
+        for attempt in range(LOOKS):
+            job = self._fetch(job_id)
+            if job is None:
+                return
+            try:
+                return act(job)
+            except ValueError:
+                if attempt == LOOKS - 1:
+                    raise
 
     def _fetch(self, job_id: str) -> Job | None:
         try:

@@ -80,6 +80,7 @@ _SIGNATURES: dict[Any, str] = {
     BaseWorker.get_heartbeat_ttl: "self job working_time",
     BaseWorker.heartbeat: "self timeout pipeline",
     BaseWorker.handle_payload: "self message",
+    BaseWorker._pubsub_exception_handler: "self exc pubsub pubsub_thread",
     BaseWorker.request_stop: "self signum frame",
     BaseWorker.request_stop_execution: "self execution_id",
     BaseWorker.check_for_suspension: "self burst",
@@ -428,6 +429,13 @@ class EngineWorker(BaseWorker):
             self._orders.append(payload)
         else:
             handle_command(self, payload)
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
+        """Hear RQ again after any absence of Redis: stock RQ goes deaf at a time-out."""
+        if not isinstance(exc, AWAY):
+            raise exc
+        log.warning("Redis is away (%s); subscribing again", exc)
+        time.sleep(POLL_S)
 
     def request_stop_execution(self, execution_id: str) -> None:
         """On the pub/sub thread: only note it."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rq import Queue, Worker
-from rq.command import send_shutdown_command, send_stop_job_command
+from rq.command import PUBSUB_CHANNEL_TEMPLATE, send_shutdown_command, send_stop_job_command
 from rq.job import JobStatus
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
@@ -22,6 +22,7 @@ from rq.suspension import resume, suspend
 
 import diffusion
 from jobs.pictures import from_bytes
+from jobs.rq_queue import Queues
 from worker.models import card_of
 
 Service = Any  # of conftest.py; tests cannot import it
@@ -139,7 +140,7 @@ def test_a_deleted_job_is_dropped(running: Service) -> None:
     job_id = running.admit(num_images=4, steps=1000)
     started(running, job_id)
     running.store.purge(job_id)
-    running.rq_job(job_id).delete()
+    Queues(running.redis).delete(job_id)  # while the worker drops its execution
     running.until(lambda: not Worker.all(connection=running.redis)[0].get_current_executions(True))
     assert running.store.record(job_id) is None
     assert not [key for key in running.redis.keys("*") if job_id.encode() in key]
@@ -347,7 +348,10 @@ def test_redis_restarts_under_a_running_job(
         # And it still hears RQ: told to stop, it lets short work end.
         last = service.admit(steps=100)
         started(service, last)
-        send_shutdown_command(service.redis, service.store.workers()[0].name)
+        (name,) = [info.name for info in service.store.workers()]
+        channel = PUBSUB_CHANNEL_TEMPLATE % name
+        service.until(lambda: service.redis.pubsub_numsub(channel)[0][1] > 0)
+        send_shutdown_command(service.redis, name)
         assert worker.wait(timeout=60) == 0
         service.ended(last)
     finally:
