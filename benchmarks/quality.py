@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import diffusion
+from diffusion.noise import Purpose, image_normals
+from diffusion.samplers import SamplerTable
+from diffusion.sampling import build_table, chain, fast_dtype, prepare
 from training.config import DataConfig
 from training.data import load_images
 from training.frechet import frechet_distance
@@ -108,28 +111,23 @@ def evaluate(network: Classifier, images: Tensor) -> tuple[np.ndarray, Tensor]:
     return features.numpy(), network.out(features).argmax(1)
 
 
-def draw(model: diffusion.Model, path: Path, n: int, *, sampler: str, steps: int) -> Tensor:
+def draw(model: diffusion.Model, path: Path, n: int, *, table: SamplerTable, name: str) -> Tensor:
     """n samples, image i of class i mod 10, kept in `path` batch by batch."""
     kept = np.load(path)["images"] if path.exists() else np.zeros((0, 1, 32, 32), np.uint8)
-    bar = tqdm(total=n, initial=len(kept), desc=f"{sampler} {steps}", unit="image")
+    bar = tqdm(total=n, initial=len(kept), desc=name, unit="image")
     with bar:
         while len(kept) < n:
-            first = len(kept)
-            labels = torch.arange(first, min(first + BATCH, n)) % 10
-            images = diffusion.sample(
-                model,
-                len(labels),
-                sampler=sampler,
-                steps=steps,
-                seed=first,  # a batch is one seed, so that the draw can be resumed
-                class_label=labels,
-                variance="small",
-                batch_size=BATCH,
+            seed = len(kept)  # a batch is one seed, so that the draw can be resumed
+            labels = torch.arange(seed, seed + BATCH) % 10
+            x = image_normals(
+                seed, torch.arange(BATCH), row=0, purpose=Purpose.X_T, shape=model.shape
             )
-            pixels = ((images + 1) * 127.5).round().to(torch.uint8).numpy()
+            for step in chain(model, table, x, seed=seed, class_label=labels):
+                x = step.x_next
+            pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
             kept = np.concatenate([kept, pixels])
             np.savez_compressed(path, images=kept, labels=np.arange(len(kept)) % 10)
-            bar.update(len(labels))
+            bar.update(BATCH)
     return torch.from_numpy(kept[:n])
 
 
@@ -140,16 +138,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--ancestral", type=int, default=500, help="samples at T = 1000")
     parser.add_argument("--ddim", type=int, default=5000, help="samples at DDIM 50")
+    parser.add_argument("--eager", action="store_true", help="do not compile the network")
     arguments = parser.parse_args()
 
     model = diffusion.load(arguments.model)
+    dtype = fast_dtype(model)
+    fast = prepare(model, dtype=dtype, compile=not arguments.eager)
     out = arguments.out / model.digest[:12]
     out.mkdir(parents=True, exist_ok=True)
     train, test = load_split(arguments.data, "train"), load_split(arguments.data, "test")
     network = classifier(train, arguments.out)
     real_features, predicted = evaluate(network, test.images(slice(None)))
     real_accuracy = float((predicted == test.labels).float().mean())
-    report: dict[str, object] = {"digest": model.digest, "real_accuracy": real_accuracy}
+    report: dict[str, object] = {
+        "digest": model.digest,
+        "dtype": str(dtype).removeprefix("torch."),
+        "real_accuracy": real_accuracy,
+    }
     print(f"model {model.digest[:12]}; the classifier on the real test set: {real_accuracy:.2%}")
     print("| samples | recognised | Fréchet to test | as many training images | ratio |")
     print("|---|---|---|---|---|")
@@ -158,10 +163,12 @@ def main() -> None:
         if not n:
             continue
         start = time.perf_counter()
-        pixels = draw(model, out / f"{sampler}-{steps}.npz", n, sampler=sampler, steps=steps)
+        name = f"{sampler}-{steps}"
+        table = build_table(model.schedule, sampler=sampler, steps=steps, variance="small")
+        pixels = draw(fast, out / f"{name}.npz", n, table=table, name=name)
         seconds = time.perf_counter() - start
         images = pixels.float() / 127.5 - 1
-        grid(images[:100], columns=10).save(out / f"{sampler}-{steps}.png")
+        grid(images[:100], columns=10).save(out / f"{name}.png")
         features, labels = evaluate(network, images)
         counted = min(n, 1000)
         right = float((labels == torch.arange(n) % 10)[:counted].float().mean())
@@ -173,7 +180,7 @@ def main() -> None:
             f"| {reference:.2f} | {distance / reference:.2f} |",
             flush=True,
         )
-        report[f"{sampler}-{steps}"] = {
+        report[name] = {
             "images": n,
             "recognised": right,
             "of": counted,

@@ -6,7 +6,7 @@ Built by `create_app()` and by each command, never at import.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     # The worker
     slots: int = Field(default=64, ge=1, description="images stepped together, a model")
     checkpoint_s: float = Field(default=2.0, gt=0, description="seconds between saved chain states")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of the network; auto: bfloat16 where convolutions gain by it"
+    )
     compile: bool = Field(default=True, description="compile the network in the background")
     cache_dir: Path = Field(
         default=Path("~/.cache/ddpm-serve"), description="folder of the compiled code"

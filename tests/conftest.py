@@ -17,6 +17,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 # Before torch or datasets is imported anywhere, and inherited by every process a test starts.
 os.environ.setdefault("DDPM_COMPILE", "0")
+# Exact numbers on every machine; what a probe would choose is tested apart.
+os.environ.setdefault("DDPM_DTYPE", "float32")
 # Test networks are tiny: a second thread only waits, and waits long on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

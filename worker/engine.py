@@ -110,7 +110,7 @@ class Engine:
             return self._networks[key]
         with self._preparing:
             if key not in self._networks:
-                dtype = torch.float32 if exact else worker_dtype(model)
+                dtype = torch.float32 if exact else self.options.dtype or worker_dtype(model)
                 rows = self.options.max_rows
                 self._networks[key] = Network(model, dtype=dtype, max_rows=rows, exact=exact)
             return self._networks[key]

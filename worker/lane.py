@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from worker.costs import RateMeter, Shape
 from worker.fairness import fill, is_patient, oldest_first, shortest_first
 from worker.network import EXACT_SIZES, Network
@@ -15,13 +17,15 @@ from worker.runs import Run, Sample
 class EngineOptions:
     """How much an engine takes on.
 
-    capacity: slots a model. max_rows: the largest batch. checkpoint_every: seconds between two
-    exports of a task's state. steps_behind: how many steps may be in flight on the device before
-    the host looks at the oldest (None: 0 on a CPU, 1 on a GPU).
+    capacity: slots a model. max_rows: the largest batch. dtype: of the networks (None: as a
+    probe of the device advises). checkpoint_every: seconds between two exports of a task's state.
+    steps_behind: how many steps may be in flight on the device before the host looks at the
+    oldest (None: 0 on a CPU, 1 on a GPU).
     """
 
     capacity: int = 256
     max_rows: int = 64
+    dtype: torch.dtype | None = None
     checkpoint_every: float = 5.0
     steps_behind: int | None = None
 

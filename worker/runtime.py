@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import redis
+import torch
 from torch import Tensor
 
 from jobs.records import JobRecord
@@ -33,6 +34,7 @@ log = logging.getLogger("ddpm.worker")
 DUTIES_S = 3.0  # between two looks at the model folder
 SLOTS_A_ROW = 4  # slots for samples set aside, besides those of one batch
 NOISE_THREADS = 2
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _ENDINGS = {
     Status.SUCCEEDED: Ending.SUCCEEDED,
     Status.EXPIRED: Ending.SUCCEEDED,
@@ -69,6 +71,7 @@ class Runtime:
         options = EngineOptions(
             capacity=SLOTS_A_ROW * max(settings.slots, 8),
             max_rows=max(settings.slots, 8),
+            dtype=DTYPES[settings.dtype],
             checkpoint_every=settings.checkpoint_s,
         )
         self.engine = Engine(self._writer.put if self._writer else self.outputs.handle, options)

@@ -13,7 +13,7 @@ import torch
 import diffusion
 from diffusion import Model
 from diffusion.sampling import build_table
-from worker.compiling import Compiler, difference
+from worker.compiling import TOLERANCE, Compiler, difference
 from worker.engine import Engine
 from worker.models import ModelFolder, Served
 from worker.tasks import Event, Images, Start, Task
@@ -131,7 +131,7 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
     compiler.close()
     (shape,) = [shape for shape in network.shapes if shape.compiled]
     assert shape.rows == 1
-    assert difference(network, network._compiled[1], 1) < 1e-3
+    assert difference(network, network._compiled[1], 1) < TOLERANCE[network.dtype]
     run(engine, served.model, 20)
     (images,) = [e for e in events if isinstance(e, Images)][-1:]
     expected = diffusion.sample(

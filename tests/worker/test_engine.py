@@ -39,6 +39,7 @@ class Harness:
 
     def __init__(self, **options: object) -> None:
         self.events: list[Event] = []
+        options.setdefault("dtype", torch.float32)
         self.engine = Engine(self.events.extend, EngineOptions(**options))  # type: ignore[arg-type]
 
     def run(self, *tasks: Task, ticks: int | None = None) -> None:
