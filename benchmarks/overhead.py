@@ -1,0 +1,175 @@
+"""What the engine costs over bare forwards, and the whole service over the engine.
+
+    .venv/bin/python benchmarks/overhead.py [--seconds 20]
+
+The same model, the same compiled code, full load. Three ways to the same work take turns: a loop
+that does nothing but call the network at the engine's batch size; the engine, fed in its own
+process; `ddpm up` under clients that hold the queue full and fetch every picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import torch
+from serving import HERE, OUR_PORT, open_client, server
+
+from diffusion.sampling import build_table
+from jobs.settings import Settings
+from worker.compiling import Compiler, example
+from worker.engine import Engine
+from worker.models import ModelFolder
+from worker.network import Network
+from worker.tasks import Advanced, Event, Finished, Start, Task
+
+IMAGES, STEPS, CLIENTS = 16, 50, 8  # a job, and how many are under way: 128 chains
+
+
+class BareEngine:
+    """The engine alone, its batch held full by tasks like the clients' jobs."""
+
+    def __init__(self, models: Path, name: str, sampler: str) -> None:
+        folder = ModelFolder(models, queue="ddpm", names=(name,))
+        folder.rescan()
+        self.served = folder.served[name]
+        self.table = build_table(self.served.model.schedule, sampler=sampler, steps=STEPS)
+        self.engine = Engine(self._take)
+        self.names = itertools.count()
+        self.done: dict[str, int] = {}
+        self.feeding = False
+        self.engine.start()
+        self.network: Network = self.engine.prepare(self.served.model)
+
+    def _take(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Advanced):
+                self.done[event.task_id] = event.done
+            elif isinstance(event, Finished) and self.feeding:
+                self.feed()
+
+    def feed(self) -> None:
+        """One more task."""
+        number = next(self.names)
+        starts = tuple(Start(i, class_label=i % 10) for i in range(IMAGES))
+        self.engine.submit(Task(str(number), self.served.model, self.table, number, starts))
+
+    def rate(self, seconds: float) -> float:
+        """Image-steps/s."""
+        self.feeding = True
+        for _ in range(CLIENTS):
+            self.feed()
+        time.sleep(seconds / 4)
+        before, start = sum(self.done.values()), time.perf_counter()
+        time.sleep(seconds)
+        rate = (sum(self.done.values()) - before) / (time.perf_counter() - start)
+        self.feeding = False
+        while self.engine.waiting_rows:
+            time.sleep(0.05)
+        return rate
+
+    def compile(self) -> None:
+        """Wait until the background compiler has made what this load uses."""
+        compiler = Compiler(self.engine, Settings().cache_dir.expanduser() / "compiled")
+        while True:
+            self.rate(4)
+            compiler.poll([self.served])
+            if compiler._job is None and compiler._most_wanted([self.served]) is None:
+                return
+
+    @torch.inference_mode()
+    def bare_rate(self, seconds: float, rows: int) -> float:
+        """Rows/s of nothing but the network, at one batch size."""
+        x, t, labels = example(self.served.model, rows)
+        x = x.to(self.network.dtype)
+        forward = self.network._compiled.get(rows, self.network.eager)
+        forward(x, t, labels)
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            forward(x, t, labels)
+            count += rows
+        return count / (time.perf_counter() - start)
+
+
+async def image_steps(http: httpx.AsyncClient) -> float:
+    """The service's own count of image-steps done."""
+    text = (await http.get("/metrics")).text
+    line = next(line for line in text.splitlines() if line.startswith("ddpm_image_steps_total"))
+    return float(line.split()[-1])
+
+
+async def service_rate(seconds: float, model: str, sampler: str) -> float:
+    """Image-steps/s of the whole service under CLIENTS clients in a closed loop."""
+    running = True
+
+    async def loop(http: httpx.AsyncClient) -> None:
+        while running:
+            body = {"model": model, "num_images": IMAGES, "steps": STEPS, "sampler": sampler}
+            job = (await http.post("/generate", json=body)).json()
+            while (await http.get(f"/jobs/{job['id']}?wait=20")).json()["status"] != "succeeded":
+                pass
+            (await http.get(f"/jobs/{job['id']}/grid.png")).raise_for_status()
+
+    async with open_client() as http:
+        http.base_url = httpx.URL(f"http://127.0.0.1:{OUR_PORT}")
+        clients = [asyncio.create_task(loop(http)) for _ in range(CLIENTS)]
+        await asyncio.sleep(seconds / 4)
+        before, start = await image_steps(http), time.perf_counter()
+        await asyncio.sleep(seconds)
+        rate = (await image_steps(http) - before) / (time.perf_counter() - start)
+        running = False
+        await asyncio.gather(*clients)
+    return rate
+
+
+def warm_up(worker_log: Path, model: str, sampler: str, compiled: int) -> None:
+    """Load the service until its worker has taken up what the bare engine had compiled."""
+    for _ in range(60):
+        asyncio.run(service_rate(4, model, sampler))
+        if worker_log.read_text().count("run compiled code") >= compiled:
+            return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=HERE.parent / "models" / "mnist")
+    parser.add_argument("--sampler", default="ddim", help="ddim, or ddpm, which draws noise too")
+    parser.add_argument("--seconds", type=float, default=20, help="a turn")
+    parser.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
+    model = arguments.model.resolve()
+    os.environ["DDPM_MODELS"] = str(model.parent)
+    bare = BareEngine(model.parent, model.name, arguments.sampler)
+    bare.compile()
+    data = Path(tempfile.mkdtemp(prefix="ddpm-bench-"))
+    command = [sys.executable, "-m", "ddpm", "up", "--port", str(OUR_PORT), "--data", str(data)]
+    turns: list[tuple[float, float, float]] = []
+    with server(command, f"http://127.0.0.1:{OUR_PORT}/readyz", data / "up.log"):
+        warm_up(data / "worker-1.log", model.name, arguments.sampler, len(bare.network._compiled))
+        for _ in range(arguments.turns):
+            bare.network.uses.clear()
+            engine = bare.rate(arguments.seconds)
+            rows = bare.network.uses.most_common(1)[0][0]
+            forwards = bare.bare_rate(arguments.seconds, rows)
+            service = asyncio.run(service_rate(arguments.seconds, model.name, arguments.sampler))
+            turns.append((forwards, engine, service))
+    dtype = str(bare.network.dtype).removeprefix("torch.")
+    compiled = "compiled" if rows in bare.network._compiled else "eager"
+    print(f"{arguments.sampler}, batches of {rows}, {compiled}, {dtype}; medians of {len(turns)}\n")
+    print("| what | image-steps/s | of the row above |\n|---|---|---|")
+    names = ("bare forwards", "the engine", "the whole service")
+    for i, name in enumerate(names):
+        share = statistics.median(turn[i] / turn[i - 1] for turn in turns) if i else 1.0
+        print(f"| {name} | {statistics.median(turn[i] for turn in turns):.0f} | {share:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
