@@ -58,6 +58,7 @@ class EvaluateOptions:
     pictures: int
     device: str | None
     dtype: str
+    compiled: bool
     batch_size: int
     quiet: bool
 
@@ -72,7 +73,7 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
     loaded = load(options.model, device)
     sigma = check_sigma(loaded, options.sigma)
     dtype = DTYPES.get(options.dtype) or fast_dtype(loaded)
-    run = Run(options, prepare(loaded, dtype=dtype), sigma)
+    run = Run(options, prepare(loaded, dtype=dtype, compile=options.compiled), sigma)
     results: dict[str, Any] = {
         "model": str(options.model),
         "digest": loaded.digest,

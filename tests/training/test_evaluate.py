@@ -283,3 +283,16 @@ def test_a_network_that_needs_labels_gets_them(data: Path, tmp_path: Path) -> No
     model.network.conv_out.weight.mul_(0.1)
     diffusion.save(model, tmp_path / "needy")
     invoke(tmp_path / "needy", data, tmp_path / "out", "--images", "3", "--pictures", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own
+def test_compiled_code_gives_the_same_numbers(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    found = []
+    for name, options in (("eager", ()), ("compiled", ("--compile",))):
+        invoke(model_folder, data, tmp_path / name, "--splits", "test", *options)
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        found.append(results["splits"]["test"]["full"]["small"]["bits_per_dim"])
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
