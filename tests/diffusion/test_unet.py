@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffusion import UNet, UNetConfig
-from diffusion.unet import NetworkConfigError, timestep_embedding
+from diffusion.unet import NetworkConfigError, group_norm_by_channels, timestep_embedding
 from tests.diffusion.networks import TINY, build_model, randomize
 
 PAPER = UNetConfig()
@@ -161,3 +162,22 @@ def test_heads_need_only_divide_the_widths_that_attend() -> None:
     fields = {**vars(TINY), "head_dim": 16}  # the first level, 8 wide, has no attention
     network = UNet(UNetConfig(**fields))
     assert network(torch.randn(1, 1, 8, 8), torch.tensor([0])).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("channels", [8, 16, 24])
+def test_group_norm_by_channels(channels: int) -> None:
+    """What compiled code runs in place of torch's own, with its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, channels, 5, 6, generator=generator, requires_grad=True)
+    offset = 3 * torch.randn(channels, 1, 1, generator=generator)
+    weight, bias = (torch.randn(channels, generator=generator, requires_grad=True) for _ in "wb")
+    found = group_norm_by_channels(x + offset, 8, weight=weight, bias=bias, eps=1e-6)
+    expected = F.group_norm(x + offset, 8, weight, bias, 1e-6)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    up = torch.randn(expected.shape, generator=generator)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (x, weight, bias), up),
+        torch.autograd.grad(expected, (x, weight, bias), up),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

@@ -15,6 +15,7 @@ from diffusion import Model
 from diffusion.sampling import build_table
 from worker.compiling import TOLERANCE, Compiler, difference
 from worker.engine import Engine
+from worker.lane import EngineOptions
 from worker.models import ModelFolder, Served
 from worker.tasks import Event, Images, Start, Task
 
@@ -117,7 +118,7 @@ def test_old_code_is_swept(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) -> None:
     events: list[Event] = []
-    engine = Engine(events.extend)
+    engine = Engine(events.extend, EngineOptions(dtype=torch.float32))
     for _ in range(3):
         run(engine, served.model, 50)
     compiler = Compiler(engine, tmp_path / "cache")
@@ -138,7 +139,7 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
         served.model, 1, seed=1, steps=20, dtype=torch.float32, variance="large"
     )
     torch.testing.assert_close(images.x.clamp(-1, 1), expected, atol=1e-4, rtol=0)
-    again = Engine(lambda events: None)
+    again = Engine(lambda events: None, EngineOptions(dtype=torch.float32))
     run(again, served.model, 2)
     began = time.monotonic()
     Compiler(again, tmp_path / "cache").poll([served])  # at once, from the disk
