@@ -130,7 +130,7 @@ return {redis.call('HGETALL', key(id)), redis.call('HGETALL', key(id) .. ':index
 """
 )
 
-# ARGV: id, execution, worker, now, digest, status data, canceled data, final data.
+# ARGV: id, execution, worker, now, digest, status data, canceled data, final data, provenance.
 # Returns {what, attempts}: run, canceled, ended or missing.
 START = (
     _PRELUDE
@@ -144,7 +144,8 @@ if get(id, 'cancel') == '1' then
   return {'canceled', 0}
 end
 if get(id, 'execution') ~= execution then redis.call('HINCRBY', key(id), 'attempts', 1) end
-redis.call('HSET', key(id), 'execution', execution, 'worker', ARGV[3], 'run_digest', ARGV[5])
+redis.call('HSET', key(id), 'execution', execution, 'worker', ARGV[3], 'run_digest', ARGV[5],
+           'provenance', ARGV[9])
 redis.call('HSETNX', key(id), 'started_at', ARGV[4])
 if status ~= 'running' then
   move(id, 'running')
@@ -193,7 +194,7 @@ return get(id, 'cancel') == '1' and 2 or 1
 )
 
 # ARGV: id, execution ('' for the janitor: any active job), status, now, status data,
-# name and data of the last event, error, provenance, result. Returns 1 or 0 (lost).
+# name and data of the last event, error, result. Returns 1 or 0 (lost).
 FINISH = (
     _PRELUDE
     + """
@@ -202,8 +203,7 @@ if ARGV[2] == '' then
   if not active(get(id, 'status')) then return 0 end
 elseif not held(id, ARGV[2]) then return 0 end
 if ARGV[8] ~= '' then redis.call('HSET', key(id), 'error', ARGV[8]) end
-if ARGV[9] ~= '' then redis.call('HSET', key(id), 'provenance', ARGV[9]) end
-if ARGV[10] ~= '' then redis.call('HSET', key(id), 'result', ARGV[10]) end
+if ARGV[9] ~= '' then redis.call('HSET', key(id), 'result', ARGV[9]) end
 finish(id, ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7])
 return 1
 """

@@ -5,7 +5,7 @@ When a worker calls what
 once            store = JobStore.connect(settings)
 a model found   store.publish_card(card); gone from the folder: store.retire_card(name)
 every few s     store.heartbeat(WorkerInfo(...), rates={model: image-steps/s})
-a job popped    started = store.start(job_id, execution, worker=…, digest=…)
+a job popped    started = store.start(job_id, execution, worker=…, digest=…, provenance=…)
                 None: drop it (canceled, ended or deleted; the store has written what is due).
                 Else run started.record.spec, skip the images in `started.finished`, resume the
                 others from `started.states`; refuse if `started.attempts` > MAX_ATTEMPTS.
@@ -114,14 +114,25 @@ class JobStore:
         """A store on `settings.redis_url`."""
         return cls(connect(settings), settings)
 
-    def start(self, job_id: str, execution: str, *, worker: str, digest: str) -> Started | None:
-        """Take a job. None: there is nothing to run (it ended, was canceled, or is gone)."""
+    def start(
+        self,
+        job_id: str,
+        execution: str,
+        *,
+        worker: str,
+        digest: str,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Started | None:
+        """Take a job. None: there is nothing to run (it ended, was canceled, or is gone).
+
+        provenance: library versions, device, schedule: JSON. It is there before the first image,
+        which carries it.
+        """
         earlier = self.redis.hget(keys.job(job_id), "run_digest")
         done = events.last_event(Status.CANCELED, None)[1]
         queued, canceled = (events.status_data(s) for s in (Status.RUNNING, Status.CANCELED))
-        what, attempts = self._start(
-            args=[job_id, execution, worker, time.time(), digest, queued, canceled, done]
-        )
+        entered = [job_id, execution, worker, str(time.time()), digest]
+        what, attempts = self._start(args=[*entered, queued, canceled, done, _dump(provenance)])
         if what != b"run":
             return None
         with self.redis.pipeline(transaction=False) as pipe:
@@ -163,36 +174,19 @@ class JobStore:
         return replies
 
     def succeed(
-        self,
-        job_id: str,
-        execution: str,
-        *,
-        provenance: Mapping[str, Any],
-        result: Mapping[str, Any] | None = None,
+        self, job_id: str, execution: str, *, result: Mapping[str, Any] | None = None
     ) -> bool:
-        """Running → succeeded. provenance: library versions, device, schedule: JSON."""
-        return self.finish(
-            job_id, execution, Status.SUCCEEDED, provenance=provenance, result=result
-        )
+        """Running → succeeded. result: what the job found in numbers: JSON."""
+        return self.finish(job_id, execution, Status.SUCCEEDED, result=result)
 
-    def fail(
-        self,
-        job_id: str,
-        execution: str,
-        *,
-        code: str,
-        detail: str,
-        provenance: Mapping[str, Any] | None = None,
-    ) -> bool:
+    def fail(self, job_id: str, execution: str, *, code: str, detail: str) -> bool:
         """Running → failed, with a reason that a user can read."""
         fault = JobFault(code=code, detail=detail)
-        return self.finish(job_id, execution, Status.FAILED, fault=fault, provenance=provenance)
+        return self.finish(job_id, execution, Status.FAILED, fault=fault)
 
-    def canceled(
-        self, job_id: str, execution: str, *, provenance: Mapping[str, Any] | None = None
-    ) -> bool:
+    def canceled(self, job_id: str, execution: str) -> bool:
         """Running → canceled. Put the latest x_t and x_start as snapshots first."""
-        return self.finish(job_id, execution, Status.CANCELED, provenance=provenance)
+        return self.finish(job_id, execution, Status.CANCELED)
 
     def finish(
         self,
@@ -201,16 +195,13 @@ class JobStore:
         status: Status,
         *,
         fault: JobFault | None = None,
-        provenance: Mapping[str, Any] | None = None,
         result: Mapping[str, Any] | None = None,
     ) -> bool:
         """End an active job. False: it was not this execution's. '' is any execution."""
         name, data = events.last_event(status, fault)
         error = "" if fault is None else fault.model_dump_json()
         entered = [job_id, execution, str(status), str(time.time()), events.status_data(status)]
-        return bool(
-            self._finish(args=[*entered, name, data, error, _dump(provenance), _dump(result)])
-        )
+        return bool(self._finish(args=[*entered, name, data, error, _dump(result)]))
 
     def requeue(self, job_id: str, execution: str) -> bool:
         """Running → queued, given back by its worker: this does not count as an attempt."""

@@ -24,7 +24,6 @@ from jobs.pictures import Float32
 from jobs.store import JobStore
 from worker.chain_state import pack
 from worker.flights import Ending, Flight, Intent, Outcome
-from worker.provenance import provenance
 from worker.tasks import (
     Advanced,
     Canceled,
@@ -153,7 +152,7 @@ class Outputs:
         self._outcome(Outcome(flight.id, flight.execution, ending, error))
 
     def _succeed(self, flight: Flight) -> bool:
-        return self._store.succeed(flight.id, flight.execution, provenance=provenance(flight))
+        return self._store.succeed(flight.id, flight.execution)
 
     def _end_canceled(self, flight: Flight) -> tuple[bool, Ending, BaseException | None]:
         match flight.intent:
@@ -170,20 +169,14 @@ class Outputs:
                 return self._until_written(lambda: self._canceled(flight)), ending, None
 
     def _canceled(self, flight: Flight) -> bool:
-        return self._store.canceled(flight.id, flight.execution, provenance=provenance(flight))
+        return self._store.canceled(flight.id, flight.execution)
 
     def fail(self, flight: Flight, error: BaseException) -> bool:
         """Close a job as failed, with a reason that a user can read."""
         code = _fault_code(error)
         detail = str(error) or type(error).__name__
         return self._until_written(
-            lambda: self._store.fail(
-                flight.id,
-                flight.execution,
-                code=code,
-                detail=detail,
-                provenance=provenance(flight),
-            )
+            lambda: self._store.fail(flight.id, flight.execution, code=code, detail=detail)
         )
 
 

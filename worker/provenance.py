@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.specs import NoiseSpec
-from worker.flights import Flight
+from jobs.specs import GenerateSpec, NoiseSpec
+from worker.models import Served
 
 
-def provenance(flight: Flight) -> dict[str, Any]:
+def provenance(served: Served, spec: GenerateSpec | NoiseSpec) -> dict[str, Any]:
     """Beside the request: model, schedule, software, device."""
-    model = flight.served.model
+    model = served.model
     config = model.config
     schedule = config.schedule.to_dict()
     schedule.pop("betas", None)  # a long list; the digest stands for it
-    spec = flight.record.spec
     made: dict[str, Any] = {
-        "model": flight.served.name,
+        "model": served.name,
         "model_digest": model.digest,
         "schedule": schedule,
         "prediction": config.prediction,

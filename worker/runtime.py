@@ -28,6 +28,7 @@ from worker.loader import Loader
 from worker.models import ModelFolder, Served
 from worker.noising import MODES, x_start_of
 from worker.outputs import Outputs, OutputsThread
+from worker.provenance import provenance
 from worker.tasks import Canceled, EngineError, EngineStopped, Failed, Finished, Snapshot
 
 log = logging.getLogger("ddpm.worker")
@@ -155,8 +156,9 @@ class Runtime:
         if record is not None and self._threads and not self._loader.is_ready(record):
             return None
         served = None if record is None else self.folder.served.get(record.model)
+        made = None if record is None or served is None else provenance(served, record.spec)
         digest = "" if served is None else served.model.digest
-        started = self.store.start(job_id, execution, worker=worker, digest=digest)
+        started = self.store.start(job_id, execution, worker=worker, digest=digest, provenance=made)
         if started is None or record is None:
             now = self.store.record(job_id)
             return Ending.LOST if now is None else _ENDINGS.get(now.status, Ending.LOST)

@@ -99,6 +99,9 @@ def client(store: JobStore, shared_server: httpx.Client) -> httpx.Client:
     return shared_server
 
 
+PROVENANCE = {"versions": {"torch": "2.13"}}
+
+
 class Worker:
     """What a worker does to the store, step by step, as a test says."""
 
@@ -106,7 +109,9 @@ class Worker:
         self.store = store
 
     def start(self, job_id: str, execution: str = "e") -> Started:
-        started = self.store.start(job_id, execution, worker="w", digest=CARD.digest)
+        started = self.store.start(
+            job_id, execution, worker="w", digest=CARD.digest, provenance=PROVENANCE
+        )
         assert started is not None
         return started
 
@@ -130,7 +135,7 @@ class Worker:
         started = self.start(job_id)
         for index in range(started.record.images):
             self.image(started, index)
-        assert self.store.succeed(job_id, "e", provenance={"versions": {"torch": "2"}})
+        assert self.store.succeed(job_id, "e")
 
 
 @pytest.fixture

@@ -240,7 +240,7 @@ def test_noise_multipart_and_base64(client: httpx.Client, worker: Worker) -> Non
     for t in (1, 500):
         for kind in ("x_t", "eps"):
             worker.snapshot(started, t, kind)
-    worker.store.succeed(job["id"], "e", provenance={})
+    worker.store.succeed(job["id"], "e")
     done = client.get(job["urls"]["self"]).json()
     bars = np.cumprod(1 - np.array(CARD.betas))
     first = done["snapshots"][0]

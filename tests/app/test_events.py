@@ -63,7 +63,7 @@ def test_a_stream_from_beginning_to_end(client: httpx.Client, worker: Worker) ->
             worker.progress(started, done, t)
             worker.snapshot(started, t)
         worker.image(started)
-        worker.store.succeed(job_id, "e", provenance={})
+        worker.store.succeed(job_id, "e")
 
     thread = later(0.3, work)
     with stream(client, job_id) as reply:
@@ -93,7 +93,7 @@ def test_reconnecting_loses_and_repeats_nothing(client: httpx.Client, worker: Wo
         for done in range(1, 101):
             worker.progress(started, done, 1001 - 10 * done)
             time.sleep(0.002)
-        worker.store.succeed(job_id, "e", provenance={})
+        worker.store.succeed(job_id, "e")
 
     thread = later(0.0, work)
     steps: list[int] = []
@@ -157,7 +157,7 @@ def test_a_trimmed_stream_resets(client: httpx.Client, store: JobStore, worker: 
         job = event.data["job"]
         assert job["id"] == job_id and job["progress"]["step"] == 5 and len(job["images"]) == 1
     with stream(client, job_id, newest) as reply:
-        worker.store.succeed(job_id, "e", provenance={})
+        worker.store.succeed(job_id, "e")
         assert [e.name for e in read(reply.iter_lines())] == ["status", "done"]
 
 
@@ -194,7 +194,7 @@ def test_pictures_inside_events(client: httpx.Client, worker: Worker) -> None:
     started = worker.start(job_id)
     worker.snapshot(started, 1000)
     worker.image(started)
-    worker.store.succeed(job_id, "e", provenance={})
+    worker.store.succeed(job_id, "e")
 
     def sizes(**params: Any) -> dict[str, tuple[int, int] | None]:
         with stream(client, job_id, None, **params) as reply:

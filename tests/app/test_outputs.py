@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.app.conftest import CARD, Worker, X
+from tests.app.conftest import CARD, PROVENANCE, Worker, X
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def job(client: httpx.Client, worker: Worker) -> dict[str, object]:
         for t in (1000, 500):
             worker.snapshot(started, t, index=index)
         worker.image(started, index, X * ((index + 1) / 3))
-    worker.store.succeed(job_id, "e", provenance={"versions": {"torch": "2.13"}})
+    worker.store.succeed(job_id, "e")
     found: dict[str, object] = client.get(f"/jobs/{job_id}").json()
     return found
 
@@ -50,7 +50,7 @@ def test_a_png_carries_what_makes_it_again(client: httpx.Client, job: dict[str, 
     manifest = json.loads(Image.open(io.BytesIO(reply.content)).info["ddpm"])
     assert manifest["seed"] == 11 and manifest["num_images"] == 3
     assert manifest["model_digest"] == CARD.digest
-    assert manifest["provenance"] == {"versions": {"torch": "2.13"}, "index": 1}
+    assert manifest["provenance"] == {**PROVENANCE, "index": 1}
     assert not {"webhook_url", "ttl_s", "priority"} & set(manifest)
     again = client.post("/generate", json=manifest).json()["request"]
     assert {k: again[k] for k in manifest if k != "provenance"} == {
@@ -86,6 +86,20 @@ def test_snapshots(client: httpx.Client, job: dict[str, object]) -> None:
     assert client.get(f"{root}/999/0.png").status_code == 404
     assert client.get(f"{root}/1000/0.png", params={"kind": "y"}).status_code == 422
     assert client.get(f"{root}/1000/0.jpg").status_code == 422
+
+
+def test_an_early_image_carries_all_that_a_late_one_does(
+    client: httpx.Client, worker: Worker
+) -> None:
+    """A client that fetches at the `image` event may keep the file: it never changes."""
+    job_id = client.post("/generate", json={"seed": 1}).json()["id"]
+    started = worker.start(job_id)
+    worker.image(started)
+    early = client.get(f"/jobs/{job_id}/images/0.png").content
+    worker.store.succeed(job_id, "e")
+    assert client.get(f"/jobs/{job_id}/images/0.png").content == early
+    manifest = json.loads(Image.open(io.BytesIO(early)).info["ddpm"])
+    assert manifest["provenance"] == {**PROVENANCE, "index": 0}
 
 
 def test_what_is_not_there_yet(client: httpx.Client, worker: Worker) -> None:

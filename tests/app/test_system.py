@@ -44,7 +44,7 @@ def test_readiness_and_metrics(
     started = worker.start(job_id)
     worker.progress(started, 10, 1)
     worker.image(started)
-    store.succeed(job_id, "e", provenance={})
+    store.succeed(job_id, "e")
     text = client.get("/metrics").text
     for line in (
         'ddpm_queue_jobs{queue="ddpm",status="queued"} 1.0',

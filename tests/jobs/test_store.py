@@ -32,9 +32,11 @@ def totals(store: JobStore) -> tuple[int, int, int]:
 def test_a_job_from_admission_to_success(store: JobStore, submit: Submit) -> None:
     job_id = submit(num_images=2, steps=10, seed=5)
     assert totals(store) == (20, 20, 2 * 256)
-    started = store.start(job_id, "e1", worker="w", digest="d1")
+    made = {"torch": "2"}
+    started = store.start(job_id, "e1", worker="w", digest="d1", provenance=made)
     assert started is not None and started.attempts == 1 and started.inputs is None
     record = started.record
+    assert record.provenance == made  # the first image is about to carry it
     assert record.status is Status.RUNNING and record.spec.seed == 5 and record.work == 20
     batch = store.batch()
     batch.progress(record, "e1", done=12, t=400, eta_s=1.5)
@@ -45,21 +47,21 @@ def test_a_job_from_admission_to_success(store: JobStore, submit: Submit) -> Non
     assert batch.send() == {job_id: Fate.OK}
     assert batch.send() == {}
     assert totals(store)[:2] == (8, 8)
-    resumed = store.start(job_id, "e1", worker="w", digest="d1")
+    resumed = store.start(job_id, "e1", worker="w", digest="d1", provenance=made)
     assert resumed is not None
     assert resumed.states == {1: b"one"} and resumed.finished == {0}
     batch.image(record, "e1", index=1, x=X)
     batch.send()
-    assert store.succeed(job_id, "e1", provenance={"torch": "2"})
+    assert store.succeed(job_id, "e1")
     after = store.record(job_id)
     assert after is not None and after.status is Status.SUCCEEDED
-    assert after.provenance == {"torch": "2"} and after.done == 12
+    assert after.provenance == made and after.done == 12
     assert totals(store) == (0, 0, 3 * 256)
     assert store.redis.exists(keys.state(job_id)) == 0
     assert names(store, job_id) == [
         "status", "status", "progress", "snapshot", "image", "image", "status", "done",
     ]  # fmt: skip
-    assert not store.succeed(job_id, "e1", provenance={})
+    assert not store.succeed(job_id, "e1")
 
 
 def test_a_fenced_worker_writes_nothing(store: JobStore, submit: Submit) -> None:
