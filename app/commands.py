@@ -6,28 +6,15 @@ import socket
 from pathlib import Path
 
 import click
-from pydantic import ValidationError
 
 from app.auth import PublicWithoutKeys, check_bind
 from app.sockets import PortInUse, listen, url_of
-from jobs.settings import Settings
+from jobs.settings import Settings, load_settings
 
 HOST = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 PORT = click.option(
     "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="TCP port."
 )
-
-
-def load_settings() -> Settings:
-    """Settings from the environment. Raises click.ClickException that names the variable."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        variable = name if name == "REDIS_URL" else f"DDPM_{name.upper()}"
-        detail = f"{variable} = {first['input']!r}: {first['msg']}"
-        raise click.ClickException(detail) from error
 
 
 def bound(settings: Settings, host: str, port: int) -> socket.socket:
@@ -40,7 +27,8 @@ def bound(settings: Settings, host: str, port: int) -> socket.socket:
     except PortInUse as error:
         raise click.ClickException(f"{error}: choose another with --port") from error
     except OSError as error:
-        raise click.ClickException(f"--host {host}: {error}") from error
+        detail = f"--host {host} --port {port}: {error.strerror or error}"
+        raise click.ClickException(detail) from error
 
 
 @click.command()

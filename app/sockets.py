@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 
-class PortInUse(OSError):
+class PortInUse(Exception):
     """Something else listens there."""
 
 
@@ -19,7 +20,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise PortInUse(f"port {port} of {host} is in use") from error
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(f"port {port} of {host} is in use") from error
+        raise
     return listener
 
 

@@ -6,10 +6,12 @@ Built by `create_app()` and by each command, never at import.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
+import click
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from redis import ConnectionPool
 
 MIB = 2**20
 DAY_S = 86_400
@@ -99,9 +101,30 @@ class Settings(BaseSettings):
         default=120.0, gt=0, description="seconds without a step: device hung"
     )
 
+    @field_validator("redis_url")
+    @classmethod
+    def _check_url(cls, value: str) -> str:
+        ConnectionPool.from_url(value)  # it connects to nothing yet
+        return value
+
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(key.strip() for key in value.split(",") if key.strip())
         return value
+
+
+def load_settings(**given: Any) -> Settings:
+    """For a command: options over the environment; None is not given.
+
+    Raises click.ClickException that names the variable that is wrong.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        variable = name if name == "REDIS_URL" else f"DDPM_{name.upper()}"
+        detail = f"{variable} = {first['input']!r}: {first['msg']}"
+        raise click.ClickException(detail) from error

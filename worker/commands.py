@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import click
 import redis
 import torch
-from pydantic import ValidationError
 
-from jobs.settings import Settings
+from jobs.settings import Settings, load_settings
 from jobs.store import JobStore, connect
 from worker.device import DeviceError, pick_device
 from worker.models import ModelFolder
@@ -47,8 +45,7 @@ def worker(
     verbose: bool,
 ) -> None:
     """Serve jobs from Redis (REDIS_URL) with the models of a folder, or only those NAMES."""
-    given = {"queue": queue, "models": models, "slots": capacity}
-    settings = load_settings({key: value for key, value in given.items() if value is not None})
+    settings = load_settings(queue=queue, models=models, slots=capacity)
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     if threads is not None:
@@ -62,18 +59,6 @@ def worker(
         raise click.ClickException(str(error)) from error
     except redis.exceptions.ConnectionError as error:
         raise click.ClickException(f"no Redis at {settings.redis_url}: {error}") from error
-
-
-def load_settings(given: dict[str, Any]) -> Settings:
-    """Options over the environment. Raises click.ClickException that names what is wrong."""
-    try:
-        return Settings(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        variable = name if name == "REDIS_URL" else f"DDPM_{name.upper()}"
-        message = f"{variable} = {first['input']!r}: {first['msg']}"
-        raise click.ClickException(message) from error
 
 
 def serve(settings: Settings, folder: ModelFolder, *, name: str, verbose: bool) -> None:

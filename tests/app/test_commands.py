@@ -66,10 +66,23 @@ def test_a_public_address_without_keys(command: str) -> None:
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_a_setting_that_is_wrong() -> None:
-    ended = ddpm("api", "--port", "0", DDPM_MAX_IMAGES="many")
+def test_an_address_that_is_not_ours() -> None:
+    """Which is not to be called a port in use."""
+    ended = ddpm("up", "--host", "203.0.113.1", "--port", "80", DDPM_API_KEYS="k")
     assert ended.returncode == 1
-    assert ended.stderr.startswith("Error: DDPM_MAX_IMAGES = 'many': ")
+    said = "Error: --host 203.0.113.1 --port 80: Cannot assign requested address\n"
+    assert ended.stderr == said
+
+
+@pytest.mark.parametrize("command", ["api", "up", "worker"])
+@pytest.mark.parametrize(
+    ("variable", "value"), [("DDPM_MAX_IMAGES", "many"), ("REDIS_URL", "localhost:6379")]
+)
+def test_a_setting_that_is_wrong(command: str, variable: str, value: str) -> None:
+    ended = ddpm(command, **{variable: value})
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"Error: {variable} = {value!r}: ")
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_no_models(tmp_path: Path) -> None:
