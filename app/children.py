@@ -52,8 +52,12 @@ class Child:
         how = f"exit status {code}"
         if code is not None and code < 0:
             how = f"signal {signal.Signals(-code).name}"
+        return f"{self.name} stopped ({how}); {self.last_words()}"
+
+    def last_words(self) -> str:
+        """Where its log is, and the last lines of it."""
         lines = self.log.read_text(errors="replace").strip().splitlines()[-_TAIL:]
-        return "\n  ".join([f"{self.name} stopped ({how}); see {self.log}", *lines])
+        return "\n  ".join([f"see {self.log}", *lines])
 
     def stop(self, seconds: float) -> None:
         """SIGTERM, and SIGKILL after so many seconds."""

@@ -115,9 +115,14 @@ class Supervisor:
                 if not child.running:
                     raise StartFailed(child.epitaph())
             alive = [info for info in store.workers() if info.at >= self._began]
-            cards = store.cards()
-            if len(alive) >= self._count and cards and self._api_answers():
-                self._say(self._ready_line(sorted(cards)))
+            served = sorted({name for info in alive for name in info.models})
+            if len(alive) >= self._count and not served:
+                raise StartFailed(
+                    f"DDPM_MODELS = {self._settings.models}: no model in it can be served; "
+                    + self._workers[0].last_words()
+                )
+            if len(alive) >= self._count and self._api_answers():
+                self._say(self._ready_line(served))
                 return True
             if time.monotonic() > deadline:
                 raise StartFailed(

@@ -3,6 +3,7 @@
 When a worker calls what
 ------------------------
 once            store = JobStore.connect(settings)
+models loaded   store.retire_strangers(queue, names): what was taken away while no worker looked
 a model found   store.publish_card(card); gone from the folder: store.retire_card(name)
 every few s     store.heartbeat(WorkerInfo(...), rates={model: image-steps/s})
 a job popped    started = store.start(job_id, execution, worker=…, digest=…, provenance=…)
@@ -29,7 +30,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -245,6 +246,14 @@ class JobStore:
     def retire_card(self, name: str) -> None:
         """Make a model unknown again (its folder is gone)."""
         self.redis.hdel(keys.MODELS, name)
+
+    def retire_strangers(self, queue: str, served: Collection[str]) -> None:
+        """Make those models of a queue unknown that neither are in `served` nor have a worker."""
+        now = time.time()
+        elsewhere = {name for info in self.workers() if info.alive(now) for name in info.models}
+        for name, card in self.cards().items():
+            if card.queue == queue and name not in elsewhere and name not in served:
+                self.retire_card(name)
 
     def cards(self) -> dict[str, ModelCard]:
         """Every known model by name."""

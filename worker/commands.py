@@ -66,6 +66,7 @@ def serve(settings: Settings, folder: ModelFolder, *, name: str, verbose: bool) 
     runtime = Runtime(settings, JobStore.connect(settings), folder)
     rq_worker = EngineWorker(runtime, connect(settings), name=name)
     runtime.start()
+    runtime.store.retire_strangers(settings.queue, folder.served)
     if not folder.served:
         log.warning("no model in %s yet; waiting for one", settings.models)
     log.info("worker %s: queue %s, %s", rq_worker.name, settings.queue, ", ".join(folder.served))

@@ -94,6 +94,16 @@ def test_no_models(tmp_path: Path) -> None:
     assert len(empty.stderr.splitlines()) == 1
 
 
+def test_models_that_cannot_be_served(models: Path) -> None:
+    ended = ddpm("up", "--port", "0", cwd=models.parent)
+    assert ended.returncode == 1
+    said, *log = ended.stderr.splitlines()
+    assert said == (
+        "Error: DDPM_MODELS = models: no model in it can be served; see .ddpm/worker-1.log"
+    )
+    assert any("model m cannot be served" in line for line in log)
+
+
 def test_a_redis_url_where_nothing_is(models: Path) -> None:
     url = "redis://127.0.0.1:1/0"
     ended = ddpm("up", "--port", "0", cwd=models.parent, REDIS_URL=url)

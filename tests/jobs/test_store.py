@@ -179,6 +179,17 @@ def test_workers_and_locks(store: JobStore) -> None:
         assert third
 
 
+def test_only_models_that_nobody_serves_are_strangers(store: JobStore) -> None:
+    [card] = store.cards().values()
+    for name, queue in (("mine", "ddpm"), ("others", "ddpm"), ("gone", "ddpm"), ("far", "q2")):
+        store.publish_card(card.model_copy(update={"name": name, "queue": queue}))
+    store.heartbeat(WorkerInfo(name="w1", queue="ddpm", models=("others",)), rates={})
+    dead = WorkerInfo(name="w2", queue="ddpm", models=("gone",), at=time.time() - 3600)
+    store.heartbeat(dead, rates={})
+    store.retire_strangers("ddpm", ["mine"])
+    assert set(store.cards()) == {"mine", "others", "far"}
+
+
 def test_every_move_is_in_the_table(store: JobStore, submit: Submit) -> None:
     def reach(status: Status) -> str:
         job_id = submit()

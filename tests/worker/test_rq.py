@@ -195,6 +195,12 @@ def test_a_job_for_a_model_that_is_not_here_fails_with_a_reason(running: Service
     assert running.rq_status(lost) == "failed"
 
 
+def test_a_model_taken_away_while_no_worker_looked_is_unknown(service: Service) -> None:
+    service.store.publish_card(service.card.model_copy(update={"name": "gone"}))
+    service.worker()
+    assert set(service.store.cards()) == {"tiny"}
+
+
 LONG = {"num_images": 3, "steps": 200, "seed": 11, "deterministic": True, "class_label": 2}
 
 
