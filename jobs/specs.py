@@ -51,7 +51,10 @@ class Snapshots(Strict):
         None, ge=1, description="every k-th step, counted from the first (t = T)"
     )
     at: tuple[Timestep, ...] | None = Field(
-        None, min_length=1, description="at these t; each taken at the nearest t the chain visits"
+        None,
+        min_length=1,
+        max_length=10_000,
+        description="at these t; each taken at the nearest t the chain visits",
     )
     kinds: tuple[Kind, ...] = Field(("x_t",), min_length=1, max_length=3)
     preview_px: int | None = Field(

@@ -60,6 +60,7 @@ def test_high_priority_goes_to_the_front(client: httpx.Client, store: JobStore) 
         ({"snapshots": {"at": [0]}}, "/snapshots/at/0", "greater than or equal to 1"),
         ({"snapshots": {"at": [1001]}}, "/snapshots/at/0", "1..1000"),
         ({"snapshots": {"every": 1, "at": [1]}}, "/snapshots", "either"),
+        ({"snapshots": {"at": [1] * 10_001}}, "/snapshots/at", "at most 10000"),
         ({"ttl_s": 10**9}, "/ttl_s", "at most"),
         ({"webhook_url": "https://example.org"}, "/webhook_url", "DDPM_WEBHOOK_SECRET"),
         ({"model_digest": "other"}, "/model_digest", "is dddd"),
@@ -308,3 +309,9 @@ def test_bodies_are_limited_and_typed(store: JobStore, serve: Callable[..., http
     assert text.status_code == 415 and "application/json" in text.json()["detail"]
     broken = client.post("/generate", content="{", headers=headers)
     assert broken.status_code == 422 and "JSON" in broken.json()["detail"]
+
+
+def test_a_body_nested_beyond_reason_is_a_bad_value(client: httpx.Client) -> None:
+    headers = {"content-type": "application/json", "Idempotency-Key": "k"}
+    reply = client.post("/generate", content="[" * 100_000, headers=headers)
+    assert reply.status_code == 422 and "JSON" in reply.json()["detail"]
