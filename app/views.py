@@ -46,7 +46,7 @@ class SnapshotView(BaseModel):
 
 
 class ProgressView(BaseModel):
-    """Image-steps done, of how many; t of the image that has furthest to go."""
+    """Image-steps done, of how many; t of an image that was just stepped."""
 
     step: int
     total: int

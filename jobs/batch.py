@@ -37,7 +37,7 @@ class WriteBatch:
     def progress(
         self, record: JobRecord, execution: str, *, done: int, t: int, eta_s: float | None = None
     ) -> None:
-        """done: image-steps so far, over all images; t: of the image furthest from its end."""
+        """done: image-steps so far, over all images; t: of an image that was just stepped."""
         eta = None if eta_s is None else round(eta_s, 2)
         event = events.dump(ProgressEvent(step=done, total=record.work, t=t, eta_s=eta))
         self._ops(record.id, execution).extend(["p", done, t, "" if eta is None else eta, event])

@@ -30,7 +30,7 @@ class StatusEvent(BaseModel):
 
 
 class ProgressEvent(BaseModel):
-    """`progress`: image-steps done, of how many; t of the image that has furthest to go."""
+    """`progress`: image-steps done, of how many; t of an image that was just stepped."""
 
     step: int
     total: int
