@@ -87,7 +87,7 @@ NOISE: dict[str, Any] = {
 }
 
 CREATE_ERRORS = (
-    "unauthorized", "too_large", "unsupported_media_type", "invalid_request",
+    "unauthorized", "expired", "too_large", "unsupported_media_type", "invalid_request",
     "idempotency_conflict", "quota_exceeded", "queue_full", "storage_full", "no_models",
     "store_unavailable", "job_failed", "job_canceled",
 )  # fmt: skip

@@ -115,6 +115,32 @@ class JobView(BaseModel):
 class JobList(BaseModel):
     """A page of jobs, newest first."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "data": [
+                    {
+                        "id": EXAMPLE_ID,
+                        "kind": "generate",
+                        "status": "queued",
+                        "cancel_requested": False,
+                        "model": "mnist",
+                        "request": {"model": "mnist", "num_images": 1, "seed": 7},
+                        "created_at": "2026-01-31T12:00:00.120Z",
+                        "urls": {
+                            "self": f"/jobs/{EXAMPLE_ID}",
+                            "events": f"/jobs/{EXAMPLE_ID}/events",
+                            "cancel": f"/jobs/{EXAMPLE_ID}/cancel",
+                            "images": f"/jobs/{EXAMPLE_ID}/images.zip",
+                            "grid": f"/jobs/{EXAMPLE_ID}/grid.png",
+                        },
+                    }
+                ],
+                "next_cursor": EXAMPLE_ID,
+            }
+        }
+    )
+
     data: list[JobView]
     next_cursor: str | None = None
 

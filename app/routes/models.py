@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict
@@ -15,30 +17,29 @@ router = APIRouter(tags=["models"])
 ERRORS = documented("unauthorized", "not_found", "store_unavailable")
 
 
+EXAMPLE: dict[str, Any] = {
+    "name": "mnist",
+    "digest": "9f2c…",
+    "shape": [1, 32, 32],
+    "T": 1000,
+    "schedule": "linear",
+    "class_names": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"],
+    "guidance": True,
+    "prediction": "epsilon",
+    "learned_variance": False,
+    "samplers": ["ddpm", "ddim", "dpmpp_2m"],
+    "parameters": 1623169,
+    "queue": "ddpm",
+    "image_steps_per_s": 390.5,
+    "served": True,
+    "description": "",
+}
+
+
 class ModelView(BaseModel):
     """A model that jobs can ask for."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "name": "mnist",
-                "digest": "9f2c…",
-                "shape": [1, 32, 32],
-                "T": 1000,
-                "schedule": "linear",
-                "class_names": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"],
-                "guidance": True,
-                "prediction": "epsilon",
-                "learned_variance": False,
-                "samplers": ["ddpm", "ddim", "dpmpp_2m"],
-                "parameters": 1623169,
-                "queue": "ddpm",
-                "image_steps_per_s": 390.5,
-                "served": True,
-                "description": "",
-            }
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"example": EXAMPLE})
 
     name: str
     digest: str
@@ -59,6 +60,8 @@ class ModelView(BaseModel):
 
 class ModelList(BaseModel):
     """Every known model."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"data": [EXAMPLE]}})
 
     data: list[ModelView]
 

@@ -72,11 +72,17 @@ class QueuesView(BaseModel):
 class Health(BaseModel):
     """Alive."""
 
+    model_config = ConfigDict(json_schema_extra={"example": {"status": "ok"}})
+
     status: str = "ok"
 
 
 class Readiness(BaseModel):
     """Ready: Redis answers and at least one model is known."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"status": "ready", "models": 1, "workers": 1}}
+    )
 
     status: str = "ready"
     models: int
@@ -141,7 +147,10 @@ async def readyz(request: Request) -> Response:
         200: {
             "description": "Prometheus text",
             "content": {
-                "text/plain": {"example": 'ddpm_queue_jobs{queue="ddpm",status="queued"} 3.0\n'}
+                "text/plain": {
+                    "schema": {"type": "string"},
+                    "example": 'ddpm_queue_jobs{queue="ddpm",status="queued"} 3.0\n',
+                }
             },
         },
         **documented("unauthorized", "store_unavailable"),
