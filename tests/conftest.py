@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-START_TIMEOUT = 10.0  # seconds
+START_TIMEOUT = 60.0  # seconds
 
 
 def redis_executable() -> str:

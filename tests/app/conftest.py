@@ -22,7 +22,7 @@ from jobs.cards import ModelCard
 from jobs.settings import Settings
 from jobs.store import JobStore, Started
 
-START_TIMEOUT = 20.0
+START_TIMEOUT = 60.0
 X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
 
 CARD = ModelCard(
@@ -54,7 +54,7 @@ def serving(settings: Settings) -> Iterator[httpx.Client]:
         while not server.started:
             assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
             time.sleep(0.01)
-        with httpx.Client(base_url=url, timeout=20, trust_env=False) as client:
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
             yield client
     finally:
         server.should_exit = True
@@ -148,6 +148,29 @@ def png(width: int = 8, height: int = 8, mode: str = "L", kind: str = "PNG") -> 
     buffer = io.BytesIO()
     Image.new(mode, (width, height), "white").save(buffer, kind)
     return buffer.getvalue()
+
+
+def until(condition: Callable[[], Any], *, seconds: float = 60) -> None:
+    """Wait for something to become true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def when_queued(client: httpx.Client, call: Callable[[str], object]) -> threading.Thread:
+    """Do something to the one job that waits, as soon as there is one, in a thread."""
+
+    def queued() -> list[dict[str, Any]]:
+        jobs: list[dict[str, Any]] = client.get("/jobs", params={"status": "queued"}).json()["data"]
+        return jobs
+
+    def run() -> None:
+        until(queued)
+        [job] = queued()
+        call(job["id"])
+
+    return later(0, run)
 
 
 def later(seconds: float, call: Callable[[], object]) -> threading.Thread:

@@ -15,7 +15,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from jobs.store import JobStore
-from tests.app.conftest import CARD, Worker, later, png
+from tests.app.conftest import CARD, Worker, later, png, when_queued
 
 
 def test_generate_is_taken_in_at_once(client: httpx.Client, store: JobStore) -> None:
@@ -177,14 +177,10 @@ def test_concurrent_requests_with_one_key_make_one_job(client: httpx.Client) -> 
 
 
 def test_prefer_wait(client: httpx.Client, worker: Worker) -> None:
-    def finish() -> None:
-        [job] = client.get("/jobs", params={"status": "queued"}).json()["data"]
-        worker.finish(job["id"])
-
-    thread = later(0.3, finish)
-    reply = client.post("/generate", json={"num_images": 2}, headers={"Prefer": "wait=10"})
+    thread = when_queued(client, worker.finish)
+    reply = client.post("/generate", json={"num_images": 2}, headers={"Prefer": "wait=60"})
     thread.join()
-    assert reply.status_code == 200 and reply.headers["preference-applied"] == "wait=10"
+    assert reply.status_code == 200 and reply.headers["preference-applied"] == "wait=60"
     job = reply.json()
     assert job["status"] == "succeeded" and [i["index"] for i in job["images"]] == [0, 1]
     assert job["progress"]["total"] == 200
@@ -195,13 +191,9 @@ def test_prefer_wait(client: httpx.Client, worker: Worker) -> None:
 
 
 def test_a_picture_in_one_call(client: httpx.Client, worker: Worker) -> None:
-    def finish() -> None:
-        [job] = client.get("/jobs", params={"status": "queued"}).json()["data"]
-        worker.finish(job["id"])
-
-    headers = {"Prefer": "wait=10", "Accept": "image/png"}
+    headers = {"Prefer": "wait=60", "Accept": "image/png"}
     for n, size in ((1, (8, 8)), (3, (18, 18))):
-        thread = later(0.2, finish)
+        thread = when_queued(client, worker.finish)
         reply = client.post("/generate", json={"num_images": n, "seed": 3}, headers=headers)
         thread.join()
         assert reply.status_code == 200 and reply.headers["content-type"] == "image/png"
@@ -215,13 +207,12 @@ def test_a_picture_in_one_call(client: httpx.Client, worker: Worker) -> None:
 
 
 def test_a_failed_job_is_no_picture(client: httpx.Client, worker: Worker) -> None:
-    def fail() -> None:
-        [job] = client.get("/jobs", params={"status": "queued"}).json()["data"]
-        worker.start(job["id"])
-        worker.store.fail(job["id"], "e", code="worker_error", detail="it broke")
+    def fail(job_id: str) -> None:
+        worker.start(job_id)
+        worker.store.fail(job_id, "e", code="worker_error", detail="it broke")
 
-    thread = later(0.2, fail)
-    headers = {"Prefer": "wait=10", "Accept": "image/png"}
+    thread = when_queued(client, fail)
+    headers = {"Prefer": "wait=60", "Accept": "image/png"}
     reply = client.post("/generate", json={}, headers=headers)
     thread.join()
     assert reply.status_code == 500 and reply.json()["code"] == "job_failed"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from jobs import keys
 from jobs.store import JobStore
-from tests.app.conftest import Worker, later
+from tests.app.conftest import Worker, later, until
 
 
 class Event(NamedTuple):
@@ -121,13 +121,21 @@ def test_many_streams_of_many_jobs(client: httpx.Client, worker: Worker) -> None
         later(0, lambda job_id=job_id: seen.append([e.name for e in everything(client, job_id)]))
         for job_id in ids * 4
     ]
-    time.sleep(0.3)
-    assert "ddpm_event_streams 12.0" in client.get("/metrics").text
+    until(lambda: open_streams(client) == 12)
     for job_id in ids:
         worker.finish(job_id)
     for thread in threads:
         thread.join()
     assert seen == [["status", "status", "image", "status", "done"]] * 12
+
+
+def open_streams(client: httpx.Client) -> float:
+    [line] = [
+        line
+        for line in client.get("/metrics").text.splitlines()
+        if line.startswith("ddpm_event_streams ")
+    ]
+    return float(line.split()[1])
 
 
 def test_failure_and_cancel_close_a_stream(client: httpx.Client, worker: Worker) -> None:
@@ -216,9 +224,16 @@ def test_only_who_asked_cancels_by_leaving(client: httpx.Client, ask: bool) -> N
     job_id = submit(client)
     with stream(client, job_id, None, cancel_on_disconnect=ask) as reply:
         next(read(reply.iter_lines()))
+
+    def status() -> str:
+        found: str = client.get(f"/jobs/{job_id}").json()["status"]
+        return found
+
+    if ask:
+        until(lambda: status() == "canceled")
+    until(lambda: open_streams(client) == 0)  # the server has seen that nobody listens
     time.sleep(0.3)
-    status = client.get(f"/jobs/{job_id}").json()["status"]
-    assert status == ("canceled" if ask else "queued")
+    assert status() == ("canceled" if ask else "queued")
 
 
 def test_leaving_a_held_request_cancels_where_asked(client: httpx.Client) -> None:
@@ -230,10 +245,7 @@ def test_leaving_a_held_request_cancels_where_asked(client: httpx.Client) -> Non
             headers={"Prefer": "wait=30"},
             timeout=0.4,
         )
-    deadline = time.monotonic() + 5
-    while client.get("/jobs").json()["data"][0]["status"] != "canceled":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: [job["status"] for job in client.get("/jobs").json()["data"]] == ["canceled"])
 
 
 def test_post_can_stream(client: httpx.Client, worker: Worker) -> None:

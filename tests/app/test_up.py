@@ -89,9 +89,9 @@ def stop(process: subprocess.Popen[str]) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) == 3
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=40)
+    output, _ = process.communicate(timeout=90)
     assert process.returncode == 0 and "Error" not in output and "Traceback" not in output
-    gone, alive = psutil.wait_procs(family, timeout=5)
+    gone, alive = psutil.wait_procs(family, timeout=30)
     assert not alive and len(gone) == 3
 
 
@@ -114,11 +114,21 @@ def test_up_serves_stops_and_forgets_nothing(place: Path) -> None:
     with up(place) as (process, client):
         assert client.get(f"{done}/images/0.png").content == png.content
         assert client.get(f"/jobs/{long}").json()["status"] in ("queued", "running")
-        worker = next(p for p in psutil.Process(process.pid).children() if "worker" in p.cmdline())
-        worker.kill()  # soon after its start: not replaced, but said in a sentence
-        output, _ = process.communicate(timeout=40)
+        # A worker that lived for a while is replaced; one killed soon after its start is not,
+        # but said in a sentence.
+        while process.poll() is None:
+            kill_workers(process)
+            time.sleep(0.1)
+        output, _ = process.communicate(timeout=90)
         assert process.returncode == 1
-        assert output.startswith("Error: worker 1 stopped (signal SIGKILL); see ")
+        assert "Error: worker 1 stopped (signal SIGKILL); see " in output
+
+
+def kill_workers(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):  # they come and go
+        for child in psutil.Process(process.pid).children():
+            if "worker" in child.cmdline():
+                child.kill()
 
 
 def noise_follows_the_closed_form(client: httpx.Client) -> None:
@@ -182,13 +192,13 @@ def up_in_same_folder(place: Path) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=90,
         check=False,
     )
 
 
 def wait_for_status(client: httpx.Client, job_id: str, status: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while client.get(f"/jobs/{job_id}").json()["status"] != status:
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -39,7 +39,7 @@ def add(store: JobStore, job_id: str, numbers: range) -> None:
 async def collect(hub: EventHub, job_id: str, count: int) -> list[int]:
     """The first `count` numbers of a follower from the beginning."""
     seen: list[int] = []
-    async with aclosing(hub.follow(job_id, idle_s=5.0)) as batches:
+    async with aclosing(hub.follow(job_id, idle_s=60.0)) as batches:
         async for entries in batches:
             assert entries, f"idle after {len(seen)}"
             seen += [int(entry.data) for entry in entries]

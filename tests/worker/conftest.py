@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -21,8 +22,10 @@ import torch
 from redis import Redis
 from redis.exceptions import BusyLoadingError
 from redis.exceptions import ConnectionError as RedisConnectionError
+from rq import Worker
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.suspension import resume, suspend
 
 import diffusion
 from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
@@ -151,6 +154,19 @@ class Service:
         model = diffusion.load(self.models / "tiny")
         return card_of(model, "tiny", "ddpm")
 
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """No worker takes a job while the block runs."""
+        suspend(self.redis)
+        try:
+            self.until(lambda: all(w.get_state() == "suspended" for w in self.rq_workers()))
+            yield
+        finally:
+            resume(self.redis)
+
+    def rq_workers(self) -> list[Worker]:
+        return list(Worker.all(connection=self.redis, serializer=JSONSerializer))
+
     def record(self, job_id: str) -> JobRecord:
         record = self.store.record(job_id)
         assert record is not None
@@ -229,7 +245,7 @@ def own_redis() -> Iterator[Callable[..., tuple[str, subprocess.Popen[bytes]]]]:
         processes.append(process)
         url = f"unix://{folder / 'redis.sock'}"
         with Redis.from_url(url) as client:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while True:
                 try:
                     client.ping()
