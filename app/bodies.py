@@ -16,13 +16,19 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.problems import Problem, field_problem
 
+_UNKNOWN_PART = "unknown part: there are `image` files and `request` (for /reconstruct also `x_t`)"
+
 
 @dataclass(frozen=True)
 class Body:
-    """A request body: its JSON text, and the files that came with it (part name `image`)."""
+    """A request body: its JSON text, and the files that came with it.
+
+    files: the parts named `image`; x_t: the part of this name, an .npy file.
+    """
 
     text: bytes
     files: tuple[bytes, ...] = ()
+    x_t: bytes | None = None
 
     def fingerprint(self, kind: str) -> str:
         """Digest of what was asked, whatever the order of fields or the multipart boundary."""
@@ -33,20 +39,28 @@ class Body:
         digest = hashlib.sha256(kind.encode() + b"\0" + canonical)
         for file in self.files:
             digest.update(hashlib.sha256(file).digest())
+        if self.x_t is not None:
+            digest.update(b"x_t" + hashlib.sha256(self.x_t).digest())
         return digest.hexdigest()
 
 
-async def read_body(request: Request, *, limit: int, most_files: int = 0) -> Body:
+async def read_body(
+    request: Request, *, limit: int, most_files: int = 0, takes_x_t: bool = False
+) -> Body:
     """The body, at most `limit` bytes. Raises Problem 413, 415 or 422.
 
-    most_files: how many `image` parts a multipart body may have; 0: JSON only.
+    most_files: how many `image` parts a multipart body may have; 0: JSON only. takes_x_t:
+    whether it may have an `x_t` part.
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media == "application/json" or (media.startswith("application/") and "+json" in media):
         async with aclosing(_limited(request, limit)) as chunks:
             return Body(b"".join([chunk async for chunk in chunks]))
     if media == "multipart/form-data" and most_files:
-        return await _multipart(request, limit, most_files)
+        body = await _multipart(request, limit, most_files)
+        if body.x_t is not None and not takes_x_t:
+            raise field_problem("/x_t", _UNKNOWN_PART)
+        return body
     kinds = "application/json or multipart/form-data" if most_files else "application/json"
     raise Problem("unsupported_media_type", f"Content-Type {media or '(none)'}: must be {kinds}")
 
@@ -68,9 +82,9 @@ async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
 async def _multipart(request: Request, limit: int, most_files: int) -> Body:
     try:
         async with aclosing(_limited(request, limit)) as chunks:
-            # One more than allowed, so that the error can be ours.
+            # More than allowed, so that the error can be ours.
             parser = MultiPartParser(
-                request.headers, chunks, max_files=most_files + 1, max_fields=2, max_part_size=limit
+                request.headers, chunks, max_files=most_files + 2, max_fields=2, max_part_size=limit
             )
             form = await parser.parse()
     except MultiPartException as error:
@@ -83,6 +97,7 @@ async def _multipart(request: Request, limit: int, most_files: int) -> Body:
 
 async def _parts(form: FormData, most_files: int) -> Body:
     text: bytes = b"{}"
+    x_t: bytes | None = None
     files = []
     for name, value in form.multi_items():
         content = await value.read() if isinstance(value, UploadFile) else value.encode()
@@ -90,20 +105,19 @@ async def _parts(form: FormData, most_files: int) -> Body:
             text = content
         elif name == "image" and isinstance(value, UploadFile):
             files.append(content)
+        elif name == "x_t" and isinstance(value, UploadFile):
+            x_t = content
         else:
-            raise field_problem(f"/{name}", "unknown part: there are `image` files and `request`")
+            raise field_problem(f"/{name}", _UNKNOWN_PART)
     if len(files) > most_files:
         raise field_problem("/image", f"{len(files)} pictures: must be at most {most_files}")
-    return Body(text, tuple(files))
+    return Body(text, tuple(files), x_t)
 
 
-def from_base64(texts: tuple[str, ...]) -> tuple[bytes, ...]:
-    """Pictures given as base64 (a `data:` prefix is allowed). Raises Problem 422."""
-    pictures = []
-    for i, text in enumerate(texts):
-        payload = text.partition(",")[2] if text.startswith("data:") else text
-        try:
-            pictures.append(base64.b64decode(payload, validate=True))
-        except binascii.Error as error:
-            raise field_problem(f"/images/{i}", f"is not base64: {error}") from error
-    return tuple(pictures)
+def from_base64(text: str, pointer: str) -> bytes:
+    """A file given as base64 (a `data:` prefix is allowed). Raises Problem 422."""
+    payload = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise field_problem(pointer, f"is not base64: {error}") from error

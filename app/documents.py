@@ -26,7 +26,43 @@ GENERATE_EXAMPLES: dict[str, Any] = {
         "value": {"class_label": 3, "guidance": 2.5, "deterministic": True},
     },
 }
-NOISE_EXAMPLE = {"t": [1, 250, 500, 1000], "seed": 0, "images": ["iVBORw0KGgo…"], "fit": "pad"}
+_PICTURE = "iVBORw0KGgo…"
+NOISE_EXAMPLE = {"t": [1, 250, 500, 1000], "seed": 0, "images": [_PICTURE], "fit": "pad"}
+RECONSTRUCT_EXAMPLES: dict[str, Any] = {
+    "image": {
+        "summary": "Four samples of p(x_0|x_t) from one picture, noised to t",
+        "value": {"images": [_PICTURE], "t": 400, "num_images": 4, "seed": 1},
+    },
+    "branch": {
+        "summary": "Go on from a snapshot of an earlier job, with other noise",
+        "value": {"source": {"job": EXAMPLE_ID, "t": 505, "index": 0}, "num_images": 4, "seed": 2},
+    },
+    "x_t": {
+        "summary": "From an array of your own, as base64 .npy",
+        "value": {"x_t": "k05VTVBZAQB2AHsn…", "t": 250, "sampler": "ddim", "steps": 50},
+    },
+}
+INTERPOLATE_EXAMPLES: dict[str, Any] = {
+    "five": {
+        "summary": "From one picture to another in five images",
+        "value": {
+            "images": [_PICTURE, _PICTURE],
+            "t": 500,
+            "lambdas": [0.0, 0.25, 0.5, 0.75, 1.0],
+            "seed": 3,
+        },
+    }
+}
+LIKELIHOOD_EXAMPLES: dict[str, Any] = {
+    "estimate": {
+        "summary": "An unbiased estimate from 50 evaluations an image",
+        "value": {"images": [_PICTURE], "mode": "monte_carlo", "samples": 50, "seed": 0},
+    },
+    "full": {
+        "summary": "All terms of the bound, and three of them told one by one",
+        "value": {"images": [_PICTURE], "mode": "full", "terms": [1, 100, 1000], "seed": 0},
+    },
+}
 
 _HEADERS = [
     {
@@ -58,33 +94,36 @@ GENERATE: dict[str, Any] = {
     },
 }
 
-NOISE: dict[str, Any] = {
-    "parameters": _HEADERS,
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"$ref": _REF + "NoiseBody"},
-                "example": NOISE_EXAMPLE,
-            },
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["image"],
-                    "properties": {
-                        "image": {
-                            "type": "array",
-                            "items": {"type": "string", "format": "binary"},
-                            "description": "PNG, JPEG or WebP files",
-                        },
-                        "request": {"$ref": _REF + "NoiseBody"},
-                    },
+_FILE = {"type": "string", "format": "binary"}
+
+
+def _about_pictures(body: str, examples: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    """A route that takes pictures as JSON or multipart. parts: what else a form may have."""
+    pictures = {"type": "array", "items": _FILE, "description": "PNG, JPEG or WebP files"}
+    form = {"image": pictures, **parts, "request": {"$ref": _REF + body}}
+    return {
+        "parameters": _HEADERS,
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"$ref": _REF + body}, "examples": examples},
+                "multipart/form-data": {
+                    "schema": {"type": "object", "properties": form},
+                    "encoding": {"request": {"contentType": "application/json"}},
                 },
-                "encoding": {"request": {"contentType": "application/json"}},
             },
         },
-    },
-}
+    }
+
+
+NOISE = _about_pictures("NoiseBody", {"four": {"summary": "x_t at four t", "value": NOISE_EXAMPLE}})
+RECONSTRUCT = _about_pictures(
+    "ReconstructBody",
+    RECONSTRUCT_EXAMPLES,
+    x_t={**_FILE, "description": "the state to start from: .npy, float [C,H,W]"},
+)
+INTERPOLATE = _about_pictures("InterpolateBody", INTERPOLATE_EXAMPLES)
+LIKELIHOOD = _about_pictures("LikelihoodBody", LIKELIHOOD_EXAMPLES)
 
 CREATE_ERRORS = (
     "unauthorized", "expired", "too_large", "unsupported_media_type", "invalid_request",

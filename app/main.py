@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 
 from app import problems
 from app.middleware import Edge
-from app.routes import create, jobs, models, outputs, system
+from app.routes import create, jobs, models, outputs, reconstruct, system
 from app.services import Services
 from app.views import JobView
 from jobs.events import EVENTS
@@ -48,7 +48,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.services = services
     problems.install(app)
-    for module in (create, jobs, outputs, models, system):
+    for module in (create, reconstruct, jobs, outputs, models, system):
         app.include_router(module.router)
     app.add_api_route("/", page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
@@ -72,6 +72,9 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         named: list[type[BaseModel]] = [
             GenerateSpec,
             create.NoiseBody,
+            reconstruct.ReconstructBody,
+            create.InterpolateBody,
+            create.LikelihoodBody,
             JobView,
             problems.ProblemBody,
             *EVENTS.values(),

@@ -15,7 +15,7 @@ from jobs.errors import OutputExpired
 from jobs.pictures import Float32, UInt8, from_bytes, to_uint8
 from jobs.reader import JobState
 from jobs.records import JobRecord
-from jobs.specs import GenerateSpec, NoiseSpec
+from jobs.specs import ChainSpec, NoiseSpec
 from jobs.states import ACTIVE
 
 MEDIA = {
@@ -75,13 +75,15 @@ def encode_grid(record: JobRecord, planes: Sequence[Float32], *, suffix: str, px
 def grid_fields(record: JobRecord) -> list[str]:
     """What a job's grid is made of: its images, or each image's x_t by rising t."""
     match record.spec:
-        case GenerateSpec():
+        case ChainSpec():
             return [keys.image_field(i) for i in range(record.images)]
         case NoiseSpec(t=ts, kinds=kinds):
             kind = "x_t" if "x_t" in kinds else kinds[0]
             return [
                 keys.snapshot_field(t, kind, i) for i in range(record.images) for t in sorted(ts)
             ]
+        case _:  # numbers, no pictures
+            return []
 
 
 async def picture(services: Services, state: JobState, suffix: str) -> Response:

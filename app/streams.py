@@ -21,7 +21,7 @@ from jobs.hub import ENDS, START, Entry, order
 from jobs.pictures import encode_png, from_bytes, to_uint8
 from jobs.reader import JobState
 from jobs.records import JobRecord
-from jobs.specs import GenerateSpec
+from jobs.specs import ChainSpec
 from jobs.states import ACTIVE
 
 MEDIA_TYPE = "text/event-stream"
@@ -179,7 +179,7 @@ async def _frames(
 
 def _preview_px(record: JobRecord) -> int:
     spec = record.spec
-    if isinstance(spec, GenerateSpec) and spec.snapshots is not None:
+    if isinstance(spec, ChainSpec) and spec.snapshots is not None:
         return spec.snapshots.preview_px or 0
     return 0
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from jobs.events import JobFault, image_url, snapshot_url
 from jobs.reader import JobState
 from jobs.records import JobRecord
+from jobs.results import LikelihoodResult
 from jobs.states import Status
 
 EXAMPLE_ID = "019ac5d2f3a40000a1b2c3d4e5f6"
@@ -104,7 +105,7 @@ class JobView(BaseModel):
     expires_at: str | None = Field(None, description="when the outputs are deleted")
     images: list[ImageView] | None = Field(None, description="not in listings")
     snapshots: list[SnapshotView] | None = Field(None, description="not in listings")
-    result: dict[str, Any] | None = None
+    result: LikelihoodResult | None = Field(None, description="of a likelihood job")
     error: JobFault | None = None
     manifest: dict[str, Any] | None = Field(
         None, description="post it again, to the same route, for the same images"
@@ -185,7 +186,7 @@ def job_view(state: JobState, *, full: bool = True) -> JobView:
         expires_at=timestamp(record.expires_at),
         images=_images(state) if full else None,
         snapshots=_snapshots(state) if full else None,
-        result=record.result,
+        result=_result(record) if full else None,
         error=record.fault,
         manifest=manifest(record) if full and record.run_digest else None,
         urls=urls(record.id),
@@ -213,6 +214,10 @@ def _progress(record: JobRecord) -> ProgressView | None:
     if not record.work or record.started_at is None:
         return None
     return ProgressView(step=record.done, total=record.work, t=record.t)
+
+
+def _result(record: JobRecord) -> LikelihoodResult | None:
+    return None if record.result is None else LikelihoodResult.model_validate(record.result)
 
 
 def _images(state: JobState) -> list[ImageView]:

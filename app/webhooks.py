@@ -25,7 +25,6 @@ from app.metrics import Metrics
 from app.views import dump, job_view, timestamp
 from jobs.reader import JobReader, JobState
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, NoiseSpec
 from jobs.webhooks import Claim, WebhookQueue
 
 log = logging.getLogger(__name__)
@@ -172,5 +171,4 @@ def payload(state: JobState) -> bytes:
 
 
 def _url(state: JobState) -> str | None:
-    spec: GenerateSpec | NoiseSpec = state.record.spec
-    return spec.webhook_url
+    return state.record.spec.webhook_url

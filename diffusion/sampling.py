@@ -59,14 +59,22 @@ def build_table(
     variance: str = "large",
     clip: bool = True,
     corrector_steps: int | None = None,
+    start: int | None = None,
 ) -> SamplerTable:
     """The table of a named sampler. Raises SamplerError naming the option.
 
+    start: index of the x_t that is to enter the first row, for a chain that does not begin with
+    noise: the `steps` timesteps then lie in start..0, and the first is `start` in any spacing.
     corrector_steps: Langevin steps at each level: after every step but the last (default none);
     for langevin, which has nothing else, 1 by default. So the rows are steps·corrector_steps for
     langevin, else steps + (steps − 1)·corrector_steps.
     """
-    timesteps = spaced_timesteps(schedule.T, steps, spacing)
+    if start is None:
+        timesteps = spaced_timesteps(schedule.T, steps, spacing)
+    elif 0 <= start < schedule.T:
+        timesteps = [start, *spaced_timesteps(start + 1, steps, spacing)[1:]]
+    else:
+        raise SamplerError(f"start = {start}: must be 0..{schedule.T - 1}")
     if sampler == "langevin":
         a_level = 1 if corrector_steps is None else corrector_steps
         return annealed_langevin(schedule, timesteps, steps=a_level, clip=clip)

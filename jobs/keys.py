@@ -4,7 +4,7 @@ ddpm:job:{id}            hash    the record
 ddpm:job:{id}:events     stream  what happened, for server-sent events
 ddpm:job:{id}:outputs    hash    i:{index} and s:{t}:{kind}:{index} → float32 [C,H,W] bytes
 ddpm:job:{id}:index      hash    the same fields → JSON about the output
-ddpm:job:{id}:inputs     string  uploaded images, uint8 [N,H,W,C]
+ddpm:job:{id}:inputs     string  uploaded images, uint8 [N,H,W,C], or an x_t, float32
 ddpm:job:{id}:state      hash    image index → saved chain state, while the job is active
 ddpm:jobs[:status:{s}|:model:{m}]   sorted sets of ids (score 0: ids sort by time)
 ddpm:queue:{q}           hash    image-steps admitted and completed, ever

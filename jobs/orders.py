@@ -10,9 +10,10 @@ from typing import Any
 
 from jobs import keys
 from jobs.cards import ModelCard, schedule_tables
+from jobs.kinds import JobSpec
 from jobs.records import JobRecord, new_id
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, NoiseSpec, Plan
+from jobs.specs import NoiseSpec, Plan
 from jobs.states import Status
 
 
@@ -28,10 +29,11 @@ class Idempotency:
 class Order:
     """A checked and filled request that asks for admission.
 
-    client: who asks (for the quota). inputs: uploaded images, uint8 [N,H,W,C] bytes.
+    client: who asks (for the quota). inputs: uploaded images, uint8 [N,H,W,C] bytes, or
+    an x_t, float32 [C,H,W] bytes.
     """
 
-    spec: GenerateSpec | NoiseSpec
+    spec: JobSpec
     plan: Plan
     card: ModelCard
     client: str

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.events import JobFault
-from jobs.specs import GenerateSpec, NoiseSpec, parse
+from jobs.kinds import JobSpec, parse
 from jobs.states import Status
 
 _lock = threading.Lock()
@@ -42,7 +42,7 @@ class JobRecord:
 
     id: str
     status: Status
-    spec: GenerateSpec | NoiseSpec
+    spec: JobSpec
     model: str
     digest: str
     queue: str

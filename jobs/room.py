@@ -88,7 +88,9 @@ class Room:
             detail = f"{order.bytes} bytes of output: the service holds {limits.max_output_bytes}"
             raise SpecError("", detail)
         if limits.client_quota and work > limits.client_quota:
-            raise SpecError("/steps", f"{work} image-steps: the quota is {limits.client_quota}")
+            raise SpecError(
+                order.spec.work_field, f"{work} image-steps: the quota is {limits.client_quota}"
+            )
 
     def _check_quota(self, order: Order) -> None:
         quota, outstanding = self._limits.client_quota, self._outstanding[order.client]

@@ -1,17 +1,18 @@
-"""What a job is asked to do: one class a kind, with every check that needs no HTTP.
+"""What a job is asked to do: what kinds share, and the first of them.
 
 A spec goes through three hands: `parse` (fields and types), `check` (against the model's card and
 the limits) and `fill` (defaults that depend on the model, and the seed). What `fill` returns says
-everything: posted again, with the same model digest, it makes the same images.
+everything: posted again, with the same model digest, it makes the same images. The other kinds,
+and the union of all, are in `jobs.kinds`.
 """
 
 from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, assert_never
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
@@ -48,7 +49,7 @@ class Snapshots(Strict):
     network finds there (`x_start`, `eps`)."""
 
     every: int | None = Field(
-        None, ge=1, description="every k-th step, counted from the first (t = T)"
+        None, ge=1, description="every k-th step, counted from the first (the largest t)"
     )
     at: tuple[Timestep, ...] | None = Field(
         None,
@@ -105,6 +106,9 @@ class CommonSpec(Strict):
         if self.webhook_url is not None and settings.webhook_secret is None:
             raise SpecError("/webhook_url", "webhooks are off here: DDPM_WEBHOOK_SECRET is not set")
 
+    def check_inputs(self, count: int) -> None:
+        """Raise SpecError unless so many images are what this kind works on."""
+
     def common_defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
         """Values for the common fields that were left out."""
         return {
@@ -114,15 +118,20 @@ class CommonSpec(Strict):
         }
 
 
-class GenerateSpec(CommonSpec):
-    """The reverse chain: `num_images` images from noise."""
+class ChainSpec(CommonSpec):
+    """How to walk the reverse chain, from wherever it starts, and what to keep of it."""
 
-    kind: Literal["generate"] = "generate"
-    num_images: int = Field(1, ge=1)
+    work_field: ClassVar[str] = "/steps"  # what makes the work large
+    count_field: ClassVar[str] = "/num_images"
     sampler: Literal["ddpm", "ddim", "dpmpp_2m", "langevin"] | None = Field(
         None, description="default: the model's own, mostly ddpm"
     )
-    steps: int | None = Field(None, ge=1, description="network evaluations an image; default 100")
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="network evaluations an image, from the t where the chain starts down to the "
+        "image (so at most that t); default 100, or all where there are fewer",
+    )
     spacing: Literal["uniform", "quadratic", "leading", "trailing"] | None = Field(
         None, description="of the timesteps; default: the model's own, mostly uniform"
     )
@@ -137,19 +146,45 @@ class GenerateSpec(CommonSpec):
     guidance: float = Field(1.0, ge=0, le=50, description="ε_u + g(ε_c − ε_u); 1 is off")
     snapshots: Snapshots | None = None
 
+    @property
+    def count(self) -> int:
+        """How many chains there are, which is how many images come out."""
+        raise NotImplementedError
+
+    def first_t(self, card: ModelCard) -> int:
+        """The paper's t of the state that enters the first step."""
+        return card.T
+
+    @property
+    def bytes_field(self) -> str:
+        """Pointer of the field that makes the outputs large."""
+        return "/snapshots" if self.snapshots is not None else self.count_field
+
     def check(self, card: ModelCard, settings: Settings) -> None:
         """Raise SpecError for what this model or these limits do not allow."""
         self.check_common(card, settings)
-        if self.num_images > settings.max_images:
+        if self.count > settings.max_images:
             raise SpecError(
-                "/num_images", f"{self.num_images}: must be at most {settings.max_images}"
+                self.count_field, f"{self.count}: must be at most {settings.max_images}"
             )
-        if self.steps is not None and self.steps > card.T:
-            raise SpecError("/steps", f"{self.steps}: model {card.name} has T = {card.T}")
+        self._check_steps(card)
         self._check_sampler(card)
-        self._check_label(card)
+        check_label(self.class_label, card)
+        if self.guidance != 1.0 and self.class_label is None:
+            raise SpecError("/guidance", "needs a class_label")
+        if self.guidance != 1.0 and card.null_label is None:
+            raise SpecError("/guidance", f"model {card.name} was trained without label dropping")
+
+    def _check_steps(self, card: ModelCard) -> None:
+        first = self.first_t(card)
+        whole = first == card.T
+        if self.steps is not None and self.steps > first:
+            limit = f"model {card.name} has T" if whole else "the chain starts at t"
+            raise SpecError("/steps", f"{self.steps}: {limit} = {first}")
         for i, t in enumerate(self.snapshots.at or () if self.snapshots else ()):
             check_timestep(f"/snapshots/at/{i}", t, card)
+            if t > first:
+                raise SpecError(f"/snapshots/at/{i}", f"{t}: the chain starts at t = {first}")
 
     def _check_sampler(self, card: ModelCard) -> None:
         sampler = self.sampler or card.sampling.sampler
@@ -168,29 +203,13 @@ class GenerateSpec(CommonSpec):
         if self.corrector_steps == 0 and sampler == "langevin":
             raise SpecError("/corrector_steps", "0: langevin needs 1 or more")
 
-    def _check_label(self, card: ModelCard) -> None:
-        if self.class_label is None:
-            if card.num_classes and card.null_label is None:
-                raise SpecError("/class_label", f"model {card.name} needs a label")
-            if self.guidance != 1.0:
-                raise SpecError("/guidance", "needs a class_label")
-            return
-        if not card.num_classes:
-            raise SpecError("/class_label", f"model {card.name} has no classes")
-        if self.class_label >= card.num_classes:
-            raise SpecError(
-                "/class_label", f"{self.class_label}: must be 0..{card.num_classes - 1}"
-            )
-        if self.guidance != 1.0 and card.null_label is None:
-            raise SpecError("/guidance", f"model {card.name} was trained without label dropping")
-
-    def fill(self, card: ModelCard, settings: Settings) -> GenerateSpec:
+    def fill(self, card: ModelCard, settings: Settings) -> Self:
         """The same request with every default written out."""
         defaults = self.common_defaults(card, settings)
         sampler = self.sampler or card.sampling.sampler
         defaults["sampler"] = sampler
         defaults["spacing"] = self.spacing or card.sampling.spacing
-        defaults["steps"] = min(DEFAULT_STEPS, card.T) if self.steps is None else self.steps
+        defaults["steps"] = self.steps or min(DEFAULT_STEPS, self.first_t(card))
         if sampler == "ddim" and self.eta is None:
             defaults["eta"] = 0.0
         if sampler == "ddpm" and self.variance is None:
@@ -200,7 +219,7 @@ class GenerateSpec(CommonSpec):
         return self.model_copy(update=defaults)
 
     def plan(self, card: ModelCard, num_inputs: int) -> Plan:
-        """Cost of a filled spec; `num_inputs` uploaded images (none for this kind)."""
+        """Cost of a filled spec; the images come out of `count` chains."""
         assert self.steps is not None and self.corrector_steps is not None
         # A corrector follows every step but the last; langevin is made of nothing else.
         levels = self.steps if self.sampler == "langevin" else self.steps - 1
@@ -211,15 +230,29 @@ class GenerateSpec(CommonSpec):
         if self.snapshots is not None:
             kept += self.snapshots.count(rows) * len(set(self.snapshots.kinds))
         return Plan(
-            images=self.num_images,
-            evaluations=self.num_images * rows * nets,
-            output_bytes=self.num_images * kept * card.plane_bytes,
+            images=self.count,
+            evaluations=self.count * rows * nets,
+            output_bytes=self.count * kept * card.plane_bytes,
         )
+
+
+class GenerateSpec(ChainSpec):
+    """The reverse chain: `num_images` images from noise."""
+
+    kind: Literal["generate"] = "generate"
+    num_images: int = Field(1, ge=1)
+
+    @property
+    def count(self) -> int:
+        """`num_images`."""
+        return self.num_images
 
 
 class NoiseSpec(CommonSpec):
     """The forward process: x_t of uploaded images at many t. The results are snapshots."""
 
+    work_field: ClassVar[str] = "/t"
+    bytes_field: ClassVar[str] = "/t"
     kind: Literal["noise"] = "noise"
     t: tuple[Timestep, ...] = Field(min_length=1, max_length=10_000)
     mode: Literal["closed", "stepwise"] = Field(
@@ -253,44 +286,13 @@ def check_timestep(pointer: str, t: int, card: ModelCard) -> None:
         raise SpecError(pointer, f"{t}: must be 1..{card.T} for model {card.name}")
 
 
-# A new kind is one more class here, and one more case in the worker.
-JobSpec = Annotated[GenerateSpec | NoiseSpec, Field(discriminator="kind")]
-_adapter: TypeAdapter[JobSpec] = TypeAdapter(JobSpec)
-
-
-def parse(text: str | bytes) -> GenerateSpec | NoiseSpec:
-    """The spec of a JSON text with a `kind`. Raises pydantic.ValidationError."""
-    return _adapter.validate_json(text)
-
-
-def admit(
-    spec: GenerateSpec | NoiseSpec, card: ModelCard, settings: Settings, num_inputs: int = 0
-) -> tuple[GenerateSpec | NoiseSpec, Plan]:
-    """Check, fill and cost a spec. Raises SpecError: all or nothing, never silently less."""
-    spec.check(card, settings)
-    filled = spec.fill(card, settings)
-    plan = filled.plan(card, num_inputs)
-    if plan.images > settings.max_images:
-        raise SpecError("/images", f"{plan.images}: must be at most {settings.max_images}")
-    if plan.evaluations > settings.max_job_evaluations:
-        raise SpecError(
-            "/steps",
-            f"{plan.evaluations} image-steps: a job may take {settings.max_job_evaluations}",
-        )
-    if plan.output_bytes > settings.max_job_bytes:
-        raise SpecError(
-            largest_part(spec),
-            f"{plan.output_bytes} bytes of output: a job may keep {settings.max_job_bytes}",
-        )
-    return filled, plan
-
-
-def largest_part(spec: GenerateSpec | NoiseSpec) -> str:
-    """Pointer of the field that makes the outputs large."""
-    match spec:
-        case GenerateSpec():
-            return "/snapshots" if spec.snapshots is not None else "/num_images"
-        case NoiseSpec():
-            return "/t"
-        case _:
-            assert_never(spec)
+def check_label(label: int | None, card: ModelCard) -> None:
+    """Raise SpecError unless the model takes this label, or none."""
+    if label is None:
+        if card.num_classes and card.null_label is None:
+            raise SpecError("/class_label", f"model {card.name} needs a label")
+        return
+    if not card.num_classes:
+        raise SpecError("/class_label", f"model {card.name} has no classes")
+    if label >= card.num_classes:
+        raise SpecError("/class_label", f"{label}: must be 0..{card.num_classes - 1}")

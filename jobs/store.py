@@ -43,7 +43,8 @@ from jobs import events, keys, scripts
 from jobs.batch import WriteBatch
 from jobs.cards import ModelCard
 from jobs.events import JobFault
-from jobs.pictures import UInt8
+from jobs.kinds import ReconstructSpec
+from jobs.pictures import Float32, UInt8, from_bytes
 from jobs.records import JobRecord, parse_record
 from jobs.settings import Settings
 from jobs.states import Status
@@ -56,7 +57,8 @@ WORKER_TTL_S = 30  # a worker unheard of for so long is not counted as alive
 class Started:
     """A job to run.
 
-    inputs: uploaded images, uint8 [N,H,W,C], or None. states: image index → what `checkpoint`
+    inputs: uploaded images, uint8 [N,H,W,C], or None. x_t: where a chain that was given one
+    starts, float32 [C,H,W]. states: image index → what `checkpoint`
     saved. finished: indices of images already stored. attempts: starts since the last progress,
     this one included. earlier_digest: the model of the attempt that left `states`.
     """
@@ -64,6 +66,7 @@ class Started:
     record: JobRecord
     attempts: int
     inputs: UInt8 | None
+    x_t: Float32 | None
     states: dict[int, bytes]
     finished: frozenset[int]
     earlier_digest: str | None
@@ -145,10 +148,12 @@ class JobStore:
         if not raw:
             return None
         record = parse_record(raw)
+        from_x_t = isinstance(record.spec, ReconstructSpec) and record.spec.from_x_t
         return Started(
             record=record,
             attempts=int(attempts),
-            inputs=None if inputs is None else inputs_array(inputs, record.shape),
+            inputs=None if inputs is None or from_x_t else inputs_array(inputs, record.shape),
+            x_t=from_bytes(inputs, record.shape) if from_x_t and inputs is not None else None,
             states={int(index): value for index, value in states.items()},
             finished=frozenset(int(f[2:]) for f in fields if f.startswith(b"i:")),
             earlier_digest=_text(earlier),

@@ -1,8 +1,9 @@
-"""Uploaded pictures: limits checked on the header, before any pixel is decoded."""
+"""Uploaded pictures and arrays: limits checked on the header, before anything is decoded."""
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from typing import Literal
 
@@ -10,10 +11,14 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jobs.errors import PictureError, PictureMedia, PictureShape, PictureTooLarge
-from jobs.pictures import UInt8
+from jobs.pictures import Float32, UInt8
 
 Fit = Literal["error", "pad", "resize"]
 _FORMATS = ("PNG", "JPEG", "WEBP")
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -38,6 +43,34 @@ def decode(
         raise PictureError(f"the picture cannot be read: {error}") from error
     fitted = _fit(image, (w, h), fit)
     return np.asarray(fitted, dtype=np.uint8).reshape(h, w, c)
+
+
+def decode_x_t(raw: bytes, shape: tuple[int, int, int]) -> Float32:
+    """The float32 [C,H,W] of an .npy file. Raises PictureMedia, PictureShape or PictureError.
+
+    The header is read first: nothing is allocated for an array that is not of this shape.
+    """
+    buffer = io.BytesIO(raw)
+    try:
+        version = np.lib.format.read_magic(buffer)
+        if version not in _HEADERS:
+            raise PictureMedia(f"an .npy file of version {version}: must be 1.0 or 2.0")
+        found, is_fortran, dtype = _HEADERS[version](buffer)
+    except ValueError as error:
+        raise PictureMedia(f"not an .npy file: {error}") from error
+    if found != shape:
+        raise PictureShape(f"an array of shape {found}: must be {shape}")
+    if dtype.kind != "f":
+        raise PictureError(f"an array of {dtype}: must be of float32, or another float")
+    content = buffer.read()
+    if len(content) != math.prod(shape) * dtype.itemsize:
+        raise PictureMedia(f"{len(content)} bytes of data: {shape} of {dtype} has another number")
+    x_t = np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
+    with np.errstate(over="ignore"):  # of a float64: becomes infinite, and is refused
+        x_t = np.ascontiguousarray(x_t, dtype=np.float32)
+    if not np.isfinite(x_t).all():
+        raise PictureError("an array with values that are not finite")
+    return x_t
 
 
 def _open(raw: bytes, max_pixels: int) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from diffusion import Model
 from jobs.records import JobRecord
-from jobs.specs import GenerateSpec
+from jobs.specs import ChainSpec
 from worker.engine import Engine
 from worker.models import ModelFolder
 
@@ -58,7 +58,7 @@ class Loader:
             self.scan()
             return False
         self._asked.pop(record.id, None)
-        exact = isinstance(record.spec, GenerateSpec) and record.spec.deterministic
+        exact = isinstance(record.spec, ChainSpec) and record.spec.deterministic
         if self._host.engine.is_prepared(served.model, exact=exact):
             return True
         key = (served.model.digest, exact)

@@ -160,7 +160,7 @@ class Pool:
         self._offset[slot] = self.bank.offset(sample.run.task.table)
         self._row[slot] = sample.row
         self._seed[slot] = sample.run.task.seed
-        self._image[slot] = sample.index
+        self._image[slot] = sample.noise_index
         self._due[slot] = sample.run.next_due(sample.row)
         if sample.parked is not None:
             x, x_start = sample.parked
@@ -175,7 +175,7 @@ class Pool:
             by_seed.setdefault(sample.run.task.seed, []).append(sample)
         for seed, group in by_seed.items():
             slots = torch.tensor([sample.slot for sample in group], device=self.device)
-            indices = torch.tensor([sample.index for sample in group], device=self.device)
+            indices = torch.tensor([sample.noise_index for sample in group], device=self.device)
             shape = self.network.model.shape
             self.x[slots] = image_normals(seed, indices, row=0, purpose=Purpose.X_T, shape=shape)
             self.x_start[slots] = 0.0

@@ -40,11 +40,12 @@ class Run:
 class Sample:
     """One chain: in a slot, or parked with its state, or not yet begun."""
 
-    __slots__ = ("cost", "guided", "index", "label", "parked", "row", "run", "slot")
+    __slots__ = ("cost", "guided", "index", "label", "noise_index", "parked", "row", "run", "slot")
 
     def __init__(self, run: Run, start: Start) -> None:
         self.run = run
         self.index = start.index
+        self.noise_index = start.index if start.noise_index is None else start.noise_index
         self.label = start.class_label
         self.guided = run.task.guidance != 1.0 and start.class_label is not None
         self.cost = 2 if self.guided else 1

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from jobs.records import JobRecord
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, NoiseSpec
+from jobs.specs import ChainSpec, NoiseSpec
 from jobs.states import Status
 from jobs.store import MAX_ATTEMPTS, JobStore, Started, WorkerInfo
+from worker.chains import chain_task
 from worker.compiling import Compiler
 from worker.engine import Engine
-from worker.flights import Ending, Flight, Intent, Outcome, generate_task
+from worker.flights import Ending, Flight, Intent, Outcome
 from worker.lane import EngineOptions
 from worker.loader import Loader
 from worker.models import ModelFolder, Served
@@ -181,8 +182,8 @@ class Runtime:
         deadline = time.monotonic() + self.settings.job_deadline_s
         flight = Flight(record, execution, served, deadline)
         match record.spec:
-            case GenerateSpec():
-                task, flight.done_before = generate_task(served, started, execution)
+            case ChainSpec():
+                task, flight.done_before = chain_task(served, started, execution)
                 flight.table = task.table
                 self._register(flight)
                 self.engine.submit(task)

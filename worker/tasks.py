@@ -43,7 +43,8 @@ class EngineStopped(EngineError):
 class Start:
     """Where one chain starts.
 
-    index: the image index that keys its noise. row: the first row of the table to evaluate.
+    index: of its image; it keys the noise too, unless noise_index does (chains with one
+    noise_index share their noise). row: the first row of the table to evaluate.
     x_t: float32 [C, H, W] that enters this row; None draws x_T ~ N(0, I) from the seed.
     x_start_prev: x̂_0 of the row before, for a table with memory. class_label: None for none.
     """
@@ -53,6 +54,7 @@ class Start:
     x_t: Tensor | None = None
     x_start_prev: Tensor | None = None
     class_label: int | None = None
+    noise_index: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,11 @@
-"""POST /generate and POST /noise: what comes in, how it is taken in, how it is answered."""
+"""The POST routes that make jobs: what comes in, how it is taken in, how it is answered."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
@@ -23,8 +23,9 @@ from app.waiting import until_ended
 from jobs.admission import Admitted, Idempotency, Order
 from jobs.cards import ModelCard
 from jobs.errors import PictureError, PictureMedia, PictureTooLarge
+from jobs.kinds import InterpolateSpec, JobSpec, LikelihoodSpec, ReconstructSpec, admit
 from jobs.reader import JobState
-from jobs.specs import GenerateSpec, NoiseSpec, admit
+from jobs.specs import GenerateSpec, NoiseSpec, Strict
 from jobs.states import ACTIVE, Status
 from jobs.uploads import Fit, decode
 
@@ -36,16 +37,30 @@ CancelOnDisconnect = Annotated[
 Inline = Annotated[bool, Query(description="with an event stream: pictures as base64 in events")]
 
 
-class NoiseBody(NoiseSpec):
-    """A noise request: the spec, and the images it is about."""
+SpecT = TypeVar("SpecT", NoiseSpec, ReconstructSpec, InterpolateSpec, LikelihoodSpec)
+
+
+class PicturesBody(Strict):
+    """What a request about pictures has beside its spec."""
 
     images: tuple[str, ...] = Field((), description="base64 PNG, JPEG or WebP")
     fit: Fit = Field("error", description="what to do with a picture of another size")
 
-    def spec(self) -> NoiseSpec:
+    def spec(self, kind: type[SpecT]) -> SpecT:
         """The spec alone."""
-        fields = {name: getattr(self, name) for name in NoiseSpec.model_fields}
-        return NoiseSpec.model_construct(**fields)
+        return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})
+
+
+class NoiseBody(NoiseSpec, PicturesBody):
+    """A noise request: the spec, and the images it is about."""
+
+
+class InterpolateBody(InterpolateSpec, PicturesBody):
+    """An interpolation: the spec, and the two images."""
+
+
+class LikelihoodBody(LikelihoodSpec, PicturesBody):
+    """A likelihood request: the spec, and the images it is about."""
 
 
 @router.post(
@@ -79,19 +94,62 @@ async def noise(
     request: Request, cancel_on_disconnect: CancelOnDisconnect = False, inline: Inline = False
 ) -> Response:
     """Forward process: x_t of uploaded images at many t."""
+    admitted = await admit_pictures(request, NoiseBody, NoiseSpec)
+    held = services(request)
+    return await answer(held, request, admitted, cancel=cancel_on_disconnect, inline=inline)
+
+
+@router.post(
+    "/interpolate",
+    openapi_extra=documents.INTERPOLATE,
+    responses={**documents.CREATED, **documented(*documents.CREATE_ERRORS)},
+    status_code=202,
+)
+async def interpolate(
+    request: Request, cancel_on_disconnect: CancelOnDisconnect = False, inline: Inline = False
+) -> Response:
+    """Two images noised to t with one ε, mixed there by each λ, and denoised.
+
+    All chains share their noise: image i differs from its neighbours by λ alone."""
+    admitted = await admit_pictures(request, InterpolateBody, InterpolateSpec)
+    held = services(request)
+    return await answer(held, request, admitted, cancel=cancel_on_disconnect, inline=inline)
+
+
+@router.post(
+    "/likelihood",
+    openapi_extra=documents.LIKELIHOOD,
+    responses={**documents.CREATED, **documented(*documents.CREATE_ERRORS)},
+    status_code=202,
+)
+async def likelihood(
+    request: Request, cancel_on_disconnect: CancelOnDisconnect = False, inline: Inline = False
+) -> Response:
+    """The bound on −log p of images in bits/dim, by term. The numbers are the job's `result`."""
+    admitted = await admit_pictures(request, LikelihoodBody, LikelihoodSpec)
+    held = services(request)
+    return await answer(held, request, admitted, cancel=cancel_on_disconnect, inline=inline)
+
+
+async def admit_pictures(
+    request: Request,
+    body_type: type[NoiseBody] | type[InterpolateBody] | type[LikelihoodBody],
+    kind: type[SpecT],
+) -> Admitted:
+    """Take in a request about uploaded pictures."""
     held = services(request)
     settings = held.settings
     body = await read_body(request, limit=settings.max_upload_bytes, most_files=settings.max_images)
-    desk = Desk(held, request, "noise", body)
+    desk = Desk(held, request, kind.model_fields["kind"].default, body)
     admitted = await desk.replay()
-    if admitted is None:
-        parsed = NoiseBody.model_validate_json(body.text)
-        card = choose_card(parsed.model, await held.reader.cards(), held)
-        files = uploaded(parsed.images, body.files, most=settings.max_images)
-        pixels = settings.max_upload_pixels
-        inputs = await asyncio.to_thread(decode_all, files, card, fit=parsed.fit, pixels=pixels)
-        admitted = await desk.admit(parsed.spec(), card, inputs=inputs, num_inputs=len(files))
-    return await answer(held, request, admitted, cancel=cancel_on_disconnect, inline=inline)
+    if admitted is not None:
+        return admitted
+    parsed = body_type.model_validate_json(body.text)
+    card = choose_card(parsed.model, await held.reader.cards(), held)
+    files = uploaded(parsed.images, body.files, most=settings.max_images)
+    pixels = settings.max_upload_pixels
+    inputs = await asyncio.to_thread(decode_all, files, card, fit=parsed.fit, pixels=pixels)
+    return await desk.admit(parsed.spec(kind), card, inputs=inputs, num_inputs=len(files))
 
 
 class Desk:
@@ -113,7 +171,7 @@ class Desk:
 
     async def admit(
         self,
-        spec: GenerateSpec | NoiseSpec,
+        spec: JobSpec,
         card: ModelCard,
         *,
         inputs: bytes = b"",
@@ -166,7 +224,7 @@ def uploaded(texts: tuple[str, ...], files: Sequence[bytes], *, most: int) -> Se
         raise field_problem("/images", "at least one picture is needed")
     if len(texts) > most:
         raise field_problem("/images", f"{len(texts)} pictures: must be at most {most}")
-    return from_base64(texts) if texts else files
+    return [from_base64(text, f"/images/{i}") for i, text in enumerate(texts)] or files
 
 
 def decode_all(files: Sequence[bytes], card: ModelCard, *, fit: Fit, pixels: int) -> bytes:
@@ -176,13 +234,13 @@ def decode_all(files: Sequence[bytes], card: ModelCard, *, fit: Fit, pixels: int
         try:
             arrays.append(decode(raw, card.shape, fit=fit, max_pixels=pixels))
         except PictureError as error:
-            raise picture_problem(i, error) from error
+            raise picture_problem(f"/images/{i}", error) from error
     return np.stack(arrays).tobytes()
 
 
-def picture_problem(index: int, error: PictureError) -> Problem:
-    """The problem for one picture among several."""
-    problem = field_problem(f"/images/{index}", str(error))
+def picture_problem(pointer: str, error: PictureError) -> Problem:
+    """The problem for one uploaded file."""
+    problem = field_problem(pointer, str(error))
     if isinstance(error, PictureTooLarge):
         problem.code = "too_large"
     elif isinstance(error, PictureMedia):
@@ -227,7 +285,8 @@ async def finished(
 ) -> Response:
     """The answer to a request that was (perhaps) held."""
     status = state.record.status
-    if asked.media == "json" or status in ACTIVE:
+    pictureless = isinstance(state.record.spec, LikelihoodSpec)
+    if asked.media == "json" or status in ACTIVE or pictureless:
         code = 200 if asked.wait_s and status not in ACTIVE else 202
         body = dump(job_view(state))
         return Response(body, code, headers=headers, media_type="application/json")

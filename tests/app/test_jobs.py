@@ -12,8 +12,9 @@ from rq.serializers import JSONSerializer
 from jobs import keys
 from jobs.admission import Admission, Order
 from jobs.janitor import Janitor
+from jobs.kinds import admit
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, admit
+from jobs.specs import GenerateSpec
 from jobs.store import JobStore, WorkerInfo
 from tests.app.conftest import CARD, Worker, until
 

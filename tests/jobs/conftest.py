@@ -8,8 +8,9 @@ import pytest
 
 from jobs.admission import Admission, Idempotency, Order
 from jobs.cards import ModelCard
+from jobs.kinds import admit
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, admit
+from jobs.specs import GenerateSpec
 from jobs.store import JobStore
 
 CARD = ModelCard(

@@ -10,9 +10,10 @@ from jobs.admission import Admission, Idempotency, Order
 from jobs.cards import ModelCard
 from jobs.errors import Refused
 from jobs.janitor import Janitor
+from jobs.kinds import admit
 from jobs.records import new_id
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, admit
+from jobs.specs import GenerateSpec
 from jobs.store import JobStore
 
 Submit = Callable[..., str]

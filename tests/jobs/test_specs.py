@@ -6,8 +6,9 @@ from pydantic import ValidationError
 
 from jobs.cards import ModelCard, Sampling, schedule_tables
 from jobs.errors import SpecError
+from jobs.kinds import admit, parse
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, NoiseSpec, Snapshots, admit, parse
+from jobs.specs import GenerateSpec, NoiseSpec, Snapshots
 
 PLANE = 4 * 8 * 8
 

@@ -32,14 +32,22 @@ from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
 from jobs import keys
 from jobs.admission import Admission, Order
 from jobs.cards import ModelCard
+from jobs.kinds import InterpolateSpec, LikelihoodSpec, ReconstructSpec, admit
 from jobs.records import JobRecord
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, NoiseSpec, admit
+from jobs.specs import GenerateSpec, NoiseSpec
 from jobs.states import ACTIVE
 from jobs.store import JobStore
 from worker.models import card_of
 
 ROOT = Path(__file__).parents[2]
+KINDS: dict[str, Any] = {
+    "generate": GenerateSpec,
+    "noise": NoiseSpec,
+    "reconstruct": ReconstructSpec,
+    "interpolate": InterpolateSpec,
+    "likelihood": LikelihoodSpec,
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -143,7 +151,7 @@ class Service:
         kind, inputs = fields.pop("kind", "generate"), fields.pop("inputs", None)
         card = self.card.model_copy(update={"queue": queue})
         raw = b"" if inputs is None else np.ascontiguousarray(inputs).tobytes()
-        asked = (NoiseSpec if kind == "noise" else GenerateSpec)(**fields)
+        asked = KINDS[kind](**fields)
         count = 0 if inputs is None else len(inputs)
         spec, plan = admit(asked, card, self.settings, count)
         order = Order(spec=spec, plan=plan, card=card, client="test", inputs=raw)

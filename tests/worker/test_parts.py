@@ -19,9 +19,9 @@ from diffusion.sampling import build_table
 from jobs.specs import Snapshots
 from worker import rq_adapter
 from worker.chain_state import StateError, pack, unpack
+from worker.chains import snapshot_rows
 from worker.commands import worker as worker_command
 from worker.device import DeviceError, pick_device
-from worker.flights import snapshot_rows
 from worker.models import ModelFolder, card_of
 from worker.noising import closed, stepwise, x_start_of
 
