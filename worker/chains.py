@@ -21,14 +21,10 @@ from jobs.specs import ChainSpec, GenerateSpec, Snapshots
 from jobs.store import Started
 from worker.chain_state import StateError, unpack
 from worker.models import Served
-from worker.noising import x_start_of
+from worker.noising import MissingInput, uploaded
 from worker.tasks import Start, Task
 
 log = logging.getLogger("ddpm.worker")
-
-
-class MissingInput(Exception):
-    """What a client sent for the job is no longer in the store."""
 
 
 def chain_task(served: Served, started: Started, execution: str) -> tuple[Task, int]:
@@ -84,7 +80,7 @@ def fresh_starts(model: Model, started: Started) -> list[Start]:
             x_t = given_x_t(model, started, spec)
             return [Start(i, x_t=x_t, class_label=label) for i in indices]
         case InterpolateSpec():
-            first, second = noised(model.schedule, _pictures(started), t=spec.t, seed=spec.seed)
+            first, second = noised(model.schedule, uploaded(started), t=spec.t, seed=spec.seed)
             mixed = [(1 - share) * first + share * second for share in spec.lambdas]
             # One noise for all: two images differ by their λ, and by nothing else.
             return [Start(i, x_t=mixed[i], class_label=label, noise_index=0) for i in indices]
@@ -96,16 +92,10 @@ def given_x_t(model: Model, started: Started, spec: ReconstructSpec) -> Tensor:
     """The x_t [C, H, W] that all samples of a reconstruction begin with."""
     assert spec.seed is not None and spec.t is not None
     if not spec.from_x_t:
-        return noised(model.schedule, _pictures(started), t=spec.t, seed=spec.seed)[0]
+        return noised(model.schedule, uploaded(started), t=spec.t, seed=spec.seed)[0]
     if started.x_t is None:
         raise MissingInput("the x_t to start from is gone")
     return torch.from_numpy(started.x_t.copy())
-
-
-def _pictures(started: Started) -> Tensor:
-    if started.inputs is None:
-        raise MissingInput("the uploaded images are gone")
-    return x_start_of(started.inputs)
 
 
 def noised(schedule: Schedule, x_start: Tensor, *, t: int, seed: int) -> Tensor:

@@ -21,10 +21,10 @@ import torch
 from diffusion.model import Model
 from worker.costs import Shape
 from worker.fairness import Turns
-from worker.lane import EngineOptions, Lane
+from worker.lane import EngineOptions, Lane, LaneKey
 from worker.network import Forward, Network, worker_dtype
-from worker.pool import Batch, Step
-from worker.reports import due_events
+from worker.pool import Batch, Pool, Step
+from worker.reports import step_events
 from worker.runs import Run
 from worker.tasks import (
     Advanced,
@@ -35,13 +35,14 @@ from worker.tasks import (
     Failed,
     Finished,
     NotFinite,
-    Task,
     TaskError,
+    Work,
 )
+from worker.term_pool import TermPool
+from worker.terms import TermTask
 
 log = logging.getLogger("ddpm.worker")
 Sink = Callable[[list[Event]], None]
-LaneKey = tuple[str, bool]  # the digest of a model, and whether deterministic
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +84,14 @@ class Engine:
 
     # Any thread
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: Work) -> None:
         """Run a task. Raises EngineStopped; a task that cannot run is answered by Failed.
 
         The first task of a model prepares its network here, so that running ones do not wait.
         """
-        network = self.prepare(task.model, exact=task.deterministic)
+        network = self.prepare(
+            task.model, exact=task.deterministic, terms=isinstance(task, TermTask)
+        )
         self._command(lambda: self._admit(task, network))
 
     def cancel(self, task_id: str) -> None:
@@ -103,21 +106,26 @@ class Engine:
         """Let batches of `rows` of a model run this code from the next step on."""
         self._command(lambda: self._add_compiled(digest, rows, forward))
 
-    def prepare(self, model: Model, *, exact: bool = False) -> Network:
-        """Make a model's network ready, once: data type, memory layout, first small batches."""
-        key = _lane_key(model, exact)
+    def prepare(self, model: Model, *, exact: bool = False, terms: bool = False) -> Network:
+        """Make a model's network ready, once: data type, memory layout, first small batches.
+
+        terms: for likelihoods, whose numbers need float32.
+        """
+        key = _network_key(model, exact, terms)
         if key in self._networks:
             return self._networks[key]
         with self._preparing:
             if key not in self._networks:
-                dtype = torch.float32 if exact else self.options.dtype or worker_dtype(model)
+                dtype = (
+                    torch.float32 if exact or terms else self.options.dtype or worker_dtype(model)
+                )
                 rows = self.options.max_rows
                 self._networks[key] = Network(model, dtype=dtype, max_rows=rows, exact=exact)
             return self._networks[key]
 
-    def is_prepared(self, model: Model, *, exact: bool = False) -> bool:
+    def is_prepared(self, model: Model, *, exact: bool = False, terms: bool = False) -> bool:
         """Whether a task of this model can be submitted without a wait."""
-        return _lane_key(model, exact) in self._networks
+        return _network_key(model, exact, terms) in self._networks
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -130,10 +138,9 @@ class Engine:
         """Digest → network evaluations a second while busy (image-steps/s), as lately measured."""
         lanes = dict(self.lanes)
         return {
-            digest: (lanes[digest, exact].rate.value if (digest, exact) in lanes else 0.0)
-            or network.costs.fastest
-            for (digest, exact), network in dict(self._networks).items()
-            if not exact
+            key.digest: (lanes[key].rate.value if key in lanes else 0.0) or network.costs.fastest
+            for key, network in dict(self._networks).items()
+            if key == LaneKey(key.digest)
         }
 
     def start(self) -> None:
@@ -175,9 +182,9 @@ class Engine:
             self._settle_all_but(0)  # so that nothing a step found is lost by a cancel
             while self._commands:
                 self._commands.popleft()()
-        ready = {key: float(ln.waiting_rows) for key, ln in self.lanes.items() if ln.waiting_rows}
+        ready = {lane: lane.weight for lane in self.lanes.values() if lane.waiting_rows}
         if ready:
-            self._step(self.lanes[self._turns.next(ready)])
+            self._step(self._turns.next(ready))
         self._settle_all_but(self._steps_behind() if ready else 0)
         self.waiting_rows = sum(lane.waiting_rows for lane in self.lanes.values())
         if self._events:
@@ -191,7 +198,7 @@ class Engine:
             return self.options.steps_behind
         return int(any(pending.lane.pool.device.type == "cuda" for pending in self._pending))
 
-    def _admit(self, task: Task, network: Network) -> None:
+    def _admit(self, task: Work, network: Network) -> None:
         try:
             task.check()
         except TaskError as error:
@@ -199,8 +206,11 @@ class Engine:
             return
         run = Run(task, next(self._arrivals))
         run.checkpoint_at = time.monotonic() + self.options.checkpoint_every
-        key = _lane_key(task.model, task.deterministic)
-        lane = self.lanes.setdefault(key, Lane(network, self.options))
+        key = LaneKey(_digest(task.model), task.deterministic, isinstance(task, TermTask))
+        if key not in self.lanes:
+            pool = TermPool(network) if key.terms else Pool(network, self.options.capacity)
+            self.lanes[key] = Lane(pool, self.options)
+        lane = self.lanes[key]
         lane.join(run)
         self._finish_if_done(lane, run)  # a resumed task may have nothing left to do
 
@@ -213,14 +223,15 @@ class Engine:
                 self._events.append(Canceled(task_id, states))
 
     def _forget_others(self, digests: Collection[str]) -> None:
-        for key in [key for key in self._networks if key[0] not in digests]:
-            lane = self.lanes.get(key)
-            if lane is None or not lane.runs:
-                self.lanes.pop(key, None)
-                self._networks.pop(key, None)
+        for key in [key for key in self.lanes if key.digest not in digests]:
+            if not self.lanes[key].runs:
+                del self.lanes[key]
+        used = {*digests, *(key.digest for key in self.lanes)}
+        for key in [key for key in self._networks if key.digest not in used]:
+            del self._networks[key]
 
     def _add_compiled(self, digest: str, rows: int, forward: Forward) -> None:
-        lane = self.lanes.get((digest, False))
+        lane = self.lanes.get(LaneKey(digest))
         if lane is not None:
             lane.pool.network.add_compiled(rows, forward)
 
@@ -234,7 +245,7 @@ class Engine:
                 sample.run.remaining -= sample.cost
             for i in step.due:
                 sample = step.batch.samples[i]
-                if step.rows[i] == len(sample.run.task.table) - 1:
+                if step.rows[i] == sample.run.task.rows - 1:
                     lane.end(sample)
             checkpoints = self._checkpoints(lane, step, began)
             self._pending.append(Pending(lane, step, shape, began, checkpoints))
@@ -281,8 +292,9 @@ class Engine:
         now = time.monotonic()
         seconds, self._settled_at = now - max(pending.began, self._settled_at), now
         lane.pool.network.costs.record(pending.shape, seconds)
+        self._turns.charge(lane, seconds)
         lane.rate.add(step.batch.network_rows, seconds)
-        self._events += due_events(step)
+        self._events += step_events(step)
         last_t: dict[Run, int] = {}
         for sample, t in zip(step.batch.samples, step.t.tolist(), strict=True):
             last_t[sample.run] = t
@@ -296,7 +308,7 @@ class Engine:
         for i, finite in enumerate(step.finite.tolist()):
             sample = step.batch.samples[i]
             if not finite and not sample.run.over:
-                where = f"image {sample.index}: not finite after the step at t = {step.t[i] + 1}"
+                where = f"image {step.image(i)}: not finite after the step at t = {step.t[i] + 1}"
                 self._fail(lane, sample.run, NotFinite(where))
 
     def _fail(self, lane: Lane, run: Run, error: BaseException) -> None:
@@ -309,8 +321,12 @@ class Engine:
             self._events.append(Finished(run.task.id))
 
 
-def _lane_key(model: Model, exact: bool) -> LaneKey:
-    return (model.digest or str(id(model)), exact)
+def _digest(model: Model) -> str:
+    return model.digest or str(id(model))
+
+
+def _network_key(model: Model, exact: bool, terms: bool) -> LaneKey:
+    return LaneKey(_digest(model), exact, terms and not exact)  # an exact network serves both
 
 
 def _task_id(event: Event) -> str:

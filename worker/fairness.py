@@ -2,7 +2,7 @@
 
 Within a pool three steps of four go to the jobs with the least work left, so a short job never
 waits for a long one; every fourth goes to the oldest, so a long one never waits for ever. Between
-pools turns are dealt in proportion to their waiting work.
+pools the device's time is dealt in proportion to their waiting images.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 PATIENT_EVERY = 4
-LEAST_SHARE = 1 / 8  # of the turns, for each pool that has any work
+LEAST_SHARE = 1 / 8  # of the time, for each pool that has any work
 
 
 class Runnable(Protocol):
@@ -59,20 +59,26 @@ def fill(samples: Iterable[S], rows: int, cost: Callable[[S], int]) -> list[S]:
 
 
 class Turns:
-    """Smooth weighted round robin: over time each key gets turns in proportion to its weight."""
+    """Weighted round robin by cost: over time each key is charged in proportion to its weight."""
 
     def __init__(self) -> None:
         self._credit: dict[Hashable, float] = {}
+        self._shares: dict[Hashable, float] = {}
 
     def next(self, weights: Mapping[K, float]) -> K:
         """The key whose turn it is. weights: positive; a key that is absent loses its credit."""
         total = sum(weights.values())
-        # Nobody waits more than about eight turns, however much the others have to do.
+        # Nobody gets less than about an eighth, however much the others have to do.
         floored = {key: max(weight / total, LEAST_SHARE) for key, weight in weights.items()}
         scale = sum(floored.values())
+        self._shares = {key: share / scale for key, share in floored.items()}
         self._credit = {key: self._credit.get(key, 0.0) for key in weights}
-        for key, weight in floored.items():
-            self._credit[key] += weight / scale
-        chosen = max(weights, key=lambda key: self._credit[key])
-        self._credit[chosen] -= 1.0
-        return chosen
+        return max(weights, key=lambda key: (self._credit[key], self._shares[key]))
+
+    def charge(self, key: Hashable, cost: float) -> None:
+        """A turn of this key cost so much (seconds); the others' credit grows by their share."""
+        if key not in self._credit:
+            return
+        for other, share in self._shares.items():
+            self._credit[other] += share * cost
+        self._credit[key] -= cost

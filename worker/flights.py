@@ -9,6 +9,7 @@ from enum import Enum
 from diffusion.samplers import SamplerTable
 from jobs.records import JobRecord
 from jobs.specs import ChainSpec, NoiseSpec
+from worker.likelihoods import Numbers
 from worker.models import Served
 
 
@@ -53,6 +54,7 @@ class Flight:
     served: Served
     deadline: float  # time.monotonic()
     table: SamplerTable | None = None
+    numbers: Numbers | None = None  # of a likelihood job
     done_before: int = 0  # image-steps of earlier executions
     intent: Intent = Intent.RUN
     began: float = field(default_factory=time.monotonic)

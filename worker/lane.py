@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from worker.costs import RateMeter, Shape
 from worker.fairness import fill, is_patient, oldest_first, shortest_first
-from worker.network import EXACT_SIZES, Network
+from worker.network import EXACT_SIZES
 from worker.pool import Batch, Pool
 from worker.runs import Run, Sample
+from worker.term_pool import TermPool
+from worker.terms import TermTask
+
+
+class LaneKey(NamedTuple):
+    """Which lane: the digest of a model, whether deterministic, whether terms and no chains."""
+
+    digest: str
+    exact: bool = False
+    terms: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,12 @@ class EngineOptions:
 class Lane:
     """The pool of one model in one mode, with the tasks in it."""
 
-    def __init__(self, network: Network, options: EngineOptions) -> None:
-        self.pool = Pool(network, options.capacity)
+    def __init__(self, pool: Pool | TermPool, options: EngineOptions) -> None:
+        self.pool = pool
         self.runs: dict[str, Run] = {}
         self.rate = RateMeter()
         self.waiting_rows = 0  # network rows that could run now
+        self.weight = 0.0  # images that wait, against those of other lanes
         self._need = 1  # rows of the most demanding sample
         self._max_rows = options.max_rows
         self._turn = 0
@@ -55,8 +67,7 @@ class Lane:
     def join(self, run: Run) -> None:
         """Take a task in."""
         self.runs[run.task.id] = run
-        if run.task.table not in self.pool.bank:
-            self.pool.hold_tables(r.task.table for r in self.runs.values())
+        self.pool.hold(self.runs.values())
         self.changed()
 
     def leave(self, run: Run) -> None:
@@ -78,6 +89,8 @@ class Lane:
         self._batches.clear()
         costs = [sample.cost for run in self.runs.values() for sample in run.samples]
         self.waiting_rows = sum(costs)
+        # The strands of a likelihood are there to fill a batch: its images count, as others do.
+        self.weight = float(sum(_images(run) for run in self.runs.values()))
         self._need = max(costs, default=1)
 
     def next_batch(self) -> tuple[Batch, Shape]:
@@ -95,9 +108,15 @@ class Lane:
         order = oldest_first if patient else shortest_first
         runs = order(self.runs.values())
         samples = fill((s for run in runs for s in run.samples), rows, lambda s: s.cost)
-        if any(sample.slot < 0 for sample in samples):
-            chosen = set(samples)
-            last_first = (s for run in reversed(runs) for s in reversed(run.samples))
-            self.pool.seat(samples, (s for s in last_first if s.slot >= 0 and s not in chosen))
+        chosen = set(samples)
+        last_first = (s for run in reversed(runs) for s in reversed(run.samples))
+        if self.pool.seat(samples, (s for s in last_first if s.slot >= 0 and s not in chosen)):
             self._batches.clear()  # an older choice may have lost a slot
         return self.pool.batch(samples)
+
+
+def _images(run: Run) -> int:
+    task = run.task
+    if isinstance(task, TermTask):
+        return min(len(task.x_start), len(run.samples))
+    return sum(sample.cost for sample in run.samples)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from diffusion import Model
+from jobs.kinds import LikelihoodSpec
 from jobs.records import JobRecord
-from jobs.specs import ChainSpec
+from jobs.specs import NoiseSpec
 from worker.engine import Engine
 from worker.models import ModelFolder
 
@@ -58,14 +59,19 @@ class Loader:
             self.scan()
             return False
         self._asked.pop(record.id, None)
-        exact = isinstance(record.spec, ChainSpec) and record.spec.deterministic
-        if self._host.engine.is_prepared(served.model, exact=exact):
+        if isinstance(record.spec, NoiseSpec):
             return True
-        key = (served.model.digest, exact)
+        modes = {
+            "exact": record.spec.deterministic,
+            "terms": isinstance(record.spec, LikelihoodSpec),
+        }
+        if self._host.engine.is_prepared(served.model, **modes):
+            return True
+        key = (served.model.digest, *modes.values())
         task = self._tasks.get(key)
         if task is not None and task.done():  # it failed: starting the job will say why
             return True
-        self._once(key, lambda: self._prepare(served.model, exact))
+        self._once(key, lambda: self._prepare(served.model, modes))
         return False
 
     def _once(self, key: object, work: Callable[[], None]) -> None:
@@ -73,9 +79,9 @@ class Loader:
         if task is None or task.done():
             self._tasks[key] = self._pool.submit(work)
 
-    def _prepare(self, model: Model, exact: bool) -> None:
+    def _prepare(self, model: Model, modes: Mapping[str, bool]) -> None:
         try:
-            self._host.engine.prepare(model, exact=exact)
+            self._host.engine.prepare(model, **modes)
         except Exception:
             log.exception("model %s cannot be prepared", model.digest[:12])
 

@@ -100,7 +100,7 @@ class Network:
         samples, channels = x.shape[:2]
         if inputs.guided is not None:
             x, t = torch.cat([x, x[inputs.guided]]), torch.cat([t, t[inputs.guided]])
-        out = self._forward(x, t, inputs.labels, shape)
+        out = self.output(x, t, inputs.labels, shape)
         eps = self._eps_from_output(out[:, :channels], x, t)
         v = out[:samples, channels:] if out.shape[1] > channels else None
         if inputs.guided is None or inputs.guidance is None:
@@ -110,7 +110,7 @@ class Network:
         mixed = unconditional + g * (conditional[inputs.guided] - unconditional)
         return conditional.index_copy(0, inputs.guided, mixed), v
 
-    def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None, shape: Shape) -> Tensor:
+    def output(self, x: Tensor, t: Tensor, labels: Tensor | None, shape: Shape) -> Tensor:
         """The raw output, float32 [N, C or 2C, H, W], of a batch padded to the shape."""
         rows = x.shape[0]
         self.uses[rows] += 1
@@ -143,7 +143,7 @@ class Network:
             labels = t if self.model.config.network.num_classes else None
             for _ in range(2):
                 began = time.perf_counter()
-                self._forward(x, t, labels, shape).sum().item()  # waits for the device
+                self.output(x, t, labels, shape).sum().item()  # waits for the device
                 self.costs.record(shape, time.perf_counter() - began)
 
     @torch.inference_mode()

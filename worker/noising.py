@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion.forward import q_samples_at, q_trajectory
 from diffusion.noise import Purpose, check_seed, image_normals
 from diffusion.schedule import Schedule
+from jobs.store import Started
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,17 @@ def stepwise(
 
 
 MODES: dict[str, Noising] = {"closed": closed, "stepwise": stepwise}
+
+
+class MissingInput(Exception):
+    """What a client sent for the job is no longer in the store."""
+
+
+def uploaded(started: Started) -> Tensor:
+    """The images a client sent, float32 [N, C, H, W] in [−1, 1]. Raises MissingInput."""
+    if started.inputs is None:
+        raise MissingInput("the uploaded images are gone")
+    return x_start_of(started.inputs)
 
 
 def x_start_of(inputs: NDArray[np.uint8]) -> Tensor:

@@ -35,6 +35,7 @@ from worker.tasks import (
     NotFinite,
     Snapshot,
     States,
+    Terms,
 )
 
 log = logging.getLogger("ddpm.worker")
@@ -104,8 +105,12 @@ class Outputs:
     def _write(self, pairs: list[tuple[Flight, Event]]) -> dict[str, Fate]:
         batch = self._store.batch()
         progress: dict[str, tuple[Flight, Advanced]] = {}
+        told: dict[Flight, set[int]] = {}
         for flight, event in pairs:
             match event:
+                case Terms():
+                    assert flight.numbers is not None
+                    told.setdefault(flight, set()).update(flight.numbers.take(event))
                 case Advanced():
                     progress[flight.id] = (flight, event)
                 case Snapshot():
@@ -120,6 +125,11 @@ class Outputs:
                     _add_last_state(batch, flight, states)
                 case _:
                     pass
+        for flight, images in told.items():
+            assert flight.numbers is not None
+            for index in images:
+                state = flight.numbers.pack(index)
+                batch.checkpoint(flight.record, flight.execution, index=index, state=state)
         for flight, event in progress.values():
             done = flight.done_before + event.done
             eta = flight.eta_s(done)
@@ -152,7 +162,8 @@ class Outputs:
         self._outcome(Outcome(flight.id, flight.execution, ending, error))
 
     def _succeed(self, flight: Flight) -> bool:
-        return self._store.succeed(flight.id, flight.execution)
+        result = None if flight.numbers is None else flight.numbers.result()
+        return self._store.succeed(flight.id, flight.execution, result=result)
 
     def _end_canceled(self, flight: Flight) -> tuple[bool, Ending, BaseException | None]:
         match flight.intent:

@@ -7,7 +7,7 @@ GPU never waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.model import Model
 from diffusion.noise import Purpose, image_normals, normals
 from diffusion.samplers import (
     COLUMNS,
@@ -26,8 +27,8 @@ from diffusion.samplers import (
 )
 from worker.costs import Shape
 from worker.network import Inputs, Network
-from worker.runs import NEVER, Sample
-from worker.tasks import States
+from worker.runs import NEVER, Run, Sample
+from worker.tasks import States, Task
 
 Int64 = NDArray[np.int64]
 
@@ -78,19 +79,46 @@ class Batch:
 class Step:
     """What one step did. Tensors are on the device and may still be being computed.
 
-    t: the index each sample stepped at; rows: the table row. x_t, x_start, eps, x_next: float32
-    [M, C, H, W]. due: samples (positions in the batch) with a snapshot or their end in this row.
+    t: the index each sample stepped at; rows: its row. finite: bool [M]. due: samples (positions
+    in the batch) with a snapshot or their end in this row.
     """
 
     batch: Batch
     rows: Int64
     t: Int64
+    finite: Tensor
+    due: list[int]
+
+    def image(self, i: int) -> int:
+        """The image index that sample i of the batch works on."""
+        return self.batch.samples[i].index
+
+
+@dataclass(frozen=True, eq=False)
+class ChainStep(Step):
+    """One row of each chain. x_t, x_start, eps, x_next: float32 [M, C, H, W]."""
+
     x_t: Tensor
     x_start: Tensor
     eps: Tensor
     x_next: Tensor
-    finite: Tensor
-    due: list[int]
+
+
+def task_of(sample: Sample) -> Task:
+    """The task of a chain."""
+    task = sample.run.task
+    assert isinstance(task, Task)
+    return task
+
+
+def labels_of(model: Model, samples: Sequence[Sample], extra: int = 0) -> Tensor | None:
+    """int64 [M + extra]: the samples' labels, then null labels; None for a model without any."""
+    network = model.config.network
+    if not network.num_classes:
+        return None
+    null = network.null_label
+    values = [null if sample.label is None else sample.label for sample in samples]
+    return torch.tensor(values + [null] * extra, device=model.device)
 
 
 class Pool:
@@ -117,25 +145,32 @@ class Pool:
 
     # Slots
 
-    def hold_tables(self, tables: Iterable[SamplerTable]) -> None:
-        """Change the tables in use; those of resident samples must be among them."""
+    def hold(self, runs: Collection[Run]) -> None:
+        """Be ready for these tasks, among them all of resident samples."""
+        tables = [run.task.table for run in runs if isinstance(run.task, Task)]
+        if all(table in self.bank for table in tables):
+            return
         self.bank.hold(tables)
         for sample in self.resident:
             if sample is not None:
-                self._offset[sample.slot] = self.bank.offset(sample.run.task.table)
+                self._offset[sample.slot] = self.bank.offset(task_of(sample).table)
 
-    def seat(self, samples: Sequence[Sample], evict: Iterable[Sample]) -> None:
-        """Give each sample a slot, parking samples of `evict` (not among them) where needed."""
+    def seat(self, samples: Sequence[Sample], evict: Iterable[Sample]) -> bool:
+        """Give each sample a slot, parking samples of `evict` (not among them) where needed.
+
+        Whether any slot changed hands.
+        """
         newcomers = [sample for sample in samples if sample.slot < 0]
         victims = iter(evict)
         while len(self._free) < len(newcomers):
             self.park(next(victims))
         if not newcomers:
-            return
+            return False
         fresh = [sample for sample in newcomers if sample.parked is None]
         for sample in newcomers:
             self._take_slot(sample)
         self._draw(fresh)
+        return True
 
     def park(self, sample: Sample) -> None:
         """Take a sample out of its slot; its state goes with it."""
@@ -157,9 +192,9 @@ class Pool:
     def _take_slot(self, sample: Sample) -> None:
         slot = sample.slot = self._free.pop()
         self.resident[slot] = sample
-        self._offset[slot] = self.bank.offset(sample.run.task.table)
+        self._offset[slot] = self.bank.offset(task_of(sample).table)
         self._row[slot] = sample.row
-        self._seed[slot] = sample.run.task.seed
+        self._seed[slot] = task_of(sample).seed
         self._image[slot] = sample.noise_index
         self._due[slot] = sample.run.next_due(sample.row)
         if sample.parked is not None:
@@ -172,7 +207,7 @@ class Pool:
         """x_T of samples that start from noise."""
         by_seed: dict[int, list[Sample]] = {}
         for sample in samples:
-            by_seed.setdefault(sample.run.task.seed, []).append(sample)
+            by_seed.setdefault(task_of(sample).seed, []).append(sample)
         for seed, group in by_seed.items():
             slots = torch.tensor([sample.slot for sample in group], device=self.device)
             indices = torch.tensor([sample.noise_index for sample in group], device=self.device)
@@ -185,23 +220,17 @@ class Pool:
     def batch(self, samples: list[Sample]) -> Batch:
         """Samples in slots, made ready to be stepped together, again and again."""
         guided = [i for i, sample in enumerate(samples) if sample.guided]
-        network = self.network.model.config.network
-        labels = None
-        if network.num_classes:
-            null = network.null_label
-            values = [null if s.label is None else s.label for s in samples]
-            labels = torch.tensor(values + [null] * len(guided), device=self.device)
         weights = [samples[i].run.task.guidance for i in guided]
         return Batch(
             samples=samples,
             slots=np.array([sample.slot for sample in samples], np.int64),
             network_rows=len(samples) + len(guided),
-            labels=labels,
+            labels=labels_of(self.network.model, samples, len(guided)),
             guided=torch.tensor(guided, device=self.device) if guided else None,
             guidance=torch.tensor(weights, device=self.device) if guided else None,
         )
 
-    def step(self, batch: Batch, shape: Shape) -> Step:
+    def step(self, batch: Batch, shape: Shape) -> ChainStep:
         """Evaluate one row of every sample of the batch.
 
         An exception leaves the state of all samples as it was.
@@ -231,7 +260,8 @@ class Pool:
         for i in due:
             sample = batch.samples[i]
             self._due[sample.slot] = sample.run.next_due(int(rows[i]) + 1)
-        return Step(batch, rows, self.bank.t[table_rows], x, x_start, eps, x_next, finite, due)
+        t_of = self.bank.t[table_rows]
+        return ChainStep(batch, rows, t_of, finite, due, x, x_start, eps, x_next)
 
     def _noise(self, packed: Tensor, noisy: NDArray[np.bool_], like: Tensor) -> Tensor:
         """z of every sample; drawn only where its row uses it."""

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.specs import GenerateSpec, NoiseSpec
+from jobs.kinds import JobSpec, LikelihoodSpec
+from jobs.specs import ChainSpec
 from worker.models import Served
 
 
-def provenance(served: Served, spec: GenerateSpec | NoiseSpec) -> dict[str, Any]:
+def provenance(served: Served, spec: JobSpec) -> dict[str, Any]:
     """Beside the request: model, schedule, software, device."""
     model = served.model
     config = model.config
@@ -28,8 +29,10 @@ def provenance(served: Served, spec: GenerateSpec | NoiseSpec) -> dict[str, Any]
         "device": _device_name(model.device),
         "versions": _versions(),
     }
-    if not isinstance(spec, NoiseSpec):
+    if isinstance(spec, ChainSpec):
         made["clip"] = config.sampling.clip
+    elif isinstance(spec, LikelihoodSpec):
+        made |= {"clip": True, "dtype": "float32"}
     return made
 
 

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from worker.pool import Step
+from worker.pool import ChainStep, Step
 from worker.runs import Run
-from worker.tasks import Event, Images, Snapshot
+from worker.tasks import Event, Images, Snapshot, Terms
+from worker.term_pool import TermStep
 
 
-def due_events(step: Step) -> list[Event]:
-    """Snapshots, then images, one event for the chains of a task that are at the same row.
+def step_events(step: Step) -> list[Event]:
+    """What a step found. Counts the chains that ended in it as told."""
+    if isinstance(step, TermStep):
+        return _terms(step)
+    assert isinstance(step, ChainStep)
+    return _chains(step)
 
-    Counts the chains that ended as told.
-    """
+
+def _terms(step: TermStep) -> list[Event]:
+    """One event for the terms of a task."""
+    nats, squares = step.nats.cpu().numpy(), step.squared_error.cpu().numpy()
+    by_run: dict[Run, list[int]] = {}
+    for i, sample in enumerate(step.batch.samples):
+        if not sample.run.over:
+            by_run.setdefault(sample.run, []).append(i)
+    for i in step.due:
+        step.batch.samples[i].run.untold -= 1
+    return [
+        Terms(run.task.id, step.places[at], nats[at], squares[at]) for run, at in by_run.items()
+    ]
+
+
+def _chains(step: ChainStep) -> list[Event]:
+    """Snapshots, then images, one event for the chains of a task that are at the same row."""
     snapshots: dict[tuple[Run, int], list[int]] = {}
     images: dict[Run, list[int]] = {}
     for i in step.due:
@@ -20,7 +40,7 @@ def due_events(step: Step) -> list[Event]:
             continue
         if row in run.task.snapshot_rows:
             snapshots.setdefault((run, row), []).append(i)
-        if row == len(run.task.table) - 1:
+        if row == run.task.rows - 1:
             images.setdefault(run, []).append(i)
     events: list[Event] = []
     for (run, row), at in snapshots.items():
@@ -32,5 +52,5 @@ def due_events(step: Step) -> list[Event]:
     return events
 
 
-def _indices(step: Step, at: list[int]) -> tuple[int, ...]:
+def _indices(step: ChainStep, at: list[int]) -> tuple[int, ...]:
     return tuple(step.batch.samples[i].index for i in at)

@@ -6,7 +6,7 @@ import bisect
 
 import numpy as np
 
-from worker.tasks import Start, Task
+from worker.tasks import Start, Work
 
 NEVER = int(np.iinfo(np.int64).max)
 
@@ -14,14 +14,14 @@ NEVER = int(np.iinfo(np.int64).max)
 class Run:
     """A task in flight, and what of it is left to do."""
 
-    def __init__(self, task: Task, arrival: int) -> None:
+    def __init__(self, task: Work, arrival: int) -> None:
         self.task = task
         self.arrival = arrival
         self.urgent = task.urgent
         self.remaining = self.total = task.evaluations
         self.samples = [Sample(self, start) for start in task.starts]  # not yet ended
         self.untold = len(task.starts)  # chains whose end was not yet reported
-        last = len(task.table) - 1
+        last = task.rows - 1
         self._due_rows = sorted({row for row in task.snapshot_rows if 0 <= row < last} | {last})
         self.checkpoint_at = 0.0
         self.over = False

@@ -15,6 +15,7 @@ import redis
 import torch
 from torch import Tensor
 
+from jobs.kinds import LikelihoodSpec
 from jobs.records import JobRecord
 from jobs.settings import Settings
 from jobs.specs import ChainSpec, NoiseSpec
@@ -25,9 +26,10 @@ from worker.compiling import Compiler
 from worker.engine import Engine
 from worker.flights import Ending, Flight, Intent, Outcome
 from worker.lane import EngineOptions
+from worker.likelihoods import Numbers
 from worker.loader import Loader
 from worker.models import ModelFolder, Served
-from worker.noising import MODES, x_start_of
+from worker.noising import MODES, uploaded
 from worker.outputs import Outputs, OutputsThread
 from worker.provenance import provenance
 from worker.tasks import Canceled, EngineError, EngineStopped, Failed, Finished, Snapshot
@@ -187,11 +189,15 @@ class Runtime:
                 flight.table = task.table
                 self._register(flight)
                 self.engine.submit(task)
-            case NoiseSpec() as spec:
-                if started.inputs is None:
-                    raise JobRefused("worker_error", "the uploaded images are gone")
+            case LikelihoodSpec():
+                flight.numbers = Numbers(served, started)
+                terms = flight.numbers.task(execution)
+                flight.done_before = record.work - terms.evaluations
                 self._register(flight)
-                x_start = x_start_of(started.inputs)
+                self.engine.submit(terms)
+            case NoiseSpec() as spec:
+                x_start = uploaded(started)
+                self._register(flight)
                 self._noise.submit(self._run_noise, flight, spec, x_start)
         return flight
 

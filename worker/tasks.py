@@ -2,12 +2,14 @@
 
 A task is a set of chains that share a sampler table and a seed. A chain starts from noise, or
 from any x_t at any row of the table, so generation, a resumed job, reconstruction from the
-middle of a chain and interpolation are the same thing to the engine.
+middle of a chain and interpolation are the same thing to the engine. The terms of a likelihood
+(`worker.terms`) are independent of one another, and are dealt out to chains of their own kind.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +59,33 @@ class Start:
     noise_index: int | None = None
 
 
+class Work(Protocol):
+    """What the engine has to know of any task to schedule it; see Task for the meanings.
+
+    rows: steps of a chain that starts at row 0.
+    """
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def model(self) -> Model: ...
+    @property
+    def starts(self) -> tuple[Start, ...]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def guidance(self) -> float: ...
+    @property
+    def deterministic(self) -> bool: ...
+    @property
+    def urgent(self) -> bool: ...
+    @property
+    def snapshot_rows(self) -> frozenset[int]: ...
+    @property
+    def evaluations(self) -> int: ...
+    def check(self) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """Chains to run. Image i depends on (seed, i) alone, not on its neighbours.
@@ -75,6 +104,11 @@ class Task:
     deterministic: bool = False
     urgent: bool = False
     snapshot_rows: frozenset[int] = frozenset()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table."""
+        return len(self.table)
 
     @property
     def evaluations_a_row(self) -> int:
@@ -101,17 +135,19 @@ class Task:
             if start.x_t is not None and tuple(start.x_t.shape) != self.model.shape:
                 shape = tuple(start.x_t.shape)
                 raise TaskError(f"x_t: its shape is {shape}, and must be {self.model.shape}")
-            self._check_label(start.class_label)
+            check_label(self.model, start.class_label)
 
-    def _check_label(self, label: int | None) -> None:
-        network = self.model.config.network
-        classes = network.num_classes
-        if label is None:
-            if classes and network.null_label is None:
-                raise TaskError(f"class_label: missing; must be 0..{classes - 1}")
-        elif not 0 <= label < classes:
-            allowed = f"must be 0..{classes - 1}" if classes else "this model takes none"
-            raise TaskError(f"class_label = {label}: {allowed}")
+
+def check_label(model: Model, label: int | None) -> None:
+    """Raise TaskError unless the model takes this label, or none."""
+    network = model.config.network
+    classes = network.num_classes
+    if label is None:
+        if classes and network.null_label is None:
+            raise TaskError(f"class_label: missing; must be 0..{classes - 1}")
+    elif not 0 <= label < classes:
+        allowed = f"must be 0..{classes - 1}" if classes else "this model takes none"
+        raise TaskError(f"class_label = {label}: {allowed}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +184,19 @@ class Snapshot:
     x_t: Tensor
     x_start: Tensor
     eps: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """Terms of a likelihood, at positions `places` of its plan: arrays [M], float64.
+
+    nats: the term; squared_error: mean square of x_0 − x̂_0 over the dimensions.
+    """
+
+    task_id: str
+    places: NDArray[np.int64]
+    nats: NDArray[np.float64]
+    squared_error: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,4 +239,4 @@ class Canceled:
     states: States | None
 
 
-Event = Advanced | Snapshot | Images | Checkpoint | Finished | Failed | Canceled
+Event = Advanced | Snapshot | Terms | Images | Checkpoint | Finished | Failed | Canceled

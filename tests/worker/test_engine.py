@@ -13,7 +13,7 @@ import diffusion
 from diffusion import Model
 from diffusion.sampling import build_table
 from worker.engine import Engine
-from worker.lane import EngineOptions
+from worker.lane import EngineOptions, LaneKey
 from worker.tasks import (
     Advanced,
     Canceled,
@@ -209,7 +209,7 @@ def test_batches_have_the_sizes_of_the_buckets(
 ) -> None:
     harness = Harness(max_rows=16, capacity=16)
     harness.run(task(model, "warm"))
-    network = harness.engine.lanes[(model.digest, False)].pool.network
+    network = harness.engine.lanes[LaneKey(model.digest)].pool.network
     allowed = {shape.rows for shape in network.shapes}
     seen: set[int] = set()
     eager = network.eager
@@ -409,7 +409,7 @@ def test_a_batch_that_raises_is_bisected_down_to_the_guilty_task(
     harness = Harness()
     tasks = [task(model, f"t{i}", seed=i, label=i % 3) for i in range(16)]
     harness.run(tasks[0], ticks=1)
-    network = harness.engine.lanes[(model.digest, False)].pool.network
+    network = harness.engine.lanes[LaneKey(model.digest)].pool.network
     eager = network.eager
 
     def broken(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -468,7 +468,7 @@ def test_tables_of_finished_tasks_are_let_go(model: Model) -> None:
     harness = Harness()
     harness.run(*(task(model, f"t{i}", steps=2 + i) for i in range(20)))
     harness.run(task(model, "last", steps=3))
-    bank = harness.engine.lanes[(model.digest, False)].pool.bank
+    bank = harness.engine.lanes[LaneKey(model.digest)].pool.bank
     assert bank.rows is not None and bank.rows.t.shape == (3,)
 
 
@@ -510,7 +510,7 @@ def test_a_lost_device_breaks_the_engine_down_and_not_the_tasks(
 ) -> None:
     harness = Harness()
     harness.run(task(model, "a"), ticks=1)
-    network = harness.engine.lanes[(model.digest, False)].pool.network
+    network = harness.engine.lanes[LaneKey(model.digest)].pool.network
 
     def lost(*_: object) -> Tensor:
         raise torch.AcceleratorError("the device was lost")

@@ -35,14 +35,38 @@ def test_fill_lets_a_small_one_into_a_gap() -> None:
     assert fill([2, 2], 1, lambda cost: cost) == []
 
 
+def deal(
+    weights: dict[str, float], costs: dict[str, float], n: int, turns: Turns | None = None
+) -> list[str]:
+    """Whose n turns it was."""
+    turns = turns or Turns()
+    dealt = []
+    for _ in range(n):
+        key = turns.next(weights)
+        turns.charge(key, costs[key])
+        dealt.append(key)
+    return dealt
+
+
 def test_turns_are_dealt_in_proportion_to_weight() -> None:
+    dealt = deal({"a": 3.0, "b": 1.0}, {"a": 1.0, "b": 1.0}, 400)
+    assert Counter(dealt) == {"a": 300, "b": 100}
+
+
+def test_a_pool_of_long_turns_gets_fewer_of_them() -> None:
+    dealt = deal({"quick": 1.0, "slow": 1.0}, {"quick": 0.01, "slow": 0.4}, 410)
+    assert Counter(dealt) == {"quick": 400, "slow": 10}
+    assert dealt[:82].count("slow") == 2
+
+
+def test_who_comes_later_has_no_claim_on_the_past() -> None:
     turns = Turns()
-    counts = Counter(turns.next({"a": 3.0, "b": 1.0}) for _ in range(400))
-    assert counts == {"a": 300, "b": 100}
+    for _ in range(100):
+        turns.charge(turns.next({"old": 1.0}), 1.0)
+    dealt = deal({"old": 1.0, "new": 1.0}, {"old": 1.0, "new": 1.0}, 10, turns)
+    assert dealt.count("new") == 5
 
 
 def test_no_pool_waits_for_ever() -> None:
-    turns = Turns()
-    weights = {"busy": 6400.0, "small": 1.0}
-    dealt = [turns.next(weights) for _ in range(100)]
+    dealt = deal({"busy": 6400.0, "small": 1.0}, {"busy": 1.0, "small": 1.0}, 100)
     assert dealt.count("small") >= 100 * LEAST_SHARE / (1 + LEAST_SHARE) - 1
