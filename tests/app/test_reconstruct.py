@@ -175,8 +175,9 @@ def test_files_that_are_none(client: httpx.Client) -> None:
 
 
 def test_sources_that_are_gone(
-    client: httpx.Client, store: JobStore, worker: Worker, source: str
+    store: JobStore, worker: Worker, source: str, serve: Callable[..., httpx.Client]
 ) -> None:
+    client = serve()
     unknown = client.post("/reconstruct", json={"source": {"job": "0" * 28, "t": 5}})
     assert unknown.status_code == 404 and unknown.json()["code"] == "not_found"
     short = client.post("/generate", json={"ttl_s": 1}).json()["id"]
@@ -187,21 +188,23 @@ def test_sources_that_are_gone(
     bare = client.post("/generate", json={}).json()["id"]
     none = client.post("/reconstruct", json={"source": {"job": bare, "t": 5}})
     assert none.status_code == 422 and "has no x_t at all" in none.json()["detail"]
+
+
+def test_a_source_of_another_shape(
+    store: JobStore, source: str, serve: Callable[..., httpx.Client]
+) -> None:
+    client = serve()
     other = CARD.model_copy(update={"name": "wide", "shape": (3, 8, 8)})
     store.publish_card(other)
     body = {"source": {"job": source, "t": 500}, "model": "wide"}
-
-    def shape_is_named() -> bool:
-        reply = client.post("/reconstruct", json=body)
-        return reply.status_code == 422 and reply.json()["errors"][0]["pointer"] == "/source/job"
-
-    import time
-
-    time.sleep(1.1)  # cards are remembered for a second
-    assert shape_is_named()
+    wrong = client.post("/reconstruct", json=body)
+    assert wrong.status_code == 422 and wrong.json()["errors"][0]["pointer"] == "/source/job"
 
 
-def test_the_source_decides_the_model(client: httpx.Client, store: JobStore, source: str) -> None:
+def test_the_source_decides_the_model(
+    store: JobStore, source: str, serve: Callable[..., httpx.Client]
+) -> None:
+    client = serve()
     store.publish_card(CARD.model_copy(update={"name": "another"}))
     job = client.post("/reconstruct", json={"source": {"job": source, "t": 500}}).json()
     assert job["model"] == "mnist"

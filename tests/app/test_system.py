@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +15,9 @@ from app.auth import PublicWithoutKeys, check_bind
 from app.main import create_app
 from jobs.settings import Settings
 from jobs.store import JobStore, WorkerInfo
-from tests.app.conftest import CARD, Worker
+from tests.app.conftest import CARD, Worker, X, png
+
+CREATE = ("/generate", "/noise", "/reconstruct", "/interpolate", "/likelihood")
 
 
 def test_models_and_schedule(client: httpx.Client, store: JobStore) -> None:
@@ -109,7 +113,7 @@ def test_openapi_is_complete() -> None:
         for path, operations in schema["paths"].items()
         for method, operation in operations.items()
     }
-    assert len(routes) == 19
+    assert len(routes) == 22
     for route, operation in routes.items():
         good = [r for status, r in operation["responses"].items() if status.startswith("2")]
         assert good and operation.get("description"), route
@@ -130,9 +134,9 @@ def test_openapi_is_complete() -> None:
     events = stream["content"]["text/event-stream"]["x-events"]
     assert set(events) == {"status", "progress", "snapshot", "image", "done", "error", "reset"}
     assert all(event["example"] for event in events.values())
-    post = routes["post", "/generate"]["requestBody"]["content"]["application/json"]
-    for example in post["examples"].values():
-        assert create_app is not None and example["value"]
+    for path in CREATE:
+        post = routes["post", path]["requestBody"]["content"]["application/json"]
+        assert post["examples"] and all(example["value"] for example in post["examples"].values())
 
 
 def references(node: Any) -> list[str]:
@@ -144,12 +148,26 @@ def references(node: Any) -> list[str]:
     return []
 
 
-def test_every_documented_example_is_accepted(client: httpx.Client) -> None:
+def test_every_documented_example_is_accepted(client: httpx.Client, worker: Worker) -> None:
+    """With real pictures, arrays and ids where the document abbreviates them."""
     schema = client.get("/openapi.json").json()
-    body = schema["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
-    for name, example in body["examples"].items():
-        reply = client.post("/generate", json=example["value"])
-        assert reply.status_code == 202, (name, reply.text)
+    job_id = client.post("/generate", json={}).json()["id"]
+    started = worker.start(job_id)
+    worker.snapshot(started, 505)
+    for path in CREATE:
+        body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        for name, example in body["examples"].items():
+            value = dict(example["value"])
+            if "images" in value:
+                value["images"] = [base64.b64encode(png()).decode()] * len(value["images"])
+            if "source" in value:
+                value["source"]["job"] = job_id
+            if "x_t" in value:
+                buffer = io.BytesIO()
+                np.save(buffer, X)
+                value["x_t"] = base64.b64encode(buffer.getvalue()).decode()
+            reply = client.post(path, json=value)
+            assert reply.status_code == 202, (path, name, reply.text)
 
 
 def test_importing_the_api_loads_no_torch() -> None:

@@ -1,0 +1,88 @@
+"""POST /likelihood: what is taken in, what is refused, and how its numbers are answered."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from jobs.store import JobStore
+from tests.app.conftest import Worker, png
+
+PICTURE = base64.b64encode(png()).decode()
+RESULT = {
+    "bits_per_dim": 3.0,
+    "L_T": 0.5,
+    "L_t": 1.5,
+    "L_0": 1.0,
+    "dims": 64,
+    "images": [{"index": 0, "bits_per_dim": 3.0, "L_T": 0.5, "L_t": 1.5, "L_0": 1.0}],
+}
+
+
+def test_cost_and_defaults_are_known_at_once(client: httpx.Client, worker: Worker) -> None:
+    job = client.post("/likelihood", json={"images": [PICTURE] * 3}).json()
+    asked = job["request"]
+    assert (asked["mode"], asked["samples"], asked["variance"]) == ("monte_carlo", 20, "small")
+    assert 0 <= asked["seed"] < 2**53 and "images" not in asked
+    started = worker.start(job["id"])
+    assert started.record.work == 60 and started.record.images == 3
+    full = client.post("/likelihood", json={"images": [PICTURE], "mode": "full"}).json()
+    assert worker.start(full["id"]).record.work == 1000
+
+
+def test_the_numbers_are_in_the_job_but_not_in_listings(
+    client: httpx.Client, worker: Worker
+) -> None:
+    job = client.post("/likelihood", json={"images": [PICTURE]}).json()
+    worker.start(job["id"])
+    assert worker.store.succeed(job["id"], "e", provenance={}, result=RESULT)
+    assert client.get(job["urls"]["self"]).json()["result"] == RESULT
+    [listed] = client.get("/jobs").json()["data"]
+    assert "result" not in listed and listed["kind"] == "likelihood"
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer", "says"),
+    [
+        ({"images": []}, "/images", "at least one picture"),
+        ({"images": [PICTURE] * 65}, "/images", "at most 64"),
+        ({"mode": "exact"}, "/mode", "'full' or 'monte_carlo'"),
+        ({"samples": 1}, "/samples", "greater than or equal to 2"),
+        ({"mode": "full", "samples": 10}, "/samples", "monte_carlo"),
+        ({"terms": [1]}, "/terms", "full"),
+        ({"mode": "full", "terms": [1001]}, "/terms/0", "1..1000"),
+        ({"variance": "learned"}, "/variance", "no learned variance"),
+        ({"class_label": 10}, "/class_label", "0..9"),
+        ({"indices": [0, 1]}, "/indices", "2 for 1 pictures"),
+        ({"indices": [-1]}, "/indices/0", "greater than or equal to 0"),
+        ({"sigma": "small"}, "/sigma", "not permitted"),
+        ({"steps": 10}, "/steps", "not permitted"),
+    ],
+)
+def test_what_is_refused(
+    client: httpx.Client, body: dict[str, Any], pointer: str, says: str
+) -> None:
+    reply = client.post("/likelihood", json={"images": [PICTURE], **body})
+    assert reply.status_code == 422
+    [error] = reply.json()["errors"]
+    assert error["pointer"] == pointer and says in error["detail"]
+
+
+def test_work_is_limited_by_the_field_that_makes_it(
+    store: JobStore, serve: Callable[..., httpx.Client]
+) -> None:
+    client = serve(max_job_evaluations=100, client_quota=90)
+    for body, pointer in (
+        ({"mode": "full"}, "/mode"),
+        ({"samples": 101}, "/samples"),
+        ({"samples": 95}, "/samples"),  # over the quota alone
+    ):
+        reply = client.post("/likelihood", json={"images": [PICTURE], **body})
+        assert reply.status_code == 422 and reply.json()["errors"][0]["pointer"] == pointer
+    assert client.post("/likelihood", json={"images": [PICTURE] * 4}).status_code == 202
+    busy = client.post("/likelihood", json={"images": [PICTURE]})
+    assert busy.status_code == 429 and "retry-after" in busy.headers
