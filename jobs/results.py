@@ -56,4 +56,10 @@ class LikelihoodResult(Bits):
     )
 
     dims: int = Field(description="D: the numbers in one image")
+    dims_unpadded: int | None = Field(
+        None, description="without the margin that the model's images were padded with, if any"
+    )
+    bits_per_unpadded_dim: float | None = Field(
+        None, description="bits_per_dim · dims / dims_unpadded"
+    )
     images: list[ImageBits]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -104,7 +105,7 @@ def test_a_picture_is_noised_at_every_t_asked_for(service: Service) -> None:
 
 
 def test_python_over_http(service: Service) -> None:
-    (example,) = blocks("python", "import httpx")
+    (example,) = blocks("python", "grid.png")
     printed = service.run([sys.executable, "-c"], example)
     status, digest = printed.split()
     assert status == "succeeded"
@@ -112,6 +113,35 @@ def test_python_over_http(service: Service) -> None:
     with Image.open(service.folder / "grid.png") as picture:
         assert min(picture.size) >= 96
     assert httpx.get(f"http://{service.address}/docs").status_code == 200
+
+
+def test_a_chain_starts_in_the_middle(service: Service) -> None:
+    (example,) = blocks("bash", "localhost:8000/reconstruct")
+    Image.new("L", (32, 32), 200).save(service.folder / "seven.png")
+    service.run(["bash", "-ec"], example)
+    with Image.open(service.folder / "nine.png") as picture:
+        assert picture.size == (3 * 34 - 2, 3 * 34 - 2)
+
+
+def test_a_chain_branches(service: Service) -> None:
+    (example,) = blocks("python", '"/reconstruct"')
+    status, *urls = service.run([sys.executable, "-c"], example).split()
+    assert status == "succeeded" and len(urls) == 4
+
+
+def test_two_pictures_are_mixed(service: Service) -> None:
+    (example,) = blocks("bash", "localhost:8000/interpolate")
+    Image.new("L", (32, 32), 200).save(service.folder / "seven.png")
+    service.run(["bash", "-ec"], example)
+    with Image.open(service.folder / "between.png") as picture:
+        assert picture.size == (3 * 34 - 2, 2 * 34 - 2)
+
+
+def test_the_bound_of_a_picture(service: Service) -> None:
+    (example,) = blocks("bash", "localhost:8000/likelihood")
+    Image.new("L", (32, 32), 200).save(service.folder / "seven.png")
+    result = json.loads(service.run(["bash", "-ec"], example))["result"]
+    assert result["dims"] == 1024 and result["images"][0]["bits_per_dim"] > 0
 
 
 def test_the_library_in_five_lines(service: Service) -> None:

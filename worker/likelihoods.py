@@ -84,10 +84,15 @@ class Numbers:
         images = [self._image(bound, i) for i in range(len(prior))]
         totals = bound.bits_per_dim
         error = float(totals.std()) / len(totals) ** 0.5 if len(totals) > 1 else None
+        bits = _bits(bound).model_copy(update={"standard_error": error})
+        crop, unpadded = self._model.config.crop, None
+        if crop is not None:
+            unpadded = self._model.shape[0] * crop[0] * crop[1]
         result = LikelihoodResult(
-            **_bits(bound).model_dump(exclude={"standard_error"}),
-            standard_error=error,
+            **bits.model_dump(),
             dims=bound.dims,
+            dims_unpadded=unpadded,
+            bits_per_unpadded_dim=unpadded and bits.bits_per_dim * bound.dims / unpadded,
             images=images,
         )
         return result.model_dump(exclude_none=True)

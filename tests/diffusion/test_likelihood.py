@@ -187,3 +187,14 @@ def test_labels_matter_and_bad_options_are_refused(images: torch.Tensor) -> None
         likelihood(model, images, samples=4, sigma="learned")
     with pytest.raises(BoundError, match="proposal"):
         likelihood(model, images, samples=4, proposal=np.ones(3))
+
+
+def test_the_error_of_an_estimate_is_told_by_its_own_draws(images: torch.Tensor) -> None:
+    """Against the spread of the transitions over 200 seeds; the sampling error of that is 5 %."""
+    model = quiet_model()
+    drawn = [likelihood(model, images[:2], samples=12, seed=seed) for seed in range(200)]
+    spread = torch.stack([found.transitions for found in drawn]).std(0)
+    told = torch.stack([found.transitions_error for found in drawn]).square().mean(0).sqrt()
+    ratio = told / spread
+    assert ((ratio > 0.8) & (ratio < 1.5)).all(), ratio
+    assert likelihood(model, images[:2], samples=2).transitions_error.isnan().all()

@@ -6,7 +6,15 @@ from pydantic import ValidationError
 
 from jobs.cards import ModelCard, Sampling, schedule_tables
 from jobs.errors import SpecError
-from jobs.kinds import admit, parse
+from jobs.kinds import (
+    InterpolateSpec,
+    JobSpec,
+    LikelihoodSpec,
+    ReconstructSpec,
+    SnapshotSource,
+    admit,
+    parse,
+)
 from jobs.settings import Settings
 from jobs.specs import GenerateSpec, NoiseSpec, Snapshots
 
@@ -114,3 +122,44 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert settings.redis_url == "redis://elsewhere:1/2" and settings.max_images == 7
     assert [key.get_secret_value() for key in settings.api_keys] == ["a", "b"]
     assert "a" not in repr(settings.api_keys)
+
+
+PICTURES: dict[str, tuple[JobSpec, int]] = {
+    "reconstruct": (ReconstructSpec(t=40), 1),
+    "branch": (ReconstructSpec(source=SnapshotSource(job="a", t=7), sampler="ddim"), 1),
+    "interpolate": (InterpolateSpec(t=9, lambdas=(0.0, 0.5), snapshots=Snapshots(every=4)), 2),
+    "estimate": (LikelihoodSpec(indices=(4, 2)), 2),
+    "full": (LikelihoodSpec(mode="full", terms=(1,)), 3),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_filled_specs_about_pictures_are_fixed_points_too(card: ModelCard, name: str) -> None:
+    spec, inputs = PICTURES[name]
+    filled, plan = admit(spec, card, Settings(), inputs)
+    assert parse(filled.model_dump_json()) == filled
+    assert admit(filled, card, Settings(), inputs) == (filled, plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "evaluations", "output_bytes"),
+    [
+        ("reconstruct", 1, 40, PLANE),
+        ("branch", 1, 7, PLANE),
+        ("interpolate", 2, 2 * 9, 2 * (1 + 3) * PLANE),
+        ("estimate", 2, 2 * 20, 2 * 20 * 16),
+        ("full", 3, 3 * 1000, 3 * 1000 * 16),
+    ],
+)
+def test_cost_of_work_on_pictures(
+    card: ModelCard, name: str, images: int, evaluations: int, output_bytes: int
+) -> None:
+    spec, inputs = PICTURES[name]
+    _, plan = admit(spec, card, Settings(), inputs)
+    assert (plan.images, plan.evaluations) == (images, evaluations)
+    assert plan.output_bytes == output_bytes
+
+
+def test_a_guided_reconstruction_costs_twice(card: ModelCard) -> None:
+    spec = ReconstructSpec(t=40, num_images=3, class_label=1, guidance=2.0)
+    assert admit(spec, card, Settings(), 1)[1].evaluations == 3 * 40 * 2
