@@ -82,7 +82,7 @@ class Compiler:
     def _most_wanted(self, served: Iterable[Served]) -> tuple[Served, Network, int, Path] | None:
         best, most = None, USES - 1
         for one in served:
-            network = self._engine.prepare(one.model)
+            network = self._engine.networks.prepare(one.model)
             for rows, uses in _uses(network).items():
                 package = self._folder / f"{_key(one, network, rows)}.pt2"
                 if package in self._tried:

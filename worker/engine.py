@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffusion.model import Model
 from worker.costs import Shape
 from worker.fairness import Turns
-from worker.lane import EngineOptions, Lane, LaneKey
-from worker.network import Forward, Network, worker_dtype
+from worker.lane import EngineOptions, Lane
+from worker.network import Forward, Network
+from worker.networks import LaneKey, Networks, lane_key
 from worker.pool import Batch, Pool, Step
 from worker.reports import step_events
 from worker.runs import Run
@@ -69,13 +69,12 @@ class Engine:
         self.tick_began: float | None = None  # time.monotonic() within a tick, for a watchdog
         self.waiting_rows = 0  # network rows that could run, as of the last tick
         self.lanes: dict[LaneKey, Lane] = {}
+        self.networks = Networks(self.options.dtype, self.options.max_rows)
         self._sink = sink
         self._turns = Turns()
         self._arrivals = itertools.count()
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._networks: dict[LaneKey, Network] = {}
-        self._preparing = threading.Lock()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._events: list[Event] = []
@@ -89,9 +88,8 @@ class Engine:
 
         The first task of a model prepares its network here, so that running ones do not wait.
         """
-        network = self.prepare(
-            task.model, exact=task.deterministic, terms=isinstance(task, TermTask)
-        )
+        terms = isinstance(task, TermTask)
+        network = self.networks.prepare(task.model, exact=task.deterministic, terms=terms)
         self._command(lambda: self._admit(task, network))
 
     def cancel(self, task_id: str) -> None:
@@ -106,27 +104,6 @@ class Engine:
         """Let batches of `rows` of a model run this code from the next step on."""
         self._command(lambda: self._add_compiled(digest, rows, forward))
 
-    def prepare(self, model: Model, *, exact: bool = False, terms: bool = False) -> Network:
-        """Make a model's network ready, once: data type, memory layout, first small batches.
-
-        terms: for likelihoods, whose numbers need float32.
-        """
-        key = _network_key(model, exact, terms)
-        if key in self._networks:
-            return self._networks[key]
-        with self._preparing:
-            if key not in self._networks:
-                dtype = (
-                    torch.float32 if exact or terms else self.options.dtype or worker_dtype(model)
-                )
-                rows = self.options.max_rows
-                self._networks[key] = Network(model, dtype=dtype, max_rows=rows, exact=exact)
-            return self._networks[key]
-
-    def is_prepared(self, model: Model, *, exact: bool = False, terms: bool = False) -> bool:
-        """Whether a task of this model can be submitted without a wait."""
-        return _network_key(model, exact, terms) in self._networks
-
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
             if self._stopping or self.failure is not None:
@@ -139,8 +116,7 @@ class Engine:
         lanes = dict(self.lanes)
         return {
             key.digest: (lanes[key].rate.value if key in lanes else 0.0) or network.costs.fastest
-            for key, network in dict(self._networks).items()
-            if key == LaneKey(key.digest)
+            for key, network in self.networks.sampling().items()
         }
 
     def start(self) -> None:
@@ -206,9 +182,10 @@ class Engine:
             return
         run = Run(task, next(self._arrivals))
         run.checkpoint_at = time.monotonic() + self.options.checkpoint_every
-        key = LaneKey(_digest(task.model), task.deterministic, isinstance(task, TermTask))
+        terms = isinstance(task, TermTask)
+        key = lane_key(task.model, exact=task.deterministic, terms=terms)
         if key not in self.lanes:
-            pool = TermPool(network) if key.terms else Pool(network, self.options.capacity)
+            pool = TermPool(network) if terms else Pool(network, self.options.capacity)
             self.lanes[key] = Lane(pool, self.options)
         lane = self.lanes[key]
         lane.join(run)
@@ -226,9 +203,7 @@ class Engine:
         for key in [key for key in self.lanes if key.digest not in digests]:
             if not self.lanes[key].runs:
                 del self.lanes[key]
-        used = {*digests, *(key.digest for key in self.lanes)}
-        for key in [key for key in self._networks if key.digest not in used]:
-            del self._networks[key]
+        self.networks.keep_only({*digests, *(key.digest for key in self.lanes)})
 
     def _add_compiled(self, digest: str, rows: int, forward: Forward) -> None:
         lane = self.lanes.get(LaneKey(digest))
@@ -319,14 +294,6 @@ class Engine:
         if not run.untold and not run.over:
             lane.leave(run)
             self._events.append(Finished(run.task.id))
-
-
-def _digest(model: Model) -> str:
-    return model.digest or str(id(model))
-
-
-def _network_key(model: Model, exact: bool, terms: bool) -> LaneKey:
-    return LaneKey(_digest(model), exact, terms and not exact)  # an exact network serves both
 
 
 def _task_id(event: Event) -> str:

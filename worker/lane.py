@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -14,14 +13,6 @@ from worker.pool import Batch, Pool
 from worker.runs import Run, Sample
 from worker.term_pool import TermPool
 from worker.terms import TermTask
-
-
-class LaneKey(NamedTuple):
-    """Which lane: the digest of a model, whether deterministic, whether terms and no chains."""
-
-    digest: str
-    exact: bool = False
-    terms: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,8 @@ class Numbers:
         n = len(self._x_start)
         self._indices = np.array(spec.indices or range(n), np.int64)
         self._plan = plan_of(spec, self._model, self._indices)
+        self._unsaved: set[int] = set()
+        self._saved_at = time.monotonic()
         self._found = np.full((2, *self._plan.row.shape), math.nan)  # nats, squared errors
         if started.earlier_digest in (None, served.model.digest):
             for image, raw in started.states.items():
@@ -59,19 +63,26 @@ class Numbers:
             urgent=spec.priority == "high",
         )
 
-    def take(self, event: Terms) -> set[int]:
-        """Write down what was found; the images it is about."""
+    def take(self, event: Terms) -> None:
+        """Write down what was found."""
         image, draw = np.divmod(event.places, self._found.shape[2])
         self._found[0, image, draw] = event.nats
         self._found[1, image, draw] = event.squared_error
-        return set(image.tolist())
+        self._unsaved.update(image.tolist())
 
-    def pack(self, image: int) -> bytes:
-        """What is known of an image, for a checkpoint."""
-        return self._found[:, image].astype("<f8").tobytes()
+    def unsaved(self, every: float) -> dict[int, bytes]:
+        """image → what is known of it, if that changed, and it is time: seconds since `saved`."""
+        if time.monotonic() < self._saved_at + every:
+            return {}
+        return {image: self._found[:, image].astype("<f8").tobytes() for image in self._unsaved}
+
+    def saved(self, images: Iterable[int]) -> None:
+        """These are in the store, as `unsaved` gave them."""
+        self._unsaved.difference_update(images)
+        self._saved_at = time.monotonic()
 
     def _unpack(self, image: int, raw: bytes) -> None:
-        """What `pack` gave. Anything else is left out: those terms are evaluated again."""
+        """What `unsaved` gave. Anything else is left out: those terms are evaluated again."""
         known = self._found[:, image] if image < self._found.shape[1] else np.zeros(0)
         if len(raw) == known.nbytes:
             self._found[:, image] = np.frombuffer(raw, "<f8").reshape(known.shape)

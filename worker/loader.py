@@ -65,7 +65,7 @@ class Loader:
             "exact": record.spec.deterministic,
             "terms": isinstance(record.spec, LikelihoodSpec),
         }
-        if self._host.engine.is_prepared(served.model, **modes):
+        if self._host.engine.networks.is_prepared(served.model, **modes):
             return True
         key = (served.model.digest, *modes.values())
         task = self._tasks.get(key)
@@ -81,7 +81,7 @@ class Loader:
 
     def _prepare(self, model: Model, modes: Mapping[str, bool]) -> None:
         try:
-            self._host.engine.prepare(model, **modes)
+            self._host.engine.networks.prepare(model, **modes)
         except Exception:
             log.exception("model %s cannot be prepared", model.digest[:12])
 

@@ -105,12 +105,11 @@ class Outputs:
     def _write(self, pairs: list[tuple[Flight, Event]]) -> dict[str, Fate]:
         batch = self._store.batch()
         progress: dict[str, tuple[Flight, Advanced]] = {}
-        told: dict[Flight, set[int]] = {}
         for flight, event in pairs:
             match event:
                 case Terms():
                     assert flight.numbers is not None
-                    told.setdefault(flight, set()).update(flight.numbers.take(event))
+                    flight.numbers.take(event)
                 case Advanced():
                     progress[flight.id] = (flight, event)
                 case Snapshot():
@@ -125,16 +124,26 @@ class Outputs:
                     _add_last_state(batch, flight, states)
                 case _:
                     pass
-        for flight, images in told.items():
-            assert flight.numbers is not None
-            for index in images:
-                state = flight.numbers.pack(index)
-                batch.checkpoint(flight.record, flight.execution, index=index, state=state)
         for flight, event in progress.values():
             done = flight.done_before + event.done
             eta = flight.eta_s(done)
             batch.progress(flight.record, flight.execution, done=done, t=event.t + 1, eta_s=eta)
-        return batch.send()
+        saved = {flight: self._save_numbers(batch, flight) for flight, _ in pairs}
+        fates = batch.send()
+        for flight, images in saved.items():
+            if flight.numbers is not None and images:
+                flight.numbers.saved(images)
+        return fates
+
+    def _save_numbers(self, batch: WriteBatch, flight: Flight) -> list[int]:
+        """Checkpoint what a likelihood job has found, if it is time; the images it is about."""
+        if flight.numbers is None:
+            return []
+        released = flight.intent is Intent.RELEASE
+        states = flight.numbers.unsaved(0 if released else self._store.settings.checkpoint_s)
+        for index, state in states.items():
+            batch.checkpoint(flight.record, flight.execution, index=index, state=state)
+        return list(states)
 
     def _obey(self, flight: Flight, fate: Fate) -> None:
         if fate is Fate.LOST:

@@ -117,7 +117,7 @@ class Runtime:
         """Look at the model folder, and publish what changed; takes as long as loading does."""
         changes = self.folder.rescan()
         for served in changes.loaded:
-            self.engine.prepare(served.model)
+            self.engine.networks.prepare(served.model)
             self.store.publish_card(served.card)
         for name in changes.gone:
             log.info("model %s is gone", name)

@@ -90,9 +90,10 @@ class TermPool:
             )
             for task, image, draw in spots
         ]
-        row, repeat, seeds, indices = torch.from_numpy(np.array(keys, np.int64).T).to(self.device)
+        packed = np.array(keys, np.int64).T
+        t = self._bound.t[packed[0]]
+        row, repeat, seeds, indices = torch.from_numpy(packed.copy()).to(self.device)
         x_start = torch.stack([task.x_start[image] for task, image, _ in spots])
-        t = self._bound.t[row.cpu().numpy()]
         on_device = torch.from_numpy(t).to(self.device)
         x_t = likelihood_x_t(
             model.schedule, x_start, on_device, seeds=seeds, indices=indices, repeat=repeat

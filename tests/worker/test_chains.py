@@ -121,13 +121,11 @@ def test_a_chain_from_an_x_t_survives_its_worker(service: Service) -> None:
         "kind": "reconstruct", "inputs": x_t, "source": "x_t", "t": 900, "steps": 900,
         "num_images": 2, "seed": 2, "deterministic": True,
     }  # fmt: skip
-    first = service.worker(DDPM_CHECKPOINT_S="0.05")
+    first = service.worker(DDPM_DRAIN_S="0")
     job = service.admit(**options)
-    service.until(lambda: service.record(job).done > 200 and service.redis.exists(
-        f"ddpm:job:{job}:state"
-    ))  # fmt: skip
+    service.until(lambda: service.record(job).done > 200)
     service.kill(first, 15)
-    assert service.record(job).status in ("queued", "succeeded")
+    assert service.record(job).status == "queued"
     service.worker()
     service.ended(job)
     whole = service.admit(**options)

@@ -97,7 +97,7 @@ def test_a_failed_compilation_leaves_the_eager_code(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     compiler.close()
-    assert all(not shape.compiled for shape in engine.prepare(served.model).shapes)
+    assert all(not shape.compiled for shape in engine.networks.prepare(served.model).shapes)
     run(engine, served.model, 5)
 
 
@@ -122,7 +122,7 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
     for _ in range(3):
         run(engine, served.model, 50)
     compiler = Compiler(engine, tmp_path / "cache")
-    network = engine.prepare(served.model)
+    network = engine.networks.prepare(served.model)
     deadline = time.monotonic() + 800
     while not any(shape.compiled for shape in network.shapes):
         compiler.poll([served])
@@ -144,5 +144,5 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
     began = time.monotonic()
     Compiler(again, tmp_path / "cache").poll([served])  # at once, from the disk
     again.tick()
-    assert any(shape.compiled for shape in again.prepare(served.model).shapes)
+    assert any(shape.compiled for shape in again.networks.prepare(served.model).shapes)
     assert time.monotonic() - began < 5

@@ -13,7 +13,8 @@ import diffusion
 from diffusion import Model
 from diffusion.sampling import build_table
 from worker.engine import Engine
-from worker.lane import EngineOptions, LaneKey
+from worker.lane import EngineOptions
+from worker.networks import LaneKey
 from worker.tasks import (
     Advanced,
     Canceled,
