@@ -52,12 +52,10 @@ def decode_x_t(raw: bytes, shape: tuple[int, int, int]) -> Float32:
     """
     buffer = io.BytesIO(raw)
     try:
-        version = np.lib.format.read_magic(buffer)
-        if version not in _HEADERS:
-            raise PictureMedia(f"an .npy file of version {version}: must be 1.0 or 2.0")
-        found, is_fortran, dtype = _HEADERS[version](buffer)
-    except ValueError as error:
-        raise PictureMedia(f"not an .npy file: {error}") from error
+        read_header = _HEADERS[np.lib.format.read_magic(buffer)]
+        found, is_fortran, dtype = read_header(buffer)
+    except Exception as error:  # NumPy's parser lets out whatever it stumbles over
+        raise PictureMedia("not an .npy file of version 1.0 or 2.0") from error
     if found != shape:
         raise PictureShape(f"an array of shape {found}: must be {shape}")
     if dtype.kind != "f":

@@ -156,6 +156,18 @@ def test_a_chain_branches_at_a_snapshot(client: httpx.Client) -> None:
     assert len({image["sha256"] for image in three["images"]}) == 3
 
 
+def test_a_canceled_chain_goes_on_where_it_stood(client: httpx.Client) -> None:
+    job = client.post("/generate", json={"steps": 1000, "num_images": 40}).json()
+    while client.get(job["urls"]["self"]).json().get("progress", {}).get("step", 0) < 100:
+        pass
+    client.post(job["urls"]["cancel"])
+    canceled = client.get(job["urls"]["self"], params={"wait": 30}).json()
+    latest = next(s for s in canceled["snapshots"] if s["kind"] == "x_t" and s["index"] == 0)
+    body = {"source": {"job": job["id"], "t": latest["t"]}, "steps": 3}
+    goes_on = client.post("/reconstruct", json=body, headers=WAIT).json()
+    assert goes_on["status"] == "succeeded" and goes_on["request"]["t"] == latest["t"]
+
+
 def test_noise_and_reconstruct_speak_of_the_same_x_t(
     client: httpx.Client, pictures: list[bytes]
 ) -> None:

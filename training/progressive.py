@@ -12,8 +12,7 @@ from torch import Tensor
 from diffusion.likelihood import likelihood_x_t
 from diffusion.model import Model
 from diffusion.noise import check_seed
-from diffusion.samplers import ancestral
-from diffusion.sampling import chain
+from diffusion.sampling import build_table, chain
 from training.bits import Chosen
 
 
@@ -56,8 +55,13 @@ def progressive_reconstructions(
     for t in ts:
         at = torch.full_like(indices, t - 1)
         x_t = likelihood_x_t(model.schedule, x_start, at, seeds=seeds, indices=indices)
-        rows = sorted(set(np.linspace(t - 1, 0, min(steps, t)).round().astype(int)), reverse=True)
-        table = ancestral(model.schedule, rows, variance="small", clip=model.config.sampling.clip)
+        table = build_table(
+            model.schedule,
+            steps=min(steps, t),
+            variance="small",
+            clip=model.config.sampling.clip,
+            start=t - 1,
+        )
         walked = list(chain(model, table, x_t, seed=seed, indices=indices, class_label=labels))
         x_starts.append(walked[0].x_start.cpu())
         samples.append(walked[-1].x_next.clamp(-1, 1).cpu())

@@ -159,7 +159,11 @@ def test_what_is_refused(
 
 def test_files_that_are_none(client: httpx.Client) -> None:
     header = npy(X)[:128]
-    for raw in (b"junk", header, header + bytes(8), npy(X) + b"more"):
+    unbalanced = npy(X).replace(b"}", b"(")
+    unbalanced_string = npy(X).replace(b"'descr'", b"'descr ")
+    version_3 = b"\x93NUMPY\x03" + npy(X)[7:]
+    junk = (b"junk", b"", header, header + bytes(8), npy(X) + b"more")
+    for raw in (*junk, unbalanced, unbalanced_string, version_3):
         reply = client.post("/reconstruct", json={"t": 9, "x_t": b64(raw)})
         assert reply.status_code == 415, reply.text
         assert reply.json()["errors"][0]["pointer"] == "/x_t"
