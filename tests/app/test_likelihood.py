@@ -39,7 +39,7 @@ def test_the_numbers_are_in_the_job_but_not_in_listings(
 ) -> None:
     job = client.post("/likelihood", json={"images": [PICTURE]}).json()
     worker.start(job["id"])
-    assert worker.store.succeed(job["id"], "e", provenance={}, result=RESULT)
+    assert worker.store.succeed(job["id"], "e", result=RESULT)
     assert client.get(job["urls"]["self"]).json()["result"] == RESULT
     [listed] = client.get("/jobs").json()["data"]
     assert "result" not in listed and listed["kind"] == "likelihood"

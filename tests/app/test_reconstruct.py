@@ -35,7 +35,7 @@ def source(client: httpx.Client, worker: Worker) -> str:
         worker.snapshot(started, t, kind, index)
     for index in range(2):
         worker.image(started, index)
-    assert worker.store.succeed(job_id, "e", provenance={})
+    assert worker.store.succeed(job_id, "e")
     return job_id
 
 
@@ -225,7 +225,7 @@ def test_interpolate(client: httpx.Client, worker: Worker) -> None:
     for index in range(3):
         worker.image(started, index)
     worker.snapshot(started, 500, "x_start", 1)
-    assert worker.store.succeed(job["id"], "e", provenance={})
+    assert worker.store.succeed(job["id"], "e")
     assert client.get(job["urls"]["grid"]).status_code == 200
     done = client.get(job["urls"]["self"]).json()
     assert [image["index"] for image in done["images"]] == [0, 1, 2]
