@@ -18,9 +18,8 @@ from diffusion.bound import bits_per_dim, bound_table
 from diffusion.likelihood import likelihood
 from diffusion.sampling import build_table
 from diffusion.term_plan import full_plan, monte_carlo_plan
-from worker.costs import Shape
 from worker.engine import Engine
-from worker.lane import EngineOptions, Lane
+from worker.lane import EngineOptions
 from worker.networks import LaneKey
 from worker.noising import x_start_of
 from worker.tasks import Advanced, Canceled, Event, Failed, Finished, Start, Task, Terms
@@ -77,9 +76,6 @@ class Harness:
     def done(self, name: str) -> int:
         said = [e for e in self.events if isinstance(e, Advanced) and e.task_id == name]
         return said[-1].done
-
-    def lanes(self) -> dict[bool, Lane]:
-        return {key.terms: lane for key, lane in self.engine.lanes.items()}
 
     def ended(self, name: str) -> type[Event] | None:
         ends = [e for e in self.events if isinstance(e, Finished | Failed | Canceled)]
@@ -145,19 +141,12 @@ def sampling(model: Model, name: str, steps: int, n: int = 8) -> Task:
 
 
 def test_neither_starves_the_other(model: Model) -> None:
-    """By the device's time: a chain next to a long likelihood takes about twice as long as alone,
-    a short likelihood ends in between, and the long one goes on all the while."""
+    """Chains and a short likelihood end next to a long one, and it goes on all the while. How the
+    time is shared: tests/worker/test_fairness.py."""
     harness = Harness()
-    harness.run(sampling(model, "warm", 10, n=1), term_task(model, "warm too"))
     harness.run(term_task(model, "long", n=1, samples=20_000), ticks=5)
-    began = len(harness.events)
     harness.run(sampling(model, "chain", 50, n=1), ticks=1)
     harness.until("chain")
-    costs = {terms: lane.pool.network.costs for terms, lane in harness.lanes().items()}
-    during = [e for e in harness.events[began:] if isinstance(e, Terms)]
-    own = 50 * costs[False].seconds(Shape(1))
-    others = len(during) * min(costs[True].seconds(Shape(rows)) for rows in (16, 32, 64))
-    assert 0 < others < 4 * own
     harness.run(term_task(model, "short", n=1, samples=20), ticks=1)
     harness.until("short")
     assert harness.ended("long") is None
