@@ -16,13 +16,11 @@ def frechet_distance(a: NDArray[Any], b: NDArray[Any]) -> float:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features: shapes {a.shape} and {b.shape} must be [N ≥ 2, F], same F")
     a, b = a.astype(np.float64), b.astype(np.float64)
-    sigma_a, sigma_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = _sqrt_psd(np.atleast_2d(sigma_a))
-    # (Σ_a Σ_b)^½ has the eigenvalues of (Σ_a^½ Σ_b Σ_a^½)^½, which is symmetric.
-    cross = np.linalg.eigvalsh(root @ np.atleast_2d(sigma_b) @ root)
-    trace = np.trace(np.atleast_2d(sigma_a)) + np.trace(np.atleast_2d(sigma_b))
-    overlap = 2 * np.sqrt(cross.clip(min=0)).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + trace - overlap)
+    sigma_a, sigma_b = (np.atleast_2d(np.cov(v, rowvar=False)) for v in (a, b))
+    # tr (Σ_a Σ_b)^½ is the sum of the singular values of Σ_a^½ Σ_b^½: no root of a rounding error.
+    overlap = np.linalg.svd(_sqrt_psd(sigma_a) @ _sqrt_psd(sigma_b), compute_uv=False).sum()
+    trace = np.trace(sigma_a) + np.trace(sigma_b)
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + trace - 2 * overlap)
 
 
 def _sqrt_psd(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
