@@ -47,7 +47,7 @@ class BareEngine:
         self.done: dict[str, int] = {}
         self.feeding = False
         self.engine.start()
-        self.network: Network = self.engine.prepare(self.served.model)
+        self.network: Network = self.engine.networks.prepare(self.served.model)
 
     def _take(self, events: list[Event]) -> None:
         for event in events:

@@ -6,8 +6,7 @@ POST /predict {"steps", "class_label", "seed"} answers with a PNG in base64. Req
 with equal steps run together, as the pipeline allows; others one group after another.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: LitServe reads the types of decode_request itself.
 import base64
 import io
 import sys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ from worker.rq_adapter import EngineWorker
 from worker.runtime import Runtime
 
 log = logging.getLogger("ddpm.worker")
+WORKER_NICENESS = 5  # on a shared CPU the API answers first: it needs little, and at once
 
 
 @click.command()
@@ -51,9 +53,10 @@ def worker(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        folder = ModelFolder(
-            settings.models, queue=settings.queue, device=pick_device(device), names=names
-        )
+        picked = pick_device(device)
+        if picked.type == "cpu":
+            os.nice(WORKER_NICENESS)
+        folder = ModelFolder(settings.models, queue=settings.queue, device=picked, names=names)
         serve(settings, folder, name=name, verbose=verbose)
     except DeviceError as error:
         raise click.ClickException(str(error)) from error
