@@ -27,9 +27,11 @@ from diffusion.sampling import build_table
 from jobs.settings import Settings
 from worker.compiling import Compiler, example
 from worker.engine import Engine
+from worker.lane import EngineOptions
 from worker.models import ModelFolder
-from worker.network import Network
+from worker.networks import Networks
 from worker.tasks import Advanced, Event, Finished, Start, Task
+from worker.threads import reserve_team, with_team
 
 IMAGES, STEPS, CLIENTS = 16, 50, 8  # a job, and how many are under way: 128 chains
 
@@ -42,12 +44,17 @@ class BareEngine:
         folder.rescan()
         self.served = folder.served[name]
         self.table = build_table(self.served.model.schedule, sampler=sampler, steps=STEPS)
-        self.engine = Engine(self._take)
+        self.networks = Networks(None, EngineOptions().max_rows)
+        self.network = self.networks.prepare(self.served.model)
+        self.engine = self._new_engine()
         self.names = itertools.count()
         self.done: dict[str, int] = {}
         self.feeding = False
-        self.engine.start()
-        self.network: Network = self.engine.networks.prepare(self.served.model)
+
+    def _new_engine(self) -> Engine:
+        engine = Engine(self._take)
+        engine.networks = self.networks
+        return engine
 
     def _take(self, events: list[Event]) -> None:
         for event in events:
@@ -64,6 +71,8 @@ class BareEngine:
 
     def rate(self, seconds: float) -> float:
         """Image-steps/s."""
+        self.engine = self._new_engine()
+        self.engine.start()
         self.feeding = True
         for _ in range(CLIENTS):
             self.feed()
@@ -74,20 +83,24 @@ class BareEngine:
         self.feeding = False
         while self.engine.waiting_rows:
             time.sleep(0.05)
+        self.engine.stop()  # its thread's share of the cores goes with it
         return rate
 
     def compile(self) -> None:
         """Wait until the background compiler has made what this load uses."""
-        compiler = Compiler(self.engine, Settings().cache_dir.expanduser() / "compiled")
+        compiler = Compiler(self.networks, Settings().cache_dir.expanduser() / "compiled")
         while True:
             self.rate(4)
             compiler.poll([self.served])
             if compiler._job is None and compiler._most_wanted([self.served]) is None:
                 return
 
-    @torch.inference_mode()
     def bare_rate(self, seconds: float, rows: int) -> float:
         """Rows/s of nothing but the network, at one batch size."""
+        return with_team(lambda: self._forwards(seconds, rows))
+
+    @torch.inference_mode()
+    def _forwards(self, seconds: float, rows: int) -> float:
         x, t, labels = example(self.served.model, rows)
         x = x.to(self.network.dtype)
         forward = self.network._compiled.get(rows, self.network.eager)
@@ -145,6 +158,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="a turn")
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
+    reserve_team()
     model = arguments.model.resolve()
     os.environ["DDPM_MODELS"] = str(model.parent)
     bare = BareEngine(model.parent, model.name, arguments.sampler)

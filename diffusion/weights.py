@@ -40,6 +40,15 @@ def min_snr_weight(schedule: Schedule, gamma: float = 5.0) -> Float64:
     return np.minimum(schedule.snr, gamma)
 
 
+def balanced_weight(schedule: Schedule) -> Float64:
+    """max(SNR_t, √SNR_t), the weight of ‖x_0 − x̂_0‖².
+
+    L_simple while there is more signal than noise; from there the geometric mean √(e_ε e_x), whose
+    size hardly depends on t: e_ε falls with SNR_t, e_x grows, and L_simple forgets the last t.
+    """
+    return np.maximum(schedule.snr, np.sqrt(schedule.snr))
+
+
 def output_weight(schedule: Schedule, prediction: str) -> Float64:
     """‖x_0 − x̂_0‖² = weight·‖target − output‖² for a network of this parameterisation."""
     _, r_out = x_start_coefficients(schedule, prediction)

@@ -76,7 +76,7 @@ class TrainConfig(Section):
     sampling: SamplingDefaults = Field(default_factory=SamplingDefaults)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     prediction: str = "epsilon"
-    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
+    objective: Literal["simple", "vlb", "hybrid", "min_snr", "balanced"] = "simple"
     sigma: Literal["large", "small", "learned"] = "large"
     timesteps: Literal["uniform", "importance"] = "uniform"
     hybrid_weight: float = Field(default=1e-3, gt=0)
@@ -136,7 +136,7 @@ class TrainConfig(Section):
             raise ValueError(
                 f"sigma = {self.sigma!r}: network.learned_variance must be {str(learned).lower()}"
             )
-        allowed = ("vlb", "hybrid") if learned else ("simple", "vlb", "min_snr")
+        allowed = ("vlb", "hybrid") if learned else ("simple", "vlb", "min_snr", "balanced")
         if self.objective not in allowed:
             raise ValueError(
                 f"objective = {self.objective!r}: must be one of {', '.join(allowed)} with "

@@ -4,6 +4,8 @@
     vlb       L, the weighted variational bound                      (eq. 5; Σ fixed or learned)
     hybrid    L_simple + λ L, with Σ learned by L alone              (Nichol, Dhariwal 2021, eq. 16)
     min_snr   the square of x_0 − x̂_0, weighted min(SNR_t, γ)        (Hang et al. 2023, in x_0)
+    balanced  the same, weighted max(SNR_t, √SNR_t): L_simple, and where noise prevails the
+              geometric mean of the errors of ε and x_0
 
 A loss is a mean over the dimensions; of L it is the one term of index t in bits/dim, so that T
 times its mean, and L_T, is the bound. x̂_0 is never clipped here.
@@ -22,8 +24,8 @@ from diffusion.bound import BoundTable, learned_log_variance, transition_nats
 from diffusion.forward import gather
 from diffusion.learned_schedule import LearnedSchedule
 from diffusion.parameterization import target, to_x_start
-from diffusion.schedule import Schedule
-from diffusion.weights import min_snr_weight, output_weight
+from diffusion.schedule import Float64, Schedule
+from diffusion.weights import balanced_weight, min_snr_weight, output_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,16 @@ def hybrid(found: Pass) -> Tensor:
 
 def min_snr(found: Pass) -> Tensor:
     """min(SNR_t, γ) ‖x_0 − x̂_0‖²/D, [N]."""
-    weight = min_snr_weight(found.schedule, found.gamma)
+    return _weighted_x_start(found, min_snr_weight(found.schedule, found.gamma))
+
+
+def balanced(found: Pass) -> Tensor:
+    """max(SNR_t, √SNR_t) ‖x_0 − x̂_0‖²/D, [N]."""
+    return _weighted_x_start(found, balanced_weight(found.schedule))
+
+
+def _weighted_x_start(found: Pass, weight: Float64) -> Tensor:
+    """weight_t ‖x_0 − x̂_0‖²/D, [N], from the error of what the network gives."""
     weight = weight * output_weight(found.schedule, found.prediction)
     return gather(weight, found.t, found.square[:, 0, 0, 0]) * simple(found)
 
@@ -139,4 +150,5 @@ OBJECTIVES: dict[str, Objective] = {
     "vlb": vlb,
     "hybrid": hybrid,
     "min_snr": min_snr,
+    "balanced": balanced,
 }

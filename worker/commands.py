@@ -16,6 +16,7 @@ from worker.device import DeviceError, pick_device
 from worker.models import ModelFolder
 from worker.rq_adapter import EngineWorker
 from worker.runtime import Runtime
+from worker.threads import reserve_team
 
 log = logging.getLogger("ddpm.worker")
 WORKER_NICENESS = 5  # on a shared CPU the API answers first: it needs little, and at once
@@ -52,6 +53,7 @@ def worker(
     log.setLevel(logging.INFO)
     if threads is not None:
         torch.set_num_threads(threads)
+    reserve_team()
     try:
         picked = pick_device(device)
         if picked.type == "cpu":

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 import diffusion.unet
-from worker.engine import Engine
 from worker.models import Served
 from worker.network import Forward, Network
+from worker.networks import Networks
+from worker.threads import team_size, with_team
 
 log = logging.getLogger("ddpm.worker")
-MOST_SHAPES = 4  # compiled a model
+MOST_SHAPES = 7  # compiled a model: 1 to 64
 KEEP_S = 30 * 86_400.0
 USES = 50  # steps of about a size before it is worth a minute of compiling
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest output
@@ -51,8 +52,8 @@ class Job:
 class Compiler:
     """Looks, whenever `poll` is called, at what is worth compiling, and at what is ready."""
 
-    def __init__(self, engine: Engine, folder: Path, *, enabled: bool = True) -> None:
-        self._engine = engine
+    def __init__(self, networks: Networks, folder: Path, *, enabled: bool = True) -> None:
+        self._networks = networks
         self._folder = folder
         self._job: Job | None = None
         self._tried: set[Path] = set()
@@ -82,7 +83,7 @@ class Compiler:
     def _most_wanted(self, served: Iterable[Served]) -> tuple[Served, Network, int, Path] | None:
         best, most = None, USES - 1
         for one in served:
-            network = self._engine.networks.prepare(one.model)
+            network = self._networks.prepare(one.model)
             for rows, uses in _uses(network).items():
                 package = self._folder / f"{_key(one, network, rows)}.pt2"
                 if package in self._tried:
@@ -105,7 +106,7 @@ class Compiler:
         log.info("compiling %s for batches of %d in the background", served.name, rows)
         arguments = [str(served.folder), served.model.digest, str(network.model.device)]
         arguments += [str(network.dtype).removeprefix("torch."), str(rows)]
-        arguments += [str(torch.get_num_threads()), str(package)]
+        arguments += [str(team_size()), str(package)]
         with package.with_suffix(".log").open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "worker.compile_one", *arguments],
@@ -128,7 +129,7 @@ class Compiler:
         try:
             package.touch()
             forward = load(package)
-            error = difference(network, forward, rows)
+            error = with_team(lambda: difference(network, forward, rows))
         except Exception as failure:
             log.warning("compiled code of %s cannot be used: %s", served.name, failure)
             package.unlink(missing_ok=True)
@@ -136,7 +137,7 @@ class Compiler:
         if not error <= TOLERANCE[network.dtype]:
             log.warning("compiled code of %s differs by %.2g: not used", served.name, error)
             return
-        self._engine.add_compiled(served.model.digest, rows, forward)
+        network.add_compiled(rows, forward)
         log.info("batches of %d of %s run compiled code", rows, served.name)
 
 
@@ -183,7 +184,7 @@ def _key(served: Served, network: Network, rows: int) -> str:
     parts = (
         served.model.digest,
         _source(),
-        str((network.dtype, network.model.device, rows, torch.get_num_threads())),
+        str((network.dtype, network.model.device, rows, team_size())),
         torch.__version__,
         _processor(),
     )

@@ -21,7 +21,7 @@ import torch
 from worker.costs import Shape
 from worker.fairness import Turns
 from worker.lane import EngineOptions, Lane
-from worker.network import Forward, Network
+from worker.network import Network
 from worker.networks import LaneKey, Networks, lane_key
 from worker.pool import Batch, Pool, Step
 from worker.reports import step_events
@@ -40,6 +40,7 @@ from worker.tasks import (
 )
 from worker.term_pool import TermPool
 from worker.terms import TermTask
+from worker.threads import use_team
 
 log = logging.getLogger("ddpm.worker")
 Sink = Callable[[list[Event]], None]
@@ -60,7 +61,7 @@ class Engine:
     """Runs tasks of any number of models on one device.
 
     sink receives the events of each step, in order, on the engine's thread: it must only hand
-    them on. `submit`, `cancel` and `add_compiled` may be called from any thread.
+    them on. `submit`, `cancel` and `keep_only` may be called from any thread.
     """
 
     def __init__(self, sink: Sink, options: EngineOptions | None = None) -> None:
@@ -100,10 +101,6 @@ class Engine:
         """Let go of models with other digests as soon as no task uses them."""
         self._command(lambda: self._forget_others(digests))
 
-    def add_compiled(self, digest: str, rows: int, forward: Forward) -> None:
-        """Let batches of `rows` of a model run this code from the next step on."""
-        self._command(lambda: self._add_compiled(digest, rows, forward))
-
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
             if self._stopping or self.failure is not None:
@@ -135,6 +132,7 @@ class Engine:
     # The engine's thread
 
     def _loop(self) -> None:
+        use_team()
         try:
             while not self._stopping:
                 if not self.tick():
@@ -204,11 +202,6 @@ class Engine:
             if not self.lanes[key].runs:
                 del self.lanes[key]
         self.networks.keep_only({*digests, *(key.digest for key in self.lanes)})
-
-    def _add_compiled(self, digest: str, rows: int, forward: Forward) -> None:
-        lane = self.lanes.get(LaneKey(digest))
-        if lane is not None:
-            lane.pool.network.add_compiled(rows, forward)
 
     # A step: launched, then settled once the device has done it
 

@@ -13,6 +13,7 @@ from jobs.records import JobRecord
 from jobs.specs import NoiseSpec
 from worker.engine import Engine
 from worker.models import ModelFolder
+from worker.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
 
@@ -32,7 +33,7 @@ class Loader:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._pool = ThreadPoolExecutor(1, "loader", initializer=keep_to_one)
         self._tasks: dict[object, Future[None]] = {}
         self._begun = 0  # scans that have begun
         self._done = 0  # scans that have ended

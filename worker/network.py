@@ -88,8 +88,8 @@ class Network:
         ]
 
     def add_compiled(self, rows: int, forward: Forward) -> None:
-        """Offer compiled code (x, t, labels) → raw output for batches of `rows`."""
-        self._compiled[rows] = forward
+        """Offer compiled code (x, t, labels) → raw output for batches of `rows`. Any thread."""
+        self._compiled = {**self._compiled, rows: forward}  # the engine may be reading the old one
 
     def evaluate(self, inputs: Inputs, shape: Shape) -> tuple[Tensor, Tensor | None]:
         """ε̂, or ε_u + g(ε_c − ε_u) where guided, and v of a learned variance: [M, C, H, W].

@@ -10,6 +10,7 @@ import torch
 
 from diffusion.model import Model
 from worker.network import Network, worker_dtype
+from worker.threads import with_team
 
 
 class LaneKey(NamedTuple):
@@ -47,10 +48,13 @@ class Networks:
             return self._ready[key]
         with self._preparing:
             if key not in self._ready:
-                in_float32 = exact or terms
-                dtype = torch.float32 if in_float32 else self._dtype or worker_dtype(model)
-                self._ready[key] = Network(model, dtype=dtype, max_rows=self._max_rows, exact=exact)
+                self._ready[key] = with_team(lambda: self._make(model, key))
             return self._ready[key]
+
+    def _make(self, model: Model, key: LaneKey) -> Network:
+        in_float32 = key.exact or key.terms
+        dtype = torch.float32 if in_float32 else self._dtype or worker_dtype(model)
+        return Network(model, dtype=dtype, max_rows=self._max_rows, exact=key.exact)
 
     def is_prepared(self, model: Model, *, exact: bool = False, terms: bool = False) -> bool:
         """Whether a task of this model can be submitted without a wait."""

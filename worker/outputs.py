@@ -37,6 +37,7 @@ from worker.tasks import (
     States,
     Terms,
 )
+from worker.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
 T = TypeVar("T")
@@ -223,6 +224,7 @@ class OutputsThread:
         self._thread.join()
 
     def _loop(self) -> None:
+        keep_to_one()
         try:
             going = True
             while going:

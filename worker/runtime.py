@@ -33,6 +33,7 @@ from worker.noising import MODES, uploaded
 from worker.outputs import Outputs, OutputsThread
 from worker.provenance import provenance
 from worker.tasks import Canceled, EngineError, EngineStopped, Failed, Finished, Snapshot
+from worker.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
 DUTIES_S = 3.0  # between two looks at the model folder
@@ -80,11 +81,11 @@ class Runtime:
         )
         self.engine = Engine(self._writer.put if self._writer else self.outputs.handle, options)
         self._compiler = Compiler(
-            self.engine,
+            self.engine.networks,
             settings.cache_dir.expanduser() / "compiled",
             enabled=settings.compile and threads,
         )
-        self._noise = ThreadPoolExecutor(NOISE_THREADS, thread_name_prefix="noise")
+        self._noise = ThreadPoolExecutor(NOISE_THREADS, "noise", initializer=keep_to_one)
         self._threads = threads
         self._loader = Loader(self)
         self._duties_at = 0.0

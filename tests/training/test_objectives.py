@@ -20,7 +20,7 @@ from diffusion.schedule import Schedule, linear_schedule
 from diffusion.weights import eps_weight
 from tests.diffusion.networks import TINY, build_model
 from training.config import ConfigError, load_config
-from training.objectives import OBJECTIVES, Pass, hybrid, min_snr, simple, vlb
+from training.objectives import OBJECTIVES, Objective, Pass, balanced, hybrid, min_snr, simple, vlb
 from training.state import load_state
 from training.timesteps import ImportanceTimesteps, UniformTimesteps
 from training.trainer import Trainer
@@ -129,13 +129,28 @@ def test_hybrid_trains_the_mean_by_l_simple_alone() -> None:
     torch.testing.assert_close(hybrid(found), value)
 
 
+SNR = SCHEDULE.snr
+WEIGHTS = [(min_snr, np.minimum(SNR, 2.0)), (balanced, np.where(SNR > 1, SNR, SNR**0.5))]
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weighs_the_error_of_x_start(prediction: str) -> None:
+@pytest.mark.parametrize(("objective", "weight"), WEIGHTS, ids=["min_snr", "balanced"])
+def test_an_objective_weighs_the_error_of_x_start(
+    objective: Objective, weight: np.ndarray, prediction: str
+) -> None:
     found = make_pass(prediction, gamma=2.0)
     x_start_hat = to_x_start(SCHEDULE, prediction, x_t=found.x_t, t=found.t, out=found.out)
-    weight = torch.from_numpy(np.minimum(SCHEDULE.snr, 2.0))[found.t]
-    wanted = weight * (found.x_start - x_start_hat).square().flatten(1).mean(1)
-    torch.testing.assert_close(min_snr(found).double(), wanted, rtol=1e-3, atol=1e-5)
+    wanted = torch.from_numpy(weight)[found.t]
+    wanted = wanted * (found.x_start - x_start_hat).square().flatten(1).mean(1)
+    torch.testing.assert_close(objective(found).double(), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_balanced_is_l_simple_where_signal_prevails() -> None:
+    found = make_pass()
+    signal = torch.from_numpy(SNR > 1)[found.t]
+    assert signal.any() and not signal.all()
+    torch.testing.assert_close(balanced(found)[signal], simple(found)[signal])
+    assert torch.all(balanced(found)[~signal] > simple(found)[~signal])
 
 
 def test_importance_draws_follow_the_losses_and_keep_the_mean() -> None:
@@ -178,6 +193,7 @@ CASES = {
     "hybrid": ("objective=hybrid", "sigma=learned", "network.learned_variance=true"),
     "mean": ("objective=vlb", "sigma=small", "prediction=mean"),
     "min_snr": ("objective=min_snr",),
+    "balanced": ("objective=balanced",),
     "learned": ("objective=vlb", "schedule.kind=learned"),
 }
 

@@ -17,6 +17,7 @@ from worker.compiling import TOLERANCE, Compiler, difference
 from worker.engine import Engine
 from worker.lane import EngineOptions
 from worker.models import ModelFolder, Served
+from worker.networks import Networks
 from worker.tasks import Event, Images, Start, Task
 
 
@@ -40,7 +41,7 @@ def test_nothing_is_compiled_where_it_is_switched_off(
     engine = Engine(lambda events: None)
     for _ in range(3):
         run(engine, served.model, 50)
-    Compiler(engine, tmp_path / "cache", enabled=False).poll([served])
+    Compiler(engine.networks, tmp_path / "cache", enabled=False).poll([served])
     assert not (tmp_path / "cache").exists()
 
 
@@ -55,7 +56,7 @@ def test_without_a_compiler_it_says_so_once(
     engine = Engine(lambda events: None)
     for _ in range(3):
         run(engine, served.model, 50)
-    compiler = Compiler(engine, tmp_path / "cache")
+    compiler = Compiler(engine.networks, tmp_path / "cache")
     compiler.poll([served])
     compiler.poll([served])
     assert caplog.text.count("no g++ here") == 1
@@ -64,7 +65,7 @@ def test_without_a_compiler_it_says_so_once(
 def test_only_shapes_in_use_are_compiled(served: Served, tmp_path: Path) -> None:
     engine = Engine(lambda events: None)
     run(engine, served.model, 10)
-    compiler = Compiler(engine, tmp_path / "cache")
+    compiler = Compiler(engine.networks, tmp_path / "cache")
     compiler.poll([served])
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -78,7 +79,7 @@ def test_a_folder_that_others_may_write_to_is_refused(
     engine = Engine(lambda events: None)
     for _ in range(3):
         run(engine, served.model, 50)
-    Compiler(engine, folder).poll([served])
+    Compiler(engine.networks, folder).poll([served])
     assert "others may write" in caplog.text
     assert list(folder.iterdir()) == []
 
@@ -89,7 +90,7 @@ def test_a_failed_compilation_leaves_the_eager_code(
     engine = Engine(lambda events: None)
     for _ in range(3):
         run(engine, served.model, 50)
-    compiler = Compiler(engine, tmp_path / "cache")
+    compiler = Compiler(engine.networks, tmp_path / "cache")
     shutil.rmtree(served.folder)  # so that the other process cannot load it
     deadline = time.monotonic() + 60
     while "stay uncompiled" not in caplog.text:
@@ -109,7 +110,7 @@ def test_old_code_is_swept(tmp_path: Path) -> None:
         (folder / name).write_bytes(b"")
         then = time.time() - age * 86_400
         os.utime(folder / name, (then, then))
-    Compiler(Engine(lambda events: None), folder)
+    Compiler(Networks(None, 64), folder)
     assert [path.name for path in folder.iterdir()] == ["new.pt2"]
 
 
@@ -121,7 +122,7 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
     engine = Engine(events.extend, EngineOptions(dtype=torch.float32))
     for _ in range(3):
         run(engine, served.model, 50)
-    compiler = Compiler(engine, tmp_path / "cache")
+    compiler = Compiler(engine.networks, tmp_path / "cache")
     network = engine.networks.prepare(served.model)
     deadline = time.monotonic() + 800
     while not any(shape.compiled for shape in network.shapes):
@@ -142,7 +143,7 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
     again = Engine(lambda events: None, EngineOptions(dtype=torch.float32))
     run(again, served.model, 2)
     began = time.monotonic()
-    Compiler(again, tmp_path / "cache").poll([served])  # at once, from the disk
+    Compiler(again.networks, tmp_path / "cache").poll([served])  # at once, from the disk
     again.tick()
     assert any(shape.compiled for shape in again.networks.prepare(served.model).shapes)
     assert time.monotonic() - began < 5
