@@ -1,4 +1,4 @@
-"""What every request passes: an id, the key check, the clock. Plain ASGI, so streams stream."""
+"""What every request passes: an id, the key check, the clock, HEAD. Plain ASGI: streams stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Edge:
-    """Outermost layer: `X-Request-ID` in and out, 401 without a key, metrics by route."""
+    """Outermost layer: `X-Request-ID` in and out, 401 without a key, metrics by route.
+
+    HEAD is answered by what answers GET; the server that runs us leaves the body out. An event
+    stream, which would not end, looks at `scope["head"]`.
+    """
 
     def __init__(self, app: ASGIApp, *, keyring: Keyring, metrics: Metrics) -> None:
         self._app = app
@@ -30,6 +34,9 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        method = scope["method"]
+        if method == "HEAD":  # a copy: the server must go on knowing that it is HEAD
+            scope = {**scope, "method": "GET", "head": True}
         request_id = _request_id(scope)
         scope["request_id"] = request_id
         scope["client_id"] = self._keyring.client(scope)
@@ -40,7 +47,7 @@ class Edge:
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
-                self._count(scope, message["status"], time.perf_counter() - began)
+                self._count(method, scope, message["status"], time.perf_counter() - began)
             await send(message)
 
         if not self._keyring.admits(scope):
@@ -54,16 +61,16 @@ class Edge:
         try:
             await self._app(scope, receive, send_marked)
         except Exception:
-            log.exception("request %s: %s %s", request_id, scope["method"], scope["path"])
+            log.exception("request %s: %s %s", request_id, method, scope["path"])
             if started:
                 raise
             await response(internal(), request_id)(scope, receive, send_marked)
 
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+    def _count(self, method: str, scope: Scope, status: int, seconds: float) -> None:
         # The route's template, never the path: ids would make a metric each.
         route = getattr(scope.get("route"), "path", "other")
-        self._metrics.requests.labels(scope["method"], route, str(status)).inc()
-        self._metrics.seconds.labels(scope["method"], route).observe(seconds)
+        self._metrics.requests.labels(method, route, str(status)).inc()
+        self._metrics.seconds.labels(method, route).observe(seconds)
 
 
 def _request_id(scope: Scope) -> str:

@@ -63,6 +63,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start: Message = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
+        if scope.get("head"):
+            await self._source.aclose()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
         pump = asyncio.create_task(self._pump(send))
         gone = asyncio.create_task(disconnected(receive))
         closing = asyncio.create_task(self._services.closing.wait())

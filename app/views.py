@@ -8,9 +8,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.events import JobFault, image_url, snapshot_url
+from jobs.kinds import LikelihoodSpec
 from jobs.reader import JobState
 from jobs.records import JobRecord
 from jobs.results import LikelihoodResult
+from jobs.specs import ChainSpec
 from jobs.states import Status
 
 EXAMPLE_ID = "019ac5d2f3a40000a1b2c3d4e5f6"
@@ -22,8 +24,8 @@ class Urls(BaseModel):
     self: str
     events: str
     cancel: str
-    images: str
-    grid: str
+    images: str | None = Field(None, description="where a job makes images")
+    grid: str | None = Field(None, description="where a job makes images or noises them")
 
 
 class ImageView(BaseModel):
@@ -189,19 +191,21 @@ def job_view(state: JobState, *, full: bool = True) -> JobView:
         result=_result(record) if full else None,
         error=record.fault,
         manifest=manifest(record) if full and record.run_digest else None,
-        urls=urls(record.id),
+        urls=urls(record),
     )
 
 
-def urls(job_id: str) -> Urls:
+def urls(record: JobRecord) -> Urls:
     """The links of a job."""
-    root = f"/jobs/{job_id}"
+    root = f"/jobs/{record.id}"
+    images = isinstance(record.spec, ChainSpec)
+    pictures = not isinstance(record.spec, LikelihoodSpec)
     return Urls(
         self=root,
         events=f"{root}/events",
         cancel=f"{root}/cancel",
-        images=f"{root}/images.zip",
-        grid=f"{root}/grid.png",
+        images=f"{root}/images.zip" if images else None,
+        grid=f"{root}/grid.png" if pictures else None,
     )
 
 

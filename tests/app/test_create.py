@@ -240,7 +240,7 @@ def test_noise_multipart_and_base64(client: httpx.Client, worker: Worker) -> Non
     assert first["snr"] == pytest.approx(bars[499] / (1 - bars[499]))
     npy = client.get(first["url"].replace(".png", ".npy"))
     assert np.load(io.BytesIO(npy.content)).shape == (1, 8, 8)
-    assert client.get(done["urls"]["grid"]).status_code == 200
+    assert client.get(done["urls"]["grid"]).status_code == 200 and "images" not in done["urls"]
     body = {**request, "images": [base64.b64encode(png()).decode()]}
     assert client.post("/noise", json=body).status_code == 202
 

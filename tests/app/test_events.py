@@ -248,6 +248,15 @@ def test_leaving_a_held_request_cancels_where_asked(client: httpx.Client) -> Non
     until(lambda: [job["status"] for job in client.get("/jobs").json()["data"]] == ["canceled"])
 
 
+def test_head_of_a_stream_ends_and_cancels_nothing(client: httpx.Client) -> None:
+    job_id = client.post("/generate", json={}).json()["id"]
+    url = f"/jobs/{job_id}/events"
+    head = client.head(url, params={"cancel_on_disconnect": True}, timeout=10)
+    assert head.headers["content-type"].startswith("text/event-stream") and head.content == b""
+    time.sleep(0.3)
+    assert client.get(f"/jobs/{job_id}").json()["status"] == "queued"
+
+
 def test_post_can_stream(client: httpx.Client, worker: Worker) -> None:
     headers = {"Accept": "text/event-stream"}
     with client.stream("POST", "/generate", json={"steps": 3}, headers=headers) as reply:

@@ -46,6 +46,8 @@ def test_unknown_ids_are_404(client: httpx.Client) -> None:
         reply = client.request(method, path)
         assert reply.status_code == 404, path
         assert reply.json()["code"] == "not_found"
+        if method == "GET":
+            assert client.head(path).status_code == 404 and not client.head(path).content
     wrong = client.delete("/generate")
     assert wrong.status_code == 405 and wrong.json()["code"] == "method_not_allowed"
 

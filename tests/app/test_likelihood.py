@@ -41,6 +41,7 @@ def test_the_numbers_are_in_the_job_but_not_in_listings(
     worker.start(job["id"])
     assert worker.store.succeed(job["id"], "e", result=RESULT)
     assert client.get(job["urls"]["self"]).json()["result"] == RESULT
+    assert not {"images", "grid"} & set(job["urls"])
     [listed] = client.get("/jobs").json()["data"]
     assert "result" not in listed and listed["kind"] == "likelihood"
 

@@ -45,6 +45,15 @@ def test_images_in_three_formats(client: httpx.Client, job: dict[str, object]) -
     assert large.size == (64, 64)
 
 
+def test_head_gives_the_headers_of_get(client: httpx.Client, job: dict[str, object]) -> None:
+    for path in ("images/2.png", "grid.png", "images.zip", "snapshots.gif", ""):
+        url = f"/jobs/{job['id']}/{path}".rstrip("/")
+        head, get = client.head(url), client.get(url)
+        assert head.status_code == 200 and head.content == b""
+        for name in ("content-type", "content-length", "etag"):
+            assert head.headers.get(name) == get.headers.get(name), (url, name)
+
+
 def test_a_png_carries_what_makes_it_again(client: httpx.Client, job: dict[str, object]) -> None:
     reply = client.get(f"/jobs/{job['id']}/images/1.png")
     manifest = json.loads(Image.open(io.BytesIO(reply.content)).info["ddpm"])
