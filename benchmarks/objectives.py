@@ -5,20 +5,26 @@
 Each row trains 0.28M parameters for the same number of steps, then measures bits/dim on the test
 set (importance-sampled t) and the Fréchet distance of samples to the test set in the features of
 the classifier of `quality.py`. Runs, samples and partial results are kept in --out, so that an
-interrupted table goes on where it was. Writes objectives.json and objectives.md there.
+interrupted table goes on where it was. Rows run side by side, one process and one core each:
+a network this small gains little from a second core. Writes objectives.json and objectives.md
+there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quality import Classifier, RealData, classifier
+from quality import RealData, classifier
 from torch import Tensor
 
 import diffusion
@@ -34,6 +40,7 @@ from training.trainer import Trainer
 SIDE = 16
 BASE: dict[str, Any] = {
     "batch_size": 64,
+    "precision": "fp32",  # with so few channels bfloat16 is slower, on AMX too
     "ema_decay": 0.999,
     "checkpoint_every": 200,
     "sample_every": 0,
@@ -102,7 +109,7 @@ def trained(row: Row, folder: Path, arguments: argparse.Namespace) -> diffusion.
     if find_state(folder) is not None:
         trainer.resume()
     if trainer.step < arguments.steps:
-        trainer.run()
+        trainer.run(progress=False)
     return diffusion.load(folder)
 
 
@@ -116,17 +123,23 @@ def enlarged(images: Tensor) -> Tensor:
     return F.interpolate(images.float(), scale_factor=2.0, mode="nearest")
 
 
-def judge(train: Images, folder: Path) -> Classifier:
-    """The classifier of `quality.py`, trained on enlarged images."""
+def train_judge(source: str, folder: Path) -> None:
+    """Leave the classifier of `quality.py`, trained on enlarged images, in the folder."""
+    if (folder / "classifier.safetensors").exists():
+        return
+    train = load_split(source, "train")
     pixels, labels = train.batch(torch.arange(len(train)))
-    return classifier(RealData(enlarged(pixels).to(torch.uint8), labels), folder)
+    classifier(RealData(enlarged(pixels).to(torch.uint8), labels), folder)
 
 
-def measured(
-    row: Row, folder: Path, test: Images, network: Classifier, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Train, then bits/dim and Fréchet distance of one row."""
+def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train, then bits/dim and Fréchet distance of one row: the work of one process."""
+    torch.set_num_threads(1)
+    row, folder, began = ROWS[name], arguments.out / name, time.monotonic()
+    test = load_split(arguments.data, "test")
+    network = classifier(None, arguments.out)
     model = trained(row, folder, arguments)
+    print(f"{name}: trained, {time.monotonic() - began:.0f} s", flush=True)
     sigma = "learned" if row.learned_variance else "large"
     key = {"digest": model.digest}
     bits = measure(
@@ -137,6 +150,7 @@ def measured(
         samples=arguments.samples,
         path=folder / "partial" / "bits.npz",
         key=key,
+        progress=False,
     )
     table = build_table(model.schedule, steps=arguments.sample_steps, variance=sigma)
     draw = Draw(model, table, arguments.drawn, 0, None)
@@ -151,13 +165,14 @@ def measured(
         path=folder / "partial" / "features.npz",
         key={**key, "images": arguments.drawn},
         batch_size=50,
-        progress=True,
+        progress=False,
     )
     grid(draw_images(draw, torch.arange(16))).save(folder / "samples.png")
     real = real_features(
         features, choose(test, 10_000, seed=0), device=model.device, batch_size=500
     )
     mean, error = mean_and_error(bits.bits_per_dim(sigma))
+    print(f"{name}: measured, {time.monotonic() - began:.0f} s", flush=True)
     return {
         "title": row.title,
         "bits_per_dim": mean,
@@ -186,17 +201,19 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20, help="evaluations an image of it")
     parser.add_argument("--drawn", type=int, default=1000, help="samples for the distance")
     parser.add_argument("--sample-steps", type=int, default=250)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="side by side")
     arguments = parser.parse_args()
 
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    network = judge(load_split(arguments.data, "train"), out)
-    test = load_split(arguments.data, "test")
-    results = []
-    for name in arguments.rows:
-        results.append(measured(ROWS[name], out / name, test, network, arguments))
-        print(markdown(results[-1:]).splitlines()[-1], flush=True)
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("data", "out", "rows")}
+    train_judge(arguments.data, out)
+    processes = min(arguments.processes, len(arguments.rows))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        rows = [pool.submit(measured, name, arguments) for name in arguments.rows]
+        results = [row.result() for row in rows]
+    machine = ("data", "out", "rows", "processes")
+    settings = {k: v for k, v in vars(arguments).items() if k not in machine}
     report = {"settings": settings, "rows": results, "torch": torch.__version__}
     (out / "objectives.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     (out / "objectives.md").write_text(markdown(results) + "\n", encoding="utf-8")

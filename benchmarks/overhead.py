@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/overhead.py [--seconds 20]
 
 The same model, the same compiled code, full load. Three ways to the same work take turns: a loop
-that does nothing but call the network at the engine's batch size; the engine, fed in its own
-process; `ddpm up` under clients that hold the queue full and fetch every picture.
+that does nothing but call the network, in the engine's mix of batch sizes; the engine, fed in its
+own process; `ddpm up` under clients that hold the queue full and fetch every picture.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -95,21 +96,26 @@ class BareEngine:
             if compiler._job is None and compiler._most_wanted([self.served]) is None:
                 return
 
-    def bare_rate(self, seconds: float, rows: int) -> float:
-        """Rows/s of nothing but the network, at one batch size."""
-        return with_team(lambda: self._forwards(seconds, rows))
+    def bare_rate(self, seconds: float, uses: dict[int, int]) -> float:
+        """Rows/s of nothing but the network, in this mix of batch sizes (rows → forwards)."""
+        steps = sum(uses.values())
+        taken = 0.0
+        for rows, count in uses.items():
+            share = seconds * count / steps
+            taken += count * with_team(lambda: self._forward_s(share, rows))
+        return sum(rows * count for rows, count in uses.items()) / taken
 
     @torch.inference_mode()
-    def _forwards(self, seconds: float, rows: int) -> float:
+    def _forward_s(self, seconds: float, rows: int) -> float:
         x, t, labels = example(self.served.model, rows)
         x = x.to(self.network.dtype)
         forward = self.network._compiled.get(rows, self.network.eager)
         forward(x, t, labels)
         start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
+        while count < 3 or time.perf_counter() - start < seconds:
             forward(x, t, labels)
-            count += rows
-        return count / (time.perf_counter() - start)
+            count += 1
+        return (time.perf_counter() - start) / count
 
 
 async def image_steps(http: httpx.AsyncClient) -> float:
@@ -166,18 +172,21 @@ def main() -> None:
     data = Path(tempfile.mkdtemp(prefix="ddpm-bench-"))
     command = [sys.executable, "-m", "ddpm", "up", "--port", str(OUR_PORT), "--data", str(data)]
     turns: list[tuple[float, float, float]] = []
+    sizes: Counter[int] = Counter()
     with server(command, f"http://127.0.0.1:{OUR_PORT}/readyz", data / "up.log"):
         warm_up(data / "worker-1.log", model.name, arguments.sampler, len(bare.network._compiled))
         for _ in range(arguments.turns):
             bare.network.uses.clear()
             engine = bare.rate(arguments.seconds)
-            rows = bare.network.uses.most_common(1)[0][0]
-            forwards = bare.bare_rate(arguments.seconds, rows)
+            uses = dict(bare.network.uses)
+            sizes.update(uses)
+            forwards = bare.bare_rate(arguments.seconds, uses)
             service = asyncio.run(service_rate(arguments.seconds, model.name, arguments.sampler))
             turns.append((forwards, engine, service))
     dtype = str(bare.network.dtype).removeprefix("torch.")
-    compiled = "compiled" if rows in bare.network._compiled else "eager"
-    print(f"{arguments.sampler}, batches of {rows}, {compiled}, {dtype}; medians of {len(turns)}\n")
+    mix = ", ".join(f"{rows}: {n / sizes.total():.0%}" for rows, n in sizes.most_common(3))
+    print(f"{arguments.sampler}, compiled, {dtype}; steps by batch size: {mix}")
+    print(f"medians of {len(turns)}\n")
     print("| what | image-steps/s | of the row above |\n|---|---|---|")
     names = ("bare forwards", "the engine", "the whole service")
     for i, name in enumerate(names):

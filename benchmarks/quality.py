@@ -93,10 +93,10 @@ def train_classifier(data: RealData, *, epochs: int = 5, batch: int = 100) -> Cl
     return network.eval()
 
 
-def classifier(train: RealData, folder: Path) -> Classifier:
+def classifier(train: RealData | None, folder: Path) -> Classifier:
     """The classifier of the folder, trained there first if need be."""
     path = folder / "classifier.safetensors"
-    if not path.exists():
+    if train is not None and not path.exists():
         save_file(train_classifier(train).state_dict(), path)
     network = Classifier()
     network.load_state_dict(load_file(path))

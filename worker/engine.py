@@ -294,5 +294,5 @@ def _task_id(event: Event) -> str:
 
 
 def _smallest_eager(lane: Lane, rows: int) -> Shape:
-    eager = [s for s in lane.pool.network.shapes if not s.compiled and s.rows >= rows]
+    eager = [shape for shape in lane.pool.network.eager_shapes if shape.rows >= rows]
     return min(eager, key=lambda shape: shape.rows)

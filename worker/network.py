@@ -82,10 +82,15 @@ class Network:
 
     @property
     def shapes(self) -> list[Shape]:
-        """The shapes that can run now."""
-        return [Shape(size) for size in self._sizes] + [
-            Shape(size, compiled=True) for size in self._compiled
-        ]
+        """The shapes to choose from: eager ones only where there is no compiled code."""
+        compiled = self._compiled
+        eager = [shape for shape in self.eager_shapes if shape.rows not in compiled]
+        return eager + [Shape(size, compiled=True) for size in compiled]
+
+    @property
+    def eager_shapes(self) -> list[Shape]:
+        """The shapes that run whatever happens."""
+        return [Shape(size) for size in self._sizes]
 
     def add_compiled(self, rows: int, forward: Forward) -> None:
         """Offer compiled code (x, t, labels) → raw output for batches of `rows`. Any thread."""
