@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import itertools
 import os
 import statistics
@@ -102,7 +103,7 @@ class BareEngine:
         taken = 0.0
         for rows, count in uses.items():
             share = seconds * count / steps
-            taken += count * with_team(lambda: self._forward_s(share, rows))
+            taken += count * with_team(functools.partial(self._forward_s, share, rows))
         return sum(rows * count for rows, count in uses.items()) / taken
 
     @torch.inference_mode()
