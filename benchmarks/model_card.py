@@ -1,16 +1,17 @@
 """Write a model card: what was trained, on what, how long, and how well.
 
-    .venv/bin/python benchmarks/model_card.py RUN MODEL [--quality QUALITY.json] [--machine "…"]
+    .venv/bin/python benchmarks/model_card.py MODEL RUN… [--quality QUALITY.json]
+        [--evaluation RESULTS.json] [--machine "…"]
 
-RUN is a folder of `ddpm train` (configuration and metrics), MODEL the checkpoint folder that gets
-README.md, loss.png and samples.png.
+RUN… are the folders of `ddpm train`, one a stage (configuration and metrics); MODEL is the
+checkpoint folder that gets README.md, loss.png, samples.png and metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -26,44 +27,98 @@ import matplotlib.pyplot as plt
 SAMPLED = {"sampler": "ddpm", "steps": 250, "variance": "small", "seed": 0}
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+@dataclass(frozen=True)
+class Stage:
+    """One run of the trainer."""
+
+    config: TrainConfig
+    metrics: list[dict[str, float]]
+
+    @classmethod
+    def read(cls, run: Path) -> Stage:
+        config = parse_config(json.loads((run / "train.json").read_text()), "train.json")
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return cls(config, [json.loads(line) for line in lines])
+
+    @property
+    def images(self) -> int:
+        return int(self.metrics[-1]["step"]) * self.config.batch_size
+
+    @property
+    def seconds(self) -> float:
+        """In training steps alone."""
+        before = [{"step": 0}, *self.metrics]
+        return sum(
+            (m["step"] - p["step"]) * self.config.batch_size / m["images_s"]
+            for m, p in zip(self.metrics, before, strict=False)
+        )
+
+    @property
+    def last_loss(self) -> float:
+        tail = self.metrics[-max(1, len(self.metrics) // 10) :]
+        return sum(m["loss"] for m in tail) / len(tail)
 
 
-def plot_loss(metrics: list[dict[str, float]], batch: int, path: Path) -> None:
-    images = [m["step"] * batch / 1000 for m in metrics]
-    losses = [m["loss"] for m in metrics]
-    window = max(1, len(losses) // 40)
-    smooth = [
-        sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1])
-        for i in range(len(losses))
-    ]
+def plot_loss(stages: list[Stage], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axes.plot(images, losses, color="0.75", linewidth=0.8, label="mean of a log interval")
-    axes.plot(images, smooth, color="tab:blue", label="running mean")
-    axes.set(xlabel="thousand images", ylabel="$L_{simple}$", yscale="log")
+    seen = 0
+    for stage, color in zip(stages, ("tab:blue", "tab:orange", "tab:green"), strict=False):
+        images = [(seen + m["step"] * stage.config.batch_size) / 1000 for m in stage.metrics]
+        losses = [m["loss"] for m in stage.metrics]
+        window = max(1, len(losses) // 40)
+        smooth = [
+            sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1])
+            for i in range(len(losses))
+        ]
+        axes.plot(images, losses, color="0.75", linewidth=0.8)
+        axes.plot(images, smooth, color=color, label=f"objective {stage.config.objective}")
+        seen += stage.images
+    axes.set(xlabel="thousand images", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(title="running mean; grey: of each log interval", fontsize=8, title_fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def training_facts(config: TrainConfig, metrics: list[dict[str, float]]) -> list[tuple[str, str]]:
-    steps = int(metrics[-1]["step"])
-    images = steps * config.batch_size
-    gaps = [
-        (m["step"] - p["step"], m["images_s"])
-        for p, m in zip([{"step": 0}, *metrics], metrics, strict=False)
-    ]
-    seconds = sum(gap * config.batch_size / rate for gap, rate in gaps)
-    tail = metrics[-max(1, len(metrics) // 10) :]
-    loss = sum(m["loss"] for m in tail) / len(tail)
+def training_facts(stages: list[Stage]) -> list[tuple[str, str]]:
+    images = sum(stage.images for stage in stages)
+    seconds = sum(stage.seconds for stage in stages)
+    facts = [("images seen", f"{images:,} ({images / 60000:.2f} epochs of MNIST's 60,000)")]
+    for i, stage in enumerate(stages, 1):
+        steps = f"{stage.images // stage.config.batch_size:,} steps of {stage.config.batch_size}"
+        loss = f"loss {stage.last_loss:.4f}, mean of the last tenth"
+        facts.append((f"stage {i}", f"{steps}, objective `{stage.config.objective}`, {loss}"))
     return [
-        ("images seen", f"{images:,} ({images / 60000:.2f} epochs of MNIST's 60,000)"),
-        ("optimizer steps", f"{steps:,} of {config.batch_size}"),
+        *facts,
         ("time in training steps", f"{seconds / 60:.0f} minutes"),
         ("images/s", f"{images / seconds:.1f} on average"),
-        ("L_simple, mean of the last tenth", f"{loss:.4f}"),
     ]
+
+
+def evaluation_lines(path: Path | None) -> list[str]:
+    """Bits/dim of each split, as `ddpm evaluate` found them."""
+    if path is None:
+        return []
+    report = json.loads(path.read_text())
+    sigma = report["sigma"]
+    lines = [
+        "",
+        f"Bits/dim without the label (`ddpm evaluate`, σ² {sigma}, D = {report['dims']}, the black",
+        f"border included; beside it, of the {report['dims_unpadded']} pixels of a digit):",
+        "",
+        "| split | how | images | bits/dim | L_0 | L_1 … L_{T−1} | L_T | of the digit's pixels |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    names = {"full": "all t", "monte_carlo": "importance-sampled t"}
+    for split, found in report["splits"].items():
+        for how, summary in found.items():
+            row = summary[sigma]
+            lines.append(
+                f"| {split} | {names[how]} | {summary['images']:,} "
+                f"| {row['bits_per_dim']:.4f} ± {row['standard_error']:.4f} | {row['L_0']:.4f} "
+                f"| {row['L_1_to_T-1']:.4f} | {summary['L_T']:.6f} "
+                f"| {row['bits_per_unpadded_dim']:.4f} |"
+            )
+    return lines
 
 
 def quality_lines(path: Path | None) -> list[str]:
@@ -88,25 +143,27 @@ def quality_lines(path: Path | None) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
     parser.add_argument("model", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--quality", type=Path)
+    parser.add_argument("--evaluation", type=Path)
     parser.add_argument("--machine", default="2 CPU cores")
     arguments = parser.parse_args()
-    metrics = read_metrics(arguments.run)
-    config = parse_config(json.loads((arguments.run / "train.json").read_text()), "train.json")
+    stages = [Stage.read(run) for run in arguments.runs]
+    config = stages[-1].config
     model = diffusion.load(arguments.model)
-    plot_loss(metrics, config.batch_size, arguments.model / "loss.png")
+    plot_loss(stages, arguments.model / "loss.png")
     classes = config.network.num_classes
     labels = [i % classes for i in range(100)] if classes else None
     images = diffusion.sample(model, 100, class_label=labels, **SAMPLED)
     grid(images, columns=10).save(arguments.model / "samples.png", optimize=True)
-    shutil.copy(arguments.run / "metrics.jsonl", arguments.model / "metrics.jsonl")
+    rows = [{"stage": i, **m} for i, stage in enumerate(stages, 1) for m in stage.metrics]
+    (arguments.model / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     parameters = sum(p.numel() for p in model.network.parameters())
     facts = [
         ("parameters", f"{parameters:,}"),
         ("weights", f"moving average, decay {config.ema_decay}, float32"),
-        *training_facts(config, metrics),
+        *training_facts(stages),
         ("machine", arguments.machine),
         ("digest", f"`{model.digest}`"),
     ]
@@ -122,17 +179,17 @@ def main() -> None:
 {table}
 
 The data are MNIST (LeCun, Cortes, Burges), 28×28 grey digits padded with black to 32×32. The
-configuration is [`training/configs/mnist.toml`](../../training/configs/mnist.toml). Label
-{config.network.null_label} means "no label": the model draws with a class, without one, or with
-guidance.
+configurations of the stages are [`mnist.toml`](../../training/configs/mnist.toml) and
+[`mnist-refine.toml`](../../training/configs/mnist-refine.toml). Label {config.network.null_label}
+means "no label": the model draws with a class, without one, or with guidance.
 
 ## How good
 
-{chr(10).join(quality_lines(arguments.quality))}
+{chr(10).join(quality_lines(arguments.quality) + evaluation_lines(arguments.evaluation))}
 
 ## The loss
 
-![L_simple against images seen](loss.png)
+![Loss against images seen](loss.png)
 
 ## Draw
 

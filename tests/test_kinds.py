@@ -214,7 +214,7 @@ def test_a_picture_or_a_stream_in_one_call(client: httpx.Client, pictures: list[
         "/likelihood", json={"images": images}, headers={**WAIT, "Accept": "image/png"}
     ).json()
     assert numbers["result"]["images"][1]["standard_error"] > 0
-    assert client.get(numbers["urls"]["grid"]).status_code == 404
+    assert client.get(f"{numbers['urls']['self']}/grid.png").status_code == 404
     stream = client.post(
         "/likelihood", json={"images": images}, headers={"Accept": "text/event-stream"}
     )
