@@ -110,6 +110,8 @@ def trained(row: Row, folder: Path, arguments: argparse.Namespace) -> diffusion.
         trainer.resume()
     if trainer.step < arguments.steps:
         trainer.run(progress=False)
+    if trainer.step < arguments.steps:  # a signal ended it
+        raise SystemExit(f"{row.title}: interrupted at step {trainer.step}; run this again")
     return diffusion.load(folder)
 
 
