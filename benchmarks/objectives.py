@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quality import RealData, classifier
+from quality import RealData, classifier, load_classifier
 from torch import Tensor
 
 import diffusion
@@ -139,7 +139,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     row, folder, began = ROWS[name], arguments.out / name, time.monotonic()
     test = load_split(arguments.data, "test")
-    network = classifier(None, arguments.out)
+    network = load_classifier(arguments.out)
     model = trained(row, folder, arguments)
     print(f"{name}: trained, {time.monotonic() - began:.0f} s", flush=True)
     sigma = "learned" if row.learned_variance else "large"

@@ -20,6 +20,7 @@ from training.bits import choose
 from training.config import DataConfig
 from training.data import load_images
 from training.progressive import progressive_reconstructions
+from training.rate_distortion import rate_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,8 +43,7 @@ def main() -> None:
         raise SystemExit(f"{arguments.evaluation} is of another model than {arguments.model}")
     split, T = list(report["splits"])[-1], report["T"]
     found = report["splits"][split]["full"]
-    terms = np.array(found["terms"]["bits_per_dim"])
-    rate = found["L_T"] + np.append(0.0, np.cumsum(terms[:0:-1]))  # after 1, …, T steps
+    rate = rate_of(np.array(found["terms"]["bits_per_dim"]), found["L_T"])
     rows = {row["reverse_steps"]: row for row in report["rate_distortion"]}
     steps = [T * tenth // 10 for tenth in TENTHS]
 

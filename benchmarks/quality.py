@@ -93,13 +93,18 @@ def train_classifier(data: RealData, *, epochs: int = 5, batch: int = 100) -> Cl
     return network.eval()
 
 
-def classifier(train: RealData | None, folder: Path) -> Classifier:
+def classifier(train: RealData, folder: Path) -> Classifier:
     """The classifier of the folder, trained there first if need be."""
     path = folder / "classifier.safetensors"
-    if train is not None and not path.exists():
+    if not path.exists():
         save_file(train_classifier(train).state_dict(), path)
+    return load_classifier(folder)
+
+
+def load_classifier(folder: Path) -> Classifier:
+    """The classifier that was trained in the folder."""
     network = Classifier()
-    network.load_state_dict(load_file(path))
+    network.load_state_dict(load_file(folder / "classifier.safetensors"))
     return network.eval()
 
 

@@ -41,15 +41,19 @@ class Curve:
 
 def rate_distortion(full: Measured, sigma: str) -> Curve:
     """The curve of a full sum: mean rate, and the root of the mean square over all images."""
-    terms = full.term_bits(sigma).mean(0)  # L_0 … L_{T−1}
+    terms = full.term_bits(sigma).mean(0)
     T = len(terms)
-    prior = float(full.prior_bits().mean())
+    rate = rate_of(terms, float(full.prior_bits().mean()))
     t = np.arange(T, 0, -1)
-    # L_T + … + L_t for t = T, …, 1
-    rate = prior + np.append(0.0, np.cumsum(terms[:0:-1]))
     # x̂_0(x_t) is found by the network call of index t−1.
     rmse = 127.5 * np.sqrt(full.squared_error.mean(0)[t - 1])
     return Curve(T + 1 - t, t, rate, rmse)
+
+
+def rate_of(terms: Float64, prior: float) -> Float64:
+    """L_T + … + L_t for t = T, …, 1, [T], from the terms L_0 … L_{T−1} and L_T."""
+    rate: Float64 = prior + np.append(0.0, np.cumsum(terms[:0:-1]))
+    return rate
 
 
 def paper_steps(T: int) -> list[int]:
