@@ -105,11 +105,11 @@ def config(row: Row, source: str, steps: int) -> TrainConfig:
 
 def trained(row: Row, folder: Path, arguments: argparse.Namespace) -> diffusion.Model:
     """The row's model, trained in `folder` as far as it is not yet."""
-    trainer = Trainer(config(row, arguments.data, arguments.steps), folder)
+    trainer = Trainer(config(row, arguments.data, arguments.steps), folder, progress=False)
     if find_state(folder) is not None:
         trainer.resume()
     if trainer.step < arguments.steps:
-        trainer.run(progress=False)
+        trainer.run()
     if trainer.step < arguments.steps:  # a signal ended it
         raise SystemExit(f"{row.title}: interrupted at step {trainer.step}; run this again")
     return diffusion.load(folder)

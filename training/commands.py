@@ -43,11 +43,11 @@ def train(
             raise StateError(
                 f"{folder}: holds a run already; --resume goes on with it, --out starts another"
             )
-        trainer = Trainer(settings, folder, init=init)
+        trainer = Trainer(settings, folder, init=init, progress=not quiet)
         if resume:
             step = trainer.resume()
             click.echo(f"resuming {folder} at step {step} of {settings.steps}", err=True)
-        trainer.run(progress=not quiet)
+        trainer.run()
     except (CheckpointError, ConfigError, DataError, StateError) as error:
         sys.exit(f"ddpm train: {error}")
     if trainer.is_main:

@@ -42,8 +42,15 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 class Trainer:
     """One run in one folder. `run()` trains to config.steps; see `training.state` for its files."""
 
-    def __init__(self, config: TrainConfig, folder: Path, *, init: Path | None = None) -> None:
-        self.config, self.folder = config, folder
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        init: Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.config, self.folder, self.progress = config, folder, progress
         device = torch.device(config.device) if config.device != "auto" else None
         torch.manual_seed(config.seed)  # the initial weights
         self.network = UNet(config.network)
@@ -60,7 +67,7 @@ class Trainer:
             channels=config.network.in_channels,
             side=config.network.image_size,
             num_classes=config.network.num_classes,
-            progress=self.accelerator.is_main_process,
+            progress=progress and self.is_main,
         )
         self.model_config: ModelConfig = config.model(self.images.class_names, self._crop())
         self.schedule = config.schedule.build()
@@ -154,7 +161,7 @@ class Trainer:
             self.timesteps.record(gather(batch.t), gather(losses.detach()))
         return weighted
 
-    def run(self, *, progress: bool = True) -> None:
+    def run(self) -> None:
         """Train to config.steps, or until interrupted: either way the last step is on disk."""
         config = self.config
         network, optimizer = self._prepare()
@@ -163,7 +170,7 @@ class Trainer:
             initial=self.step,
             desc=self.folder.name,
             unit="step",
-            disable=not (progress and self.is_main),
+            disable=not (self.progress and self.is_main),
         )
         with self._stoppable(), bar, RunLog.at(self.folder, self.step, self.is_main) as log:
             meter = Meter(config.batch_size)

@@ -203,13 +203,13 @@ def test_every_objective_trains_saves_and_resumes(
     case: str, config_file: Path, tmp_path: Path
 ) -> None:
     config = load_config(config_file, CASES[case])
-    whole = Trainer(config, tmp_path / "whole")
-    whole.run(progress=False)
-    half = Trainer(config.model_copy(update={"steps": 4}), tmp_path / "half")
-    half.run(progress=False)
-    resumed = Trainer(config, tmp_path / "half")
+    whole = Trainer(config, tmp_path / "whole", progress=False)
+    whole.run()
+    half = Trainer(config.model_copy(update={"steps": 4}), tmp_path / "half", progress=False)
+    half.run()
+    resumed = Trainer(config, tmp_path / "half", progress=False)
     assert resumed.resume() == 4
-    resumed.run(progress=False)
+    resumed.run()
     models = [diffusion.load(tmp_path / name) for name in ("whole", "half")]
     assert models[0].digest == models[1].digest
     x = torch.zeros(2, 1, 8, 8)
@@ -218,8 +218,8 @@ def test_every_objective_trains_saves_and_resumes(
 
 def test_a_learned_schedule_is_kept_as_betas_and_moves(config_file: Path, tmp_path: Path) -> None:
     options = ("objective=vlb", "schedule.kind=learned", "steps=30", "optimizer.learning_rate=2e-2")
-    trainer = Trainer(load_config(config_file, options), tmp_path / "run")
-    trainer.run(progress=False)
+    trainer = Trainer(load_config(config_file, options), tmp_path / "run", progress=False)
+    trainer.run()
     raw = json.loads((tmp_path / "run" / "config.json").read_text())
     assert raw["schedule"]["kind"] == "betas"
     betas = np.array(raw["schedule"]["betas"])
@@ -251,8 +251,10 @@ def test_the_trained_schedule_lowers_the_bound(config_file: Path, tmp_path: Path
 
 
 def test_importance_is_part_of_the_state(config_file: Path, tmp_path: Path) -> None:
-    trainer = Trainer(load_config(config_file, CASES["vlb-importance"]), tmp_path / "run")
-    trainer.run(progress=False)
+    trainer = Trainer(
+        load_config(config_file, CASES["vlb-importance"]), tmp_path / "run", progress=False
+    )
+    trainer.run()
     assert isinstance(trainer.timesteps, ImportanceTimesteps)
     assert float(trainer.timesteps.count.sum()) == 6 * 4
     fresh = ImportanceTimesteps(20, torch.device("cpu"))

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import diffusion
+from training.commands import train
 from training.config import OptimizerConfig, load_config
 from training.ema import EMA
 from training.state import StateError
@@ -18,10 +20,10 @@ from training.trainer import Trainer, learning_rate
 
 
 def run(config_file: Path, folder: Path, *overrides: str, resume: bool = False) -> Trainer:
-    trainer = Trainer(load_config(config_file, overrides), folder)
+    trainer = Trainer(load_config(config_file, overrides), folder, progress=False)
     if resume:
         trainer.resume()
-    trainer.run(progress=False)
+    trainer.run()
     return trainer
 
 
@@ -216,3 +218,14 @@ def test_two_processes_train_as_one(config_file: Path, tmp_path: Path) -> None:
     for name in one:
         if name.startswith("weights."):
             assert torch.allclose(one[name], two[name], atol=2e-3)
+
+
+def test_quiet_shows_no_bar_and_without_it_all_of_them(config_file: Path, tmp_path: Path) -> None:
+    shown = {}
+    for name, options in {"loud": [], "quiet": ["--quiet"]}.items():
+        arguments = [str(config_file), "--out", str(tmp_path / name), *options]
+        result = CliRunner().invoke(train, arguments)
+        assert result.exit_code == 0, result.output
+        shown[name] = result.stderr
+    assert "decoding" in shown["loud"] and "step/s" in shown["loud"]
+    assert "%|" not in shown["quiet"]
