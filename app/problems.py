@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -12,6 +13,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, ValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from jobs.errors import (
     JobNotFound,
@@ -24,6 +26,7 @@ from jobs.errors import (
 )
 
 MEDIA_TYPE = "application/problem+json"
+LONGEST_VALUE = 60  # characters of a wrong value that an error repeats
 
 # code → status: every code the service answers with.
 CODES: dict[str, int] = {
@@ -96,7 +99,7 @@ def validation_problem(error: ValidationError) -> Problem:
 
 
 def _fields_problem(items: Sequence[Mapping[str, Any]]) -> Problem:
-    found = [FieldError(pointer=_pointer(item["loc"]), detail=item["msg"]) for item in items]
+    found = [FieldError(pointer=_pointer(item["loc"]), detail=_detail(item)) for item in items]
     # A bad element also makes pydantic call its list too short: the element's error is enough.
     deepest = [
         error
@@ -105,6 +108,19 @@ def _fields_problem(items: Sequence[Mapping[str, Any]]) -> Problem:
     ]
     first = deepest[0]
     return Problem("invalid_request", f"{first.pointer or '/'}: {first.detail}", errors=deepest)
+
+
+def _detail(item: Mapping[str, Any]) -> str:
+    """What pydantic found, after the value that it found it in."""
+    if item["type"] == "value_error":  # one of ours: without the "Value error, " before it
+        return str(item["ctx"]["error"])
+    value = item["input"]
+    if item["type"] == "missing" or not isinstance(value, str | int | float):
+        return str(item["msg"])
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) > LONGEST_VALUE:
+        text = f"{text[:LONGEST_VALUE]}…"
+    return f"{text}: {item['msg']}"
 
 
 def _pointer(location: Sequence[int | str]) -> str:
@@ -168,10 +184,26 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     by_status = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
     code = by_status.get(error.status_code, "invalid_request")
-    detail = f"no such route: {request.url.path}" if error.status_code == 404 else error.detail
-    return response(
-        Problem(code, str(detail), headers=error.headers), request.scope.get("request_id", "")
-    )
+    detail, headers = str(error.detail), dict(error.headers or {})
+    if error.status_code == 404:
+        detail = f"no such route: {request.url.path}"
+    elif error.status_code == 405:
+        allowed = ", ".join(_allowed(request))
+        detail, headers["Allow"] = f"{request.method}: must be one of {allowed}", allowed
+    return response(Problem(code, detail, headers=headers), request.scope.get("request_id", ""))
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of a path: a route by itself knows its own alone."""
+    found = [
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
+    return [*found, "HEAD"] if "GET" in found else found  # the middleware answers HEAD as GET
 
 
 async def _on_parameters(request: Request, error: Exception) -> Response:

@@ -78,6 +78,15 @@ def test_a_bad_value_names_field_and_limit(
     assert problem["request_id"] == reply.headers["x-request-id"]
     [error] = problem["errors"]
     assert error["pointer"] == pointer and says in error["detail"]
+    assert "Value error" not in error["detail"]
+
+
+def test_an_error_repeats_the_value_if_it_is_short(client: httpx.Client) -> None:
+    reply = client.post("/generate", json={"seed": -1, "sampler": "x" * 500, "steps": [2]})
+    details = {error["pointer"]: error["detail"] for error in reply.json()["errors"]}
+    assert details["/seed"].startswith("-1: Input should be greater")
+    assert details["/sampler"].startswith('"xxx') and len(details["/sampler"]) < 150
+    assert details["/steps"].startswith("Input should be a valid integer")
 
 
 def test_outputs_that_are_too_large_are_refused_whole(client: httpx.Client) -> None:

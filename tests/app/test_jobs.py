@@ -50,6 +50,9 @@ def test_unknown_ids_are_404(client: httpx.Client) -> None:
             assert client.head(path).status_code == 404 and not client.head(path).content
     wrong = client.delete("/generate")
     assert wrong.status_code == 405 and wrong.json()["code"] == "method_not_allowed"
+    assert wrong.headers["allow"] == "POST" and "POST" in wrong.json()["detail"]
+    both = client.post("/jobs/none")
+    assert both.status_code == 405 and both.headers["allow"] == "GET, DELETE, HEAD"
 
 
 def test_listing_with_cursor_and_filters(client: httpx.Client, worker: Worker) -> None:
