@@ -26,6 +26,7 @@ class UNetConfig:
     channels: width of each resolution level, finest first; each level halves the side.
     attention: for each level, whether its residual blocks are followed by self-attention.
     res_blocks: residual blocks a level on the way down (one more on the way up).
+    groups: of each GroupNorm. Have several channels in each: see `deaf_levels`.
     head_dim: channels of an attention head; None means a single head (the paper).
     downsample_padding: 0 pads the right and the bottom only, 1 all four sides.
     cos_first: [cos | sin] features of the timestep instead of the paper's [sin | cos].
@@ -85,6 +86,15 @@ class UNetConfig:
     def out_channels(self) -> int:
         """Channels of the output: C, or 2C with a learned variance."""
         return self.in_channels * (2 if self.learned_variance else 1)
+
+    @property
+    def deaf_levels(self) -> list[int]:
+        """Levels whose groups are single channels: there t and the label have no effect.
+
+        They are added to each channel as one number, which the normalisation that follows, over
+        that same channel, subtracts again.
+        """
+        return [i for i, width in enumerate(self.channels) if width == self.groups]
 
     @property
     def null_label(self) -> int | None:

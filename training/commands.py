@@ -43,6 +43,13 @@ def train(
             raise StateError(
                 f"{folder}: holds a run already; --resume goes on with it, --out starts another"
             )
+        for level in settings.network.deaf_levels:
+            click.echo(
+                f"warning: network.groups = {settings.network.groups} makes each of the "
+                f"{settings.network.channels[level]} channels of level {level} a group of its own: "
+                "the timestep and the label will have no effect there",
+                err=True,
+            )
         trainer = Trainer(settings, folder, init=init, progress=not quiet)
         if resume:
             step = trainer.resume()

@@ -164,6 +164,20 @@ def test_heads_need_only_divide_the_widths_that_attend() -> None:
     assert network(torch.randn(1, 1, 8, 8), torch.tensor([0])).shape == (1, 1, 8, 8)
 
 
+@pytest.mark.parametrize(("groups", "deaf"), [(4, []), (8, [0])])
+def test_levels_that_hear_nothing_of_t_and_label(groups: int, deaf: list[int]) -> None:
+    config = UNetConfig(**{**vars(TINY), "groups": groups})
+    assert config.deaf_levels == deaf
+    network = UNet(config)
+    randomize(network)
+    generator = torch.Generator().manual_seed(0)
+    for i, level in enumerate(network.down):
+        x = torch.randn(1, level.res[0].conv1.in_channels, 8, 8, generator=generator)
+        one, other = torch.randn(2, 1, 32, generator=generator)
+        change = (level(0, x, one) - level(0, x, other)).abs().max()
+        assert change < 1e-4 if i in deaf else change > 0.1
+
+
 @pytest.mark.parametrize("channels", [8, 16, 24])
 def test_group_norm_by_channels(channels: int) -> None:
     """What compiled code runs in place of torch's own, with its gradients."""

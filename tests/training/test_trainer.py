@@ -229,3 +229,14 @@ def test_quiet_shows_no_bar_and_without_it_all_of_them(config_file: Path, tmp_pa
         shown[name] = result.stderr
     assert "decoding" in shown["loud"] and "step/s" in shown["loud"]
     assert "%|" not in shown["quiet"]
+
+
+def test_groups_of_one_channel_are_warned_of(config_file: Path, tmp_path: Path) -> None:
+    said = {}
+    for groups in (4, 8):
+        options = [f"network.groups={groups}", "--out", str(tmp_path / str(groups)), "--quiet"]
+        result = CliRunner().invoke(train, [str(config_file), *options])
+        assert result.exit_code == 0, result.output
+        said[groups] = result.stderr
+    assert "warning" not in said[4]
+    assert "network.groups = 8 makes each of the 8 channels of level 1" in said[8]
