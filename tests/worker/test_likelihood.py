@@ -237,13 +237,24 @@ def test_indices_key_the_noise(running: Service) -> None:
             assert found[1][place][name] == pytest.approx(found[0][index][name], abs=1e-5)
 
 
+SLOW = """
+import time
+from worker.term_pool import TermPool
+step = TermPool.step
+def slow(self, batch, shape):
+    time.sleep(0.1)
+    return step(self, batch, shape)
+TermPool.step = slow
+"""
+
+
 @pytest.mark.parametrize("signal", [9, 15])
 def test_a_job_whose_worker_ends_goes_on_with_the_next(service: Service, signal: int) -> None:
     """Killed, it does again what was not yet saved; stopped, nothing."""
-    pictures = np.tile(PICTURES, (4, 1, 1, 1))  # enough to be in mid-way for seconds
-    work = 1000 * len(pictures)
-    options = {"kind": "likelihood", "mode": "full", "inputs": pictures, "seed": 1}
-    first = service.worker(DDPM_CHECKPOINT_S="0.02", DDPM_DRAIN_S="0")
+    work = 1000 * len(PICTURES)
+    options = {"kind": "likelihood", "mode": "full", "inputs": PICTURES, "seed": 1}
+    # Slow, so that it is midway however late it is looked at, and however late the signal comes.
+    first = service.worker(fault=SLOW, DDPM_CHECKPOINT_S="0.02", DDPM_DRAIN_S="0")
     job = service.admit(**options)
     service.until(lambda: service.record(job).done >= 500)
     service.kill(first, signal)
