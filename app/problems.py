@@ -187,7 +187,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
     detail, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 404:
         detail = f"no such route: {request.url.path}"
-    elif error.status_code == 405:
+    elif "Allow" in headers:  # of one route, not of all that have the path
         allowed = ", ".join(_allowed(request))
         detail, headers["Allow"] = f"{request.method}: must be one of {allowed}", allowed
     return response(Problem(code, detail, headers=headers), request.scope.get("request_id", ""))

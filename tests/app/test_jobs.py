@@ -53,6 +53,8 @@ def test_unknown_ids_are_404(client: httpx.Client) -> None:
     assert wrong.headers["allow"] == "POST" and "POST" in wrong.json()["detail"]
     both = client.post("/jobs/none")
     assert both.status_code == 405 and both.headers["allow"] == "GET, DELETE, HEAD"
+    file = client.post("/static/index.html")
+    assert file.status_code == 405 and "PUT" not in file.headers.get("allow", "")
 
 
 def test_listing_with_cursor_and_filters(client: httpx.Client, worker: Worker) -> None:
