@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion import cpu_layers
+
 
 class NetworkConfigError(ValueError):
     """A network configuration that cannot be built; the message names the field."""
@@ -136,36 +138,26 @@ def _scaled_init(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
 NEAR_ZERO = 1e-10  # scale of the layers that close a residual branch
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation, in a form that compiles to vector code on a CPU."""
+def _compiling_for_cpu(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
+
+def _training_on_cpu(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad and x.device.type == "cpu"
+
+
+class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and x.device.type == "cpu":
-            return group_norm_by_channels(
+        if _compiling_for_cpu(x):
+            return cpu_layers.group_norm(
                 x, self.num_groups, weight=self.weight, bias=self.bias, eps=self.eps
             )
         return super().forward(x)
 
 
-def group_norm_by_channels(
-    x: Tensor, groups: int, *, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
-    """`F.group_norm` of x [N, C, H, W] as one scale and one shift a channel, found in float32.
-
-    Inductor, left to itself, looks up the statistics of a channel's group for each element, in
-    scalar code. A small matrix product with the membership of channels in groups does it once.
-    """
-    channels = x.shape[1]
-    each = channels // groups
-    member = torch.arange(channels) // each == torch.arange(groups)[:, None]
-    to_channels = member.to(torch.float32)  # [G, C]
-    to_groups = to_channels.T / each  # [C, G]
-    x32 = x.to(torch.float32)
-    mean = x32.mean((2, 3)) @ to_groups  # [N, G]
-    variance = (x32.square().mean((2, 3)) @ to_groups - mean.square()).clamp(min=0)
-    scale = (torch.rsqrt(variance + eps) @ to_channels) * weight.to(torch.float32)  # [N, C]
-    shift = bias.to(torch.float32) - (mean @ to_channels) * scale
-    return (x32 * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
+def silu(x: Tensor) -> Tensor:
+    fast = _compiling_for_cpu(x) and _training_on_cpu(x)
+    return cpu_layers.silu(x) if fast else F.silu(x)
 
 
 class ResBlock(nn.Module):
@@ -182,9 +174,9 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x)))
         h = h + self.emb(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(silu(self.norm2(h))))
         out: Tensor = self.shortcut(x) + h
         return out
 
@@ -204,7 +196,8 @@ class Attention(nn.Module):
         h = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C]
         qkv = self.qkv(h).view(n, height * width, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, HW, C/heads]
-        h = F.scaled_dot_product_attention(q, k, v)
+        attend = cpu_layers.attend if _training_on_cpu(q) else F.scaled_dot_product_attention
+        h = attend(q, k, v)
         h = self.out(h.transpose(1, 2).reshape(n, height * width, c))
         out: Tensor = x + h.transpose(1, 2).view(n, c, height, width)
         return out
@@ -232,7 +225,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        fast = _compiling_for_cpu(x)
+        x = cpu_layers.double(x) if fast else F.interpolate(x, scale_factor=2.0, mode="nearest")
+        out: Tensor = self.conv(x)
         return out
 
 
@@ -350,5 +345,5 @@ class UNet(nn.Module):
                 h = level(j, torch.cat([h, skips.pop()], dim=1), emb)
             if i < len(self.upsample):
                 h = self.upsample[i](h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        out: Tensor = self.conv_out(silu(self.norm_out(h)))
         return out

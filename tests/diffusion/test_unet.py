@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from diffusion import UNet, UNetConfig
-from diffusion.unet import NetworkConfigError, group_norm_by_channels, timestep_embedding
+from diffusion.unet import NetworkConfigError, timestep_embedding
 from tests.diffusion.networks import TINY, build_model, randomize
 
 PAPER = UNetConfig()
@@ -176,22 +175,3 @@ def test_levels_that_hear_nothing_of_t_and_label(groups: int, deaf: list[int]) -
         one, other = torch.randn(2, 1, 32, generator=generator)
         change = (level(0, x, one) - level(0, x, other)).abs().max()
         assert change < 1e-4 if i in deaf else change > 0.1
-
-
-@pytest.mark.parametrize("channels", [8, 16, 24])
-def test_group_norm_by_channels(channels: int) -> None:
-    """What compiled code runs in place of torch's own, with its gradients."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, channels, 5, 6, generator=generator, requires_grad=True)
-    offset = 3 * torch.randn(channels, 1, 1, generator=generator)
-    weight, bias = (torch.randn(channels, generator=generator, requires_grad=True) for _ in "wb")
-    found = group_norm_by_channels(x + offset, 8, weight=weight, bias=bias, eps=1e-6)
-    expected = F.group_norm(x + offset, 8, weight, bias, 1e-6)
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
-    up = torch.randn(expected.shape, generator=generator)
-    for ours, theirs in zip(
-        torch.autograd.grad(found, (x, weight, bias), up),
-        torch.autograd.grad(expected, (x, weight, bias), up),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
