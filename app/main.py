@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -39,12 +40,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         async with services.running():
             yield
 
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs with Swagger UI of our own: clusters often see no CDN
         title="ddpm-serve",
         version=_version(),
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
+        static_url="/static/docs",
     )
     app.state.services = services
     problems.install(app)

@@ -103,3 +103,14 @@ def test_what_is_refused_is_said(page: Any) -> None:
     generate(page, images=0, steps=10)
     page.wait_for_selector("#status .bad")
     assert "num_images" in page.inner_text("#status")
+
+
+def test_the_documentation_needs_no_other_host(page: Any) -> None:
+    documentation = page.context.browser.new_page()
+    asked: list[str] = []
+    documentation.on("request", lambda request: asked.append(request.url))
+    documentation.goto(page.url + "docs")
+    documentation.wait_for_selector("text=/generate")
+    own = documentation.url.removesuffix("/docs")
+    assert len(asked) > 3 and all(url.startswith((own, "data:")) for url in asked), asked
+    documentation.close()

@@ -21,6 +21,16 @@ def test_the_page_is_served_without_a_key_and_from_here_alone(client: httpx.Clie
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", PAGE)
 
 
+def test_the_documentation_comes_from_here_alone(client: httpx.Client) -> None:
+    page = client.get("/docs").text
+    addresses = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
+    assert len(addresses) == 3  # a style sheet, a script, an icon
+    for address in addresses:
+        assert address.startswith("/static/docs/")
+        assert client.get(address).status_code == 200
+    assert not re.search(r"""["'](?:https?:)?//""", page)
+
+
 def test_every_element_the_script_names_exists() -> None:
     named = set(re.findall(r'\$\("([\w-]+)"\)', PAGE))
     assert len(named) > 15
