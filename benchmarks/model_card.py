@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,13 @@ import matplotlib
 import torch
 
 import diffusion
-from training.config import TrainConfig, parse_config
+from training.config import TrainConfig, load_config, parse_config
 from training.pictures import grid
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+CONFIG = "training/configs/mnist.toml"
 SAMPLED = {"sampler": "ddpm", "steps": 250, "variance": "small", "seed": 0}
 
 
@@ -39,6 +41,13 @@ class Stage:
         config = parse_config(json.loads((run / "train.json").read_text()), "train.json")
         lines = (run / "metrics.jsonl").read_text().splitlines()
         return cls(config, [json.loads(line) for line in lines])
+
+    def overrides(self) -> list[str]:
+        """What the run's configuration changed of CONFIG, as `ddpm train` takes it."""
+        own, base = (flat(config) for config in (self.config, load_config(CONFIG)))
+        changed = {key: value for key, value in own.items() if value != base[key]}
+        changed.pop("data.source", None)  # where the images lay
+        return [f"{key}={json.dumps(value).strip(chr(34))}" for key, value in changed.items()]
 
     @property
     def images(self) -> int:
@@ -59,10 +68,34 @@ class Stage:
         return sum(m["loss"] for m in tail) / len(tail)
 
 
+def flat(config: TrainConfig) -> dict[str, object]:
+    """Keys with dots, as on the command line."""
+    found: dict[str, object] = {}
+    for key, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            found.update({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            found[key] = value
+    return found
+
+
+def commands(stages: list[Stage]) -> str:
+    """How each stage was run, on from the weights of the one before."""
+    lines = []
+    for i, stage in enumerate(stages, 1):
+        begin = [f"--init runs/{i - 1}"] if i > 1 else []
+        words = [f"ddpm train {CONFIG}", *begin, f"--out runs/{i}", *stage.overrides()]
+        wrapped = textwrap.wrap(
+            " ".join(words), 96, subsequent_indent="    ", break_on_hyphens=False
+        )
+        lines.append(" \\\n".join(wrapped))
+    return "\n".join(lines)
+
+
 def plot_loss(stages: list[Stage], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     seen = 0
-    for stage, color in zip(stages, ("tab:blue", "tab:orange", "tab:green"), strict=False):
+    for i, stage in enumerate(stages):
         images = [(seen + m["step"] * stage.config.batch_size) / 1000 for m in stage.metrics]
         losses = [m["loss"] for m in stage.metrics]
         window = max(1, len(losses) // 40)
@@ -71,7 +104,8 @@ def plot_loss(stages: list[Stage], path: Path) -> None:
             for i in range(len(losses))
         ]
         axes.plot(images, losses, color="0.75", linewidth=0.8)
-        axes.plot(images, smooth, color=color, label=f"objective {stage.config.objective}")
+        label = f"stage {i + 1}: {stage.config.objective}"
+        axes.plot(images, smooth, color=f"C{i}", label=label)
         seen += stage.images
     axes.set(xlabel="thousand images", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
@@ -134,8 +168,9 @@ def quality_lines(path: Path | None) -> list[str]:
     ]
     for name, row in report.items():
         if isinstance(row, dict):
+            share, error = row["recognised"], row["standard_error"]
             lines.append(
-                f"| {row['images']} × {name} | {row['recognised']:.1%} of {row['of']} "
+                f"| {row['images']} × {name} | {share:.1%} ± {error:.1%} "
                 f"| {row['frechet']:.2f} | {row['frechet_train']:.2f} |"
             )
     return lines
@@ -168,6 +203,7 @@ def main() -> None:
         ("digest", f"`{model.digest}`"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    null = config.network.null_label
     text = f"""# {arguments.model.name}
 
 ![Samples: one class a column]({"samples.png"})
@@ -178,10 +214,13 @@ def main() -> None:
 |---|---|
 {table}
 
-The data are MNIST (LeCun, Cortes, Burges), 28×28 grey digits padded with black to 32×32. The
-configurations of the stages are [`mnist.toml`](../../training/configs/mnist.toml) and
-[`mnist-refine.toml`](../../training/configs/mnist-refine.toml). Label {config.network.null_label}
-means "no label": the model draws with a class, without one, or with guidance.
+The data are MNIST (LeCun, Cortes, Burges), 28×28 grey digits padded with black to 32×32. Label
+{null} means "no label": the model draws with a class, without one, or with guidance.
+Each stage goes on from the weights of the one before:
+
+```bash
+{commands(stages)}
+```
 
 ## How good
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,6 +36,7 @@ from training.frechet import frechet_distance
 from training.pictures import grid
 
 BATCH = 50
+FIRST = 1000
 
 
 class Classifier(nn.Module):
@@ -161,8 +163,11 @@ def main() -> None:
         "real_accuracy": real_accuracy,
     }
     print(f"model {model.digest[:12]}; the classifier on the real test set: {real_accuracy:.2%}")
-    print("| samples | recognised | Fréchet to test | as many training images | ratio |")
-    print("|---|---|---|---|---|")
+    print(
+        f"| samples | recognised | of the first {FIRST} | Fréchet to test "
+        "| as many training images | ratio |"
+    )
+    print("|---|---|---|---|---|---|")
     plans = [("ddpm", 1000, arguments.ancestral), ("ddim", 50, arguments.ddim)]
     for sampler, steps, n in plans:
         if not n:
@@ -175,20 +180,22 @@ def main() -> None:
         images = pixels.float() / 127.5 - 1
         grid(images[:100], columns=10).save(out / f"{name}.png")
         features, labels = evaluate(network, images)
-        counted = min(n, 1000)
-        right = float((labels == torch.arange(n) % 10)[:counted].float().mean())
+        right = (labels == torch.arange(n) % 10).float()
+        share, first = float(right.mean()), float(right[:FIRST].mean())
+        error = math.sqrt(share * (1 - share) / n)
         distance = frechet_distance(features, real_features)
         reference_features, _ = evaluate(network, train.images(slice(0, n)))
         reference = frechet_distance(reference_features, real_features)
         print(
-            f"| {n} × {sampler} {steps} | {right:.1%} of {counted} | {distance:.2f} "
-            f"| {reference:.2f} | {distance / reference:.2f} |",
+            f"| {n} × {sampler} {steps} | {share:.1%} ± {error:.1%} | {first:.1%} "
+            f"| {distance:.2f} | {reference:.2f} | {distance / reference:.2f} |",
             flush=True,
         )
         report[name] = {
             "images": n,
-            "recognised": right,
-            "of": counted,
+            "recognised": share,
+            "standard_error": error,
+            f"recognised_of_first_{min(n, FIRST)}": first,
             "frechet": distance,
             "frechet_train": reference,
             "seconds": round(seconds, 1),

@@ -60,6 +60,7 @@ def diffusers_step(folder: Path, batch: int) -> Callable[[], None]:
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         layers_per_block=2,
+        norm_num_groups=8,
         attention_head_dim=None,
         num_class_embeds=11,
     )
