@@ -47,7 +47,8 @@ class Stage:
         own, base = (flat(config) for config in (self.config, load_config(CONFIG)))
         changed = {key: value for key, value in own.items() if value != base[key]}
         changed.pop("data.source", None)  # where the images lay
-        return [f"{key}={json.dumps(value).strip(chr(34))}" for key, value in changed.items()]
+        shown = {k: json.dumps(v, separators=(",", ":")).strip('"') for k, v in changed.items()}
+        return [f"{key}={value}" for key, value in shown.items()]
 
     @property
     def images(self) -> int:

@@ -36,7 +36,7 @@ from training.frechet import frechet_distance
 from training.pictures import grid
 
 BATCH = 50
-FIRST = 1000
+FIRST = 1000  # also counted on their own: the samples of the aim at 50 DDIM steps
 
 
 class Classifier(nn.Module):
