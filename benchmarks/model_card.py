@@ -1,10 +1,11 @@
 """Write a model card: what was trained, on what, how long, and how well.
 
-    .venv/bin/python benchmarks/model_card.py MODEL RUN… [--quality QUALITY.json]
+    .venv/bin/python benchmarks/model_card.py MODEL [RUN…] [--quality QUALITY.json]
         [--evaluation RESULTS.json] [--machine "…"]
 
-RUN… are the folders of `ddpm train`, one a stage (configuration and metrics); MODEL is the
-checkpoint folder that gets README.md, loss.png, samples.png and metrics.jsonl.
+MODEL is the checkpoint folder; it gets README.md, loss.png and samples.png, and keeps how it was
+trained: stages.jsonl has each stage's configuration, metrics.jsonl what it logged. RUN… are the
+folders of `ddpm train` that are to be added as its latest stages.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -26,6 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CONFIG = "training/configs/mnist.toml"
+STAGES, METRICS = "stages.jsonl", "metrics.jsonl"
 SAMPLED = {"sampler": "ddpm", "steps": 250, "variance": "small", "seed": 0}
 
 
@@ -37,10 +40,28 @@ class Stage:
     metrics: list[dict[str, float]]
 
     @classmethod
-    def read(cls, run: Path) -> Stage:
+    def of_run(cls, run: Path) -> Stage:
+        """What `ddpm train` left in its folder."""
         config = parse_config(json.loads((run / "train.json").read_text()), "train.json")
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        return cls(config, [json.loads(line) for line in lines])
+        return cls(config, read_lines(run / METRICS))
+
+    @classmethod
+    def of_model(cls, model: Path) -> list[Stage]:
+        """The stages that an earlier card of this model recorded."""
+        if not (model / STAGES).exists():
+            return []
+        logged = read_lines(model / METRICS)
+        return [
+            cls(
+                parse_config(config, STAGES),
+                [
+                    {key: value for key, value in row.items() if key != "stage"}
+                    for row in logged
+                    if row["stage"] == i
+                ],
+            )
+            for i, config in enumerate(read_lines(model / STAGES), 1)
+        ]
 
     def overrides(self) -> list[str]:
         """What the run's configuration changed of CONFIG, as `ddpm train` takes it."""
@@ -67,6 +88,14 @@ class Stage:
     def last_loss(self) -> float:
         tail = self.metrics[-max(1, len(self.metrics) // 10) :]
         return sum(m["loss"] for m in tail) / len(tail)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def flat(config: TrainConfig) -> dict[str, object]:
@@ -180,12 +209,15 @@ def quality_lines(path: Path | None) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--quality", type=Path)
     parser.add_argument("--evaluation", type=Path)
     parser.add_argument("--machine", default="2 CPU cores")
     arguments = parser.parse_args()
-    stages = [Stage.read(run) for run in arguments.runs]
+    stages = Stage.of_model(arguments.model)
+    stages += [run for run in map(Stage.of_run, arguments.runs) if run not in stages]
+    if not stages:
+        parser.error(f"{arguments.model} records no stages yet: name the folders of its runs")
     config = stages[-1].config
     model = diffusion.load(arguments.model)
     plot_loss(stages, arguments.model / "loss.png")
@@ -194,7 +226,8 @@ def main() -> None:
     images = diffusion.sample(model, 100, class_label=labels, **SAMPLED)
     grid(images, columns=10).save(arguments.model / "samples.png", optimize=True)
     rows = [{"stage": i, **m} for i, stage in enumerate(stages, 1) for m in stage.metrics]
-    (arguments.model / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_lines(arguments.model / METRICS, rows)
+    write_lines(arguments.model / STAGES, [s.config.model_dump(mode="json") for s in stages])
     parameters = sum(p.numel() for p in model.network.parameters())
     facts = [
         ("parameters", f"{parameters:,}"),
