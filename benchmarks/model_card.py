@@ -41,9 +41,10 @@ class Stage:
 
     @classmethod
     def of_run(cls, run: Path) -> Stage:
-        """What `ddpm train` left in its folder."""
-        config = parse_config(json.loads((run / "train.json").read_text()), "train.json")
-        return cls(config, read_lines(run / METRICS))
+        """What `ddpm train` left in its folder, but for where the images lay on that machine."""
+        config = json.loads((run / "train.json").read_text())
+        config["data"]["source"] = load_config(CONFIG).data.source
+        return cls(parse_config(config, "train.json"), read_lines(run / METRICS))
 
     @classmethod
     def of_model(cls, model: Path) -> list[Stage]:
@@ -67,7 +68,6 @@ class Stage:
         """What the run's configuration changed of CONFIG, as `ddpm train` takes it."""
         own, base = (flat(config) for config in (self.config, load_config(CONFIG)))
         changed = {key: value for key, value in own.items() if value != base[key]}
-        changed.pop("data.source", None)  # where the images lay
         shown = {k: json.dumps(v, separators=(",", ":")).strip('"') for k, v in changed.items()}
         return [f"{key}={value}" for key, value in shown.items()]
 
