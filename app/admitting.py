@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from jobs.admission import Admission, Admitted, Order
+from jobs.store.admission import Admission, Admitted, Order
 
 _MOST_TOGETHER = 64
 T = TypeVar("T")

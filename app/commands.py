@@ -69,7 +69,7 @@ def api(host: str, port: int, log_level: str) -> None:
 )
 def up(host: str, port: int, workers: int, data: Path) -> None:
     """Serve: start Redis (or use REDIS_URL), workers and the HTTP API."""
-    from app.supervisor import StartFailed, Supervisor
+    from app.up.supervisor import StartFailed, Supervisor
 
     settings = load_settings()
     # Bound only to see that it can be: the API, a process of its own, binds it again.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.views import EXAMPLE_ID
-from jobs.events import EVENTS
+from jobs.store.events import EVENTS
 
 _REF = "#/components/schemas/"
 

@@ -21,9 +21,9 @@ from app.middleware import Edge
 from app.routes import create, jobs, models, outputs, reconstruct, system
 from app.services import Services
 from app.views import JobView
-from jobs.events import EVENTS
+from jobs.kinds.common import GenerateSpec
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec
+from jobs.store.events import EVENTS
 
 STATIC = Path(__file__).parent / "static"
 DESCRIPTION = """Denoising diffusion as a service: images from noise, noise from images, and every

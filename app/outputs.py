@@ -10,13 +10,14 @@ from fastapi.responses import Response
 from app.problems import Problem
 from app.services import Services
 from app.views import manifest
-from jobs import keys, pictures
+from jobs import pictures
 from jobs.errors import OutputExpired
+from jobs.kinds.common import ChainSpec, NoiseSpec
 from jobs.pictures import Float32, UInt8, from_bytes, to_uint8
-from jobs.reader import JobState
-from jobs.records import JobRecord
-from jobs.specs import ChainSpec, NoiseSpec
 from jobs.states import ACTIVE
+from jobs.store import keys
+from jobs.store.reader import JobState
+from jobs.store.records import JobRecord
 
 MEDIA = {
     "png": "image/png",

@@ -16,14 +16,14 @@ from app.auth import Keyring
 from app.metrics import Metrics
 from app.tasks import reap
 from app.webhooks import Courier
-from jobs.admission import Admission, Admitted
 from jobs.errors import JobNotFound
-from jobs.hub import BLOCK_MS, EventHub
-from jobs.janitor import Janitor
 from jobs.rates import eta_s
-from jobs.reader import JobReader, JobState, connect
 from jobs.settings import Settings
-from jobs.store import JobStore
+from jobs.store.admission import Admission, Admitted
+from jobs.store.hub import BLOCK_MS, EventHub
+from jobs.store.janitor import Janitor
+from jobs.store.reader import JobReader, JobState, connect
+from jobs.store.writer import JobStore
 from jobs.webhooks import WebhookQueue
 
 log = logging.getLogger(__name__)

@@ -14,15 +14,15 @@ from starlette.types import Message, Receive, Scope, Send
 from app.services import Services
 from app.tasks import reap
 from app.views import dump, job_view
-from jobs import keys
-from jobs.events import ErrorEvent, last_event
-from jobs.events import dump as dump_event
-from jobs.hub import ENDS, START, Entry, order
+from jobs.kinds.common import ChainSpec
 from jobs.pictures import encode_png, from_bytes, to_uint8
-from jobs.reader import JobState
-from jobs.records import JobRecord
-from jobs.specs import ChainSpec
 from jobs.states import ACTIVE
+from jobs.store import keys
+from jobs.store.events import ErrorEvent, last_event
+from jobs.store.events import dump as dump_event
+from jobs.store.hub import ENDS, START, Entry, order
+from jobs.store.reader import JobState
+from jobs.store.records import JobRecord
 
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

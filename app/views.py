@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.events import JobFault, image_url, snapshot_url
-from jobs.kinds import LikelihoodSpec
-from jobs.reader import JobState
-from jobs.records import JobRecord
+from jobs.kinds.common import ChainSpec
+from jobs.kinds.table import LikelihoodSpec
 from jobs.results import LikelihoodResult
-from jobs.specs import ChainSpec
 from jobs.states import Status
+from jobs.store.events import JobFault, image_url, snapshot_url
+from jobs.store.reader import JobState
+from jobs.store.records import JobRecord
 
 EXAMPLE_ID = "019ac5d2f3a40000a1b2c3d4e5f6"
 

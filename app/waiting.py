@@ -10,9 +10,9 @@ from fastapi import Request
 from app.services import Services
 from app.streams import disconnected
 from app.tasks import reap
-from jobs.hub import ENDS
-from jobs.reader import JobState
 from jobs.states import ACTIVE
+from jobs.store.hub import ENDS
+from jobs.store.reader import JobState
 
 _LOOK_S = 5.0  # how often to look whether the job is still there at all
 

@@ -23,8 +23,8 @@ from redis.exceptions import RedisError
 
 from app.metrics import Metrics
 from app.views import dump, job_view, timestamp
-from jobs.reader import JobReader, JobState
 from jobs.settings import Settings
+from jobs.store.reader import JobReader, JobState
 from jobs.webhooks import Claim, WebhookQueue
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ import matplotlib
 import numpy as np
 import torch
 
-from diffusion.autoregressive import MaskingChain
 from diffusion.bound import (
     Trajectories,
     bound_table,
@@ -27,7 +26,15 @@ from diffusion.bound import (
     transition_nats,
 )
 from diffusion.decoder import density_nats
-from diffusion.exact import (
+from diffusion.forward import q_trajectory
+from diffusion.langevin import annealed_langevin, with_correctors
+from diffusion.learned_schedule import LearnedSchedule
+from diffusion.noise import Purpose, image_normals
+from diffusion.samplers import SamplerTable, ancestral, ddim, dpmpp_2m, spaced_timesteps
+from diffusion.schedule import Schedule, linear_schedule
+from diffusion.term_plan import schedule_proposal
+from diffusion.theory.autoregressive import MaskingChain
+from diffusion.theory.exact import (
     Mixture,
     distance_to_gaussian,
     gaussian_gap,
@@ -36,13 +43,6 @@ from diffusion.exact import (
     reverse_conditional,
     x_start_gain,
 )
-from diffusion.forward import q_trajectory
-from diffusion.langevin import annealed_langevin, with_correctors
-from diffusion.learned_schedule import LearnedSchedule
-from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import SamplerTable, ancestral, ddim, dpmpp_2m, spaced_timesteps
-from diffusion.schedule import Schedule, linear_schedule
-from diffusion.term_plan import schedule_proposal
 from diffusion.weights import eps_weight, min_snr_weight
 
 matplotlib.use("Agg")

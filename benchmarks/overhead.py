@@ -27,13 +27,13 @@ from serving import HERE, OUR_PORT, open_client, server
 
 from diffusion.sampling import build_table
 from jobs.settings import Settings
-from worker.compiling import Compiler, example
-from worker.engine import Engine
-from worker.lane import EngineOptions
+from worker.engine.lane import EngineOptions
+from worker.engine.loop import Engine
+from worker.engine.tasks import Advanced, Event, Finished, Start, Task
 from worker.models import ModelFolder
-from worker.networks import Networks
-from worker.tasks import Advanced, Event, Finished, Start, Task
-from worker.threads import reserve_team, with_team
+from worker.network.compiling import Compiler, example
+from worker.network.networks import Networks
+from worker.network.threads import reserve_team, with_team
 
 IMAGES, STEPS, CLIENTS = 16, 50, 8  # a job, and how many are under way: 128 chains
 

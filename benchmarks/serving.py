@@ -27,7 +27,7 @@ from pathlib import Path
 import httpx
 
 import diffusion
-from diffusion.diffusers_folder import export_diffusers
+from diffusion.diffusers.folder import export_diffusers
 
 HERE = Path(__file__).parent
 STEPS = (10, 20, 50, 100)

@@ -1,7 +1,7 @@
 """A trained model: network, schedule and parameterisation, and the folder it is kept in.
 
 A folder holds `config.json` and `model.safetensors`; nothing in it is ever executed. A diffusers
-folder (`model_index.json`) loads as well: see `diffusion.diffusers_folder`.
+folder (`model_index.json`) loads as well: see `diffusion.diffusers.folder`.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
 
     Raises CheckpointError: no such folder, a missing or broken file, weights that do not fit.
     """
-    from diffusion.diffusers_folder import is_diffusers_folder, load_diffusers  # needs this module
+    from diffusion.diffusers.folder import is_diffusers_folder, load_diffusers  # needs this module
 
     folder = Path(folder)
     if is_diffusers_folder(folder):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import redis.asyncio as aioredis
 
-from jobs import keys
+from jobs.store import keys
 
 LEASE_S = 60
 DELAYS_S = (5, 30, 120, 600, 1800, 7200)  # after the first attempt, the second, …

@@ -29,7 +29,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "jobs": LEARNING | WEB,
     "training": WEB | {"redis", "rq"},
     "worker": WEB | {"accelerate", "datasets", "diffusers"},
-    "worker/engine.py": {"jobs", "redis", "rq"},
+    "worker/engine": {"jobs", "redis", "rq"},
+    "worker/network": {"redis", "rq"},
 }
 
 

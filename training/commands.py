@@ -115,11 +115,11 @@ def sample(**options: object) -> None:
 @click.option("--to", type=click.Choice(["ours", "diffusers"]), default="ours", show_default=True)
 def convert(source: Path, target: Path, to: str) -> None:
     """Convert a checkpoint folder: SOURCE in our format or diffusers', TARGET in the one named."""
-    from diffusion import diffusers_folder
+    from diffusion.diffusers import folder
     from diffusion.model import CheckpointError
 
     try:
-        diffusers_folder.convert(source, target, to)
+        folder.convert(source, target, to)
     except (CheckpointError, OSError) as error:
         sys.exit(f"ddpm convert: {error}")
     click.echo(str(target))

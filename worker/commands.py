@@ -11,12 +11,12 @@ import redis
 import torch
 
 from jobs.settings import Settings, load_settings
-from jobs.store import JobStore, connect
-from worker.device import DeviceError, pick_device
+from jobs.store.writer import JobStore, connect
 from worker.models import ModelFolder
+from worker.network.device import DeviceError, pick_device
+from worker.network.threads import reserve_team
 from worker.rq_adapter import EngineWorker
 from worker.runtime import Runtime
-from worker.threads import reserve_team
 
 log = logging.getLogger("ddpm.worker")
 WORKER_NICENESS = 5  # on a shared CPU the API answers first: it needs little, and at once

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from diffusion.samplers import SamplerTable
-from jobs.records import JobRecord
-from jobs.specs import ChainSpec, NoiseSpec
-from worker.likelihoods import Numbers
+from jobs.kinds.common import ChainSpec, NoiseSpec
+from jobs.store.records import JobRecord
+from worker.kinds.likelihoods import Numbers
 from worker.models import Served
 
 

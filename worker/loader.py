@@ -8,12 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from diffusion import Model
-from jobs.kinds import LikelihoodSpec
-from jobs.records import JobRecord
-from jobs.specs import NoiseSpec
-from worker.engine import Engine
+from jobs.kinds.common import NoiseSpec
+from jobs.kinds.table import LikelihoodSpec
+from jobs.store.records import JobRecord
+from worker.engine.loop import Engine
 from worker.models import ModelFolder
-from worker.threads import keep_to_one
+from worker.network.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
 

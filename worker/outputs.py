@@ -19,12 +19,10 @@ import redis
 import torch
 from torch import Tensor
 
-from jobs.batch import Fate, WriteBatch
 from jobs.pictures import Float32
-from jobs.store import JobStore
-from worker.chain_state import pack
-from worker.flights import Ending, Flight, Intent, Outcome
-from worker.tasks import (
+from jobs.store.batch import Fate, WriteBatch
+from jobs.store.writer import JobStore
+from worker.engine.tasks import (
     Advanced,
     Canceled,
     Checkpoint,
@@ -37,7 +35,9 @@ from worker.tasks import (
     States,
     Terms,
 )
-from worker.threads import keep_to_one
+from worker.flights import Ending, Flight, Intent, Outcome
+from worker.kinds.chain_state import pack
+from worker.network.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
 T = TypeVar("T")

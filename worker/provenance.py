@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.kinds import JobSpec, LikelihoodSpec
-from jobs.specs import ChainSpec
+from jobs.kinds.common import ChainSpec
+from jobs.kinds.table import JobSpec, LikelihoodSpec
 from worker.models import Served
 
 

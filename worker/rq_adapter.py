@@ -41,10 +41,10 @@ from rq.utils import as_text, get_version, now
 from rq.version import VERSION
 from rq.worker import BaseWorker, WorkerStatus
 
-from jobs.rq_queue import JOB_FUNCTION
+from jobs.store.rq_queue import JOB_FUNCTION
+from worker.engine.tasks import EngineStopped
 from worker.flights import Ending, Flight, Intent, Outcome
 from worker.runtime import Runtime
-from worker.tasks import EngineStopped
 
 log = logging.getLogger("ddpm.worker")
 

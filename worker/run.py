@@ -11,10 +11,10 @@ import uuid
 from rq import get_current_job
 
 from jobs.settings import Settings
-from jobs.store import JobStore
-from worker.device import pick_device
+from jobs.store.writer import JobStore
 from worker.flights import Ending, Flight
 from worker.models import ModelFolder
+from worker.network.device import pick_device
 from worker.runtime import Runtime
 
 

@@ -15,25 +15,25 @@ import redis
 import torch
 from torch import Tensor
 
-from jobs.kinds import LikelihoodSpec
-from jobs.records import JobRecord
+from jobs.kinds.common import ChainSpec, NoiseSpec
+from jobs.kinds.table import LikelihoodSpec
 from jobs.settings import Settings
-from jobs.specs import ChainSpec, NoiseSpec
 from jobs.states import Status
-from jobs.store import MAX_ATTEMPTS, JobStore, Started, WorkerInfo
-from worker.chains import chain_task
-from worker.compiling import Compiler
-from worker.engine import Engine
+from jobs.store.records import JobRecord
+from jobs.store.writer import MAX_ATTEMPTS, JobStore, Started, WorkerInfo
+from worker.engine.lane import EngineOptions
+from worker.engine.loop import Engine
+from worker.engine.tasks import Canceled, EngineError, EngineStopped, Failed, Finished, Snapshot
 from worker.flights import Ending, Flight, Intent, Outcome
-from worker.lane import EngineOptions
-from worker.likelihoods import Numbers
+from worker.kinds.chains import chain_task
+from worker.kinds.likelihoods import Numbers
+from worker.kinds.noising import MODES, uploaded
 from worker.loader import Loader
 from worker.models import ModelFolder, Served
-from worker.noising import MODES, uploaded
+from worker.network.compiling import Compiler
+from worker.network.threads import keep_to_one
 from worker.outputs import Outputs, OutputsThread
 from worker.provenance import provenance
-from worker.tasks import Canceled, EngineError, EngineStopped, Failed, Finished, Snapshot
-from worker.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
 DUTIES_S = 3.0  # between two looks at the model folder

@@ -20,13 +20,13 @@ from app.services import Services, services
 from app.streams import EventStream, job_frames
 from app.views import dump, job_view
 from app.waiting import until_ended
-from jobs.admission import Admitted, Idempotency, Order
 from jobs.cards import ModelCard
 from jobs.errors import PictureError, PictureMedia, PictureTooLarge
-from jobs.kinds import InterpolateSpec, JobSpec, LikelihoodSpec, ReconstructSpec, admit
-from jobs.reader import JobState
-from jobs.specs import GenerateSpec, NoiseSpec, Strict
+from jobs.kinds.common import GenerateSpec, NoiseSpec, Strict
+from jobs.kinds.table import InterpolateSpec, JobSpec, LikelihoodSpec, ReconstructSpec, admit
 from jobs.states import ACTIVE, Status
+from jobs.store.admission import Admitted, Idempotency, Order
+from jobs.store.reader import JobState
 from jobs.uploads import Fit, decode
 
 router = APIRouter(tags=["create"])

@@ -24,11 +24,12 @@ from app.outputs import (
 from app.problems import Problem, documented
 from app.services import services
 from app.views import manifest
-from jobs import keys, pictures
+from jobs import pictures
 from jobs.errors import OutputExpired
+from jobs.kinds.common import NoiseSpec
 from jobs.pictures import Float32
-from jobs.records import JobRecord
-from jobs.specs import NoiseSpec
+from jobs.store import keys
+from jobs.store.records import JobRecord
 
 router = APIRouter(tags=["outputs"])
 ERRORS = documented(

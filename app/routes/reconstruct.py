@@ -23,11 +23,11 @@ from app.routes.create import (
     uploaded,
 )
 from app.services import Services, services
-from jobs import keys
 from jobs.cards import ModelCard
 from jobs.errors import OutputExpired, PictureError
-from jobs.kinds import ReconstructSpec, SnapshotSource
-from jobs.reader import JobState
+from jobs.kinds.table import ReconstructSpec, SnapshotSource
+from jobs.store import keys
+from jobs.store.reader import JobState
 from jobs.uploads import decode_x_t
 
 router = APIRouter(tags=["create"])

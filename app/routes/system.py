@@ -11,7 +11,7 @@ from app.problems import Problem, documented
 from app.routes.jobs import json_response
 from app.services import services
 from jobs.rates import eta_s
-from jobs.reader import JobReader, QueueState
+from jobs.store.reader import JobReader, QueueState
 
 router = APIRouter(tags=["system"])
 

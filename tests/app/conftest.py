@@ -20,7 +20,7 @@ from PIL import Image
 from app.main import create_app
 from jobs.cards import ModelCard
 from jobs.settings import Settings
-from jobs.store import JobStore, Started
+from jobs.store.writer import JobStore, Started
 
 START_TIMEOUT = 60.0
 X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)

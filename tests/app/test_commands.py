@@ -15,9 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app import embedded_redis
-from app.children import Child
-from jobs.store import JobStore
+from app.up import embedded_redis
+from app.up.children import Child
+from jobs.store.writer import JobStore
 
 ROOT = Path(__file__).parents[2]
 

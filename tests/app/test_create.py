@@ -14,7 +14,7 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from jobs.store import JobStore
+from jobs.store.writer import JobStore
 from tests.app.conftest import CARD, Worker, later, png, when_queued
 
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from jobs import keys
-from jobs.store import JobStore
+from jobs.store import keys
+from jobs.store.writer import JobStore
 from tests.app.conftest import Worker, later, until
 
 

@@ -9,13 +9,13 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from jobs import keys
-from jobs.admission import Admission, Order
-from jobs.janitor import Janitor
-from jobs.kinds import admit
+from jobs.kinds.common import GenerateSpec
+from jobs.kinds.table import admit
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec
-from jobs.store import JobStore, WorkerInfo
+from jobs.store import keys
+from jobs.store.admission import Admission, Order
+from jobs.store.janitor import Janitor
+from jobs.store.writer import JobStore, WorkerInfo
 from tests.app.conftest import CARD, Worker, until
 
 
@@ -206,7 +206,7 @@ def test_admission_is_one_transaction(store: JobStore) -> None:
 def test_the_janitor_takes_back_what_a_dead_worker_left(
     client: httpx.Client, store: JobStore, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.janitor._CONFIRM_S", 0.0)
+    monkeypatch.setattr("jobs.store.janitor._CONFIRM_S", 0.0)
     requeued, canceled, lost = (submit(client) for _ in range(3))
     for job_id in (requeued, canceled, lost):
         worker.start(job_id)  # RQ still has them as queued, as after its own cleaning

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from jobs.store import JobStore
+from jobs.store.writer import JobStore
 from tests.app.conftest import Worker, png
 
 PICTURE = base64.b64encode(png()).decode()

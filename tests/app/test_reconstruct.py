@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from jobs.store import JobStore
+from jobs.store.writer import JobStore
 from tests.app.conftest import CARD, Worker, X, png
 
 

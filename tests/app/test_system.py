@@ -14,7 +14,7 @@ import pytest
 from app.auth import PublicWithoutKeys, check_bind
 from app.main import create_app
 from jobs.settings import Settings
-from jobs.store import JobStore, WorkerInfo
+from jobs.store.writer import JobStore, WorkerInfo
 from tests.app.conftest import CARD, Worker, X, png
 
 CREATE = ("/generate", "/noise", "/reconstruct", "/interpolate", "/likelihood")

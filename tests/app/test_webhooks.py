@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from app.webhooks import AddressRefused, checked_address, signing_key
-from jobs import keys
-from jobs.store import JobStore
+from jobs.store import keys
+from jobs.store.writer import JobStore
 from tests.app.conftest import Worker, until
 
 KEY = b"0123456789abcdef01234567"

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from diffusion.autoregressive import MaskingChain
+from diffusion.theory.autoregressive import MaskingChain
 
 K, D = 3, 4
 

@@ -22,7 +22,9 @@ from diffusion.bound import (
     transition_nats,
 )
 from diffusion.decoder import PROBABILITY_FLOOR, decoder_nats, density_nats, normal_mass
-from diffusion.exact import (
+from diffusion.forward import q_posterior, q_trajectory
+from diffusion.schedule import Schedule, cosine_schedule, linear_schedule
+from diffusion.theory.exact import (
     eps_gain,
     gaussian_bound,
     gaussian_entropy,
@@ -33,8 +35,6 @@ from diffusion.exact import (
     x_start_error,
     x_start_gain,
 )
-from diffusion.forward import q_posterior, q_trajectory
-from diffusion.schedule import Schedule, cosine_schedule, linear_schedule
 from diffusion.weights import (
     eps_weight,
     min_snr_weight,

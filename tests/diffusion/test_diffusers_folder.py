@@ -16,8 +16,8 @@ import torch
 
 import diffusion
 from diffusion import CheckpointError, Model, UNetConfig
-from diffusion.diffusers_config import read_network, read_scheduler
-from diffusion.diffusers_folder import convert, export_diffusers, load_diffusers
+from diffusion.diffusers.config import read_network, read_scheduler
+from diffusion.diffusers.folder import convert, export_diffusers, load_diffusers
 from diffusion.samplers import SamplingDefaults
 from tests.diffusion.networks import TINY, build_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffusion
-from diffusion.diffusers_folder import convert, export_diffusers
+from diffusion.diffusers.folder import convert, export_diffusers
 from diffusion.samplers import SamplingDefaults
 from tests.diffusion.networks import build_model, randomize
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from diffusion import sample
-from diffusion.exact import eps_gain, marginal_variance, output_variance
 from diffusion.forward import q_sample
 from diffusion.langevin import (
     annealed_langevin,
@@ -35,6 +34,7 @@ from diffusion.samplers import (
 )
 from diffusion.sampling import build_table
 from diffusion.schedule import linear_schedule
+from diffusion.theory.exact import eps_gain, marginal_variance, output_variance
 from tests.diffusion.gaussian import GaussianDenoiser, assert_normal, output_moments, run_chain
 from tests.diffusion.networks import build_model
 

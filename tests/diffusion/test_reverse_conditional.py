@@ -8,7 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from diffusion.exact import (
+from diffusion.samplers import ancestral, ddim, dpmpp_2m
+from diffusion.schedule import linear_schedule
+from diffusion.theory.exact import (
     Mixture,
     distance_to_gaussian,
     eps_gain,
@@ -16,8 +18,6 @@ from diffusion.exact import (
     output_variance,
     reverse_conditional,
 )
-from diffusion.samplers import ancestral, ddim, dpmpp_2m
-from diffusion.schedule import linear_schedule
 
 PREVIOUS = Mixture(np.array([0.6, 0.4]), np.array([-0.7, 0.8]), np.array([0.08, 0.12]))
 BETAS = (0.2, 0.05, 0.0125, 0.003125, 0.00078125)

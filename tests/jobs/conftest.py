@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.admission import Admission, Idempotency, Order
 from jobs.cards import ModelCard
-from jobs.kinds import admit
+from jobs.kinds.common import GenerateSpec
+from jobs.kinds.table import admit
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec
-from jobs.store import JobStore
+from jobs.store.admission import Admission, Idempotency, Order
+from jobs.store.writer import JobStore
 
 CARD = ModelCard(
     name="mnist",

@@ -5,16 +5,16 @@ from collections.abc import Callable
 
 import pytest
 
-from jobs import keys
-from jobs.admission import Admission, Idempotency, Order
 from jobs.cards import ModelCard
 from jobs.errors import Refused
-from jobs.janitor import Janitor
-from jobs.kinds import admit
-from jobs.records import new_id
+from jobs.kinds.common import GenerateSpec
+from jobs.kinds.table import admit
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec
-from jobs.store import JobStore
+from jobs.store import keys
+from jobs.store.admission import Admission, Idempotency, Order
+from jobs.store.janitor import Janitor
+from jobs.store.records import new_id
+from jobs.store.writer import JobStore
 
 Submit = Callable[..., str]
 

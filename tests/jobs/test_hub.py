@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
-from jobs import keys
-from jobs.hub import BLOCK_MS, EventHub
-from jobs.reader import connect
 from jobs.settings import Settings
-from jobs.store import JobStore
+from jobs.store import keys
+from jobs.store.hub import BLOCK_MS, EventHub
+from jobs.store.reader import connect
+from jobs.store.writer import JobStore
 
 Submit = Callable[..., str]
 

@@ -6,7 +6,8 @@ from pydantic import ValidationError
 
 from jobs.cards import ModelCard, Sampling, schedule_tables
 from jobs.errors import SpecError
-from jobs.kinds import (
+from jobs.kinds.common import GenerateSpec, NoiseSpec, Snapshots
+from jobs.kinds.table import (
     InterpolateSpec,
     JobSpec,
     LikelihoodSpec,
@@ -16,7 +17,6 @@ from jobs.kinds import (
     parse,
 )
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, NoiseSpec, Snapshots
 
 PLANE = 4 * 8 * 8
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from redis.exceptions import ResponseError
 
-from jobs import keys
-from jobs.batch import Fate
-from jobs.janitor import Janitor
 from jobs.states import TRANSITIONS, Status
-from jobs.store import JobStore, WorkerInfo
+from jobs.store import keys
+from jobs.store.batch import Fate
+from jobs.store.janitor import Janitor
+from jobs.store.writer import JobStore, WorkerInfo
 
 Submit = Callable[..., str]
 X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)

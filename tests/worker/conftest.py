@@ -29,15 +29,15 @@ from rq.suspension import resume, suspend
 
 import diffusion
 from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
-from jobs import keys
-from jobs.admission import Admission, Order
 from jobs.cards import ModelCard
-from jobs.kinds import InterpolateSpec, LikelihoodSpec, ReconstructSpec, admit
-from jobs.records import JobRecord
+from jobs.kinds.common import GenerateSpec, NoiseSpec
+from jobs.kinds.table import InterpolateSpec, LikelihoodSpec, ReconstructSpec, admit
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, NoiseSpec
 from jobs.states import ACTIVE
-from jobs.store import JobStore
+from jobs.store import keys
+from jobs.store.admission import Admission, Order
+from jobs.store.records import JobRecord
+from jobs.store.writer import JobStore
 from worker.models import card_of
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ from diffusion.samplers import SAMPLERS
 from diffusion.sampling import build_table
 from diffusion.schedule import linear_schedule
 from jobs.cards import ModelCard
-from jobs.kinds import admit
+from jobs.kinds.common import GenerateSpec, SpecError
+from jobs.kinds.table import admit
 from jobs.settings import Settings
-from jobs.specs import GenerateSpec, SpecError
 
 SCHEDULE = linear_schedule(100, 1e-3, 0.1)
 CARD = ModelCard(

@@ -12,10 +12,10 @@ import diffusion
 from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import SAMPLERS, SPACINGS, SamplerError
 from diffusion.sampling import build_table, chain
-from jobs.kinds import ReconstructSpec, admit
+from jobs.kinds.table import ReconstructSpec, admit
 from jobs.pictures import from_bytes
 from jobs.settings import Settings
-from worker.noising import closed, x_start_of
+from worker.kinds.noising import closed, x_start_of
 
 Service = Any  # of conftest.py; tests cannot import it
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), dtype=np.uint8)

@@ -13,12 +13,12 @@ import torch
 import diffusion
 from diffusion import Model
 from diffusion.sampling import build_table
-from worker.compiling import TOLERANCE, Compiler, difference
-from worker.engine import Engine
-from worker.lane import EngineOptions
+from worker.engine.lane import EngineOptions
+from worker.engine.loop import Engine
+from worker.engine.tasks import Event, Images, Start, Task
 from worker.models import ModelFolder, Served
-from worker.networks import Networks
-from worker.tasks import Event, Images, Start, Task
+from worker.network.compiling import TOLERANCE, Compiler, difference
+from worker.network.networks import Networks
 
 
 @pytest.fixture

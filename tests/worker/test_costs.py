@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.costs import FORGET_AFTER, TRIALS, CostModel, RateMeter, Shape
+from worker.network.costs import FORGET_AFTER, TRIALS, CostModel, RateMeter, Shape
 
 SHAPES = [Shape(rows) for rows in (1, 2, 4, 8, 16, 32, 64)]
 

@@ -12,10 +12,9 @@ from torch import Tensor
 import diffusion
 from diffusion import Model
 from diffusion.sampling import build_table
-from worker.engine import Engine
-from worker.lane import EngineOptions
-from worker.networks import LaneKey
-from worker.tasks import (
+from worker.engine.lane import EngineOptions
+from worker.engine.loop import Engine
+from worker.engine.tasks import (
     Advanced,
     Canceled,
     Checkpoint,
@@ -30,6 +29,7 @@ from worker.tasks import (
     States,
     Task,
 )
+from worker.network.networks import LaneKey
 
 E = TypeVar("E", bound=Event)
 GREY_LEVEL = 2 / 255

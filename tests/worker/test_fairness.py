@@ -3,7 +3,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from worker.fairness import LEAST_SHARE, Turns, fill, is_patient, oldest_first, shortest_first
+from worker.engine.fairness import (
+    LEAST_SHARE,
+    Turns,
+    fill,
+    is_patient,
+    oldest_first,
+    shortest_first,
+)
 
 
 @dataclass(frozen=True)

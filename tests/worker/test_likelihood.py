@@ -18,12 +18,12 @@ from diffusion.bound import bits_per_dim, bound_table
 from diffusion.likelihood import likelihood
 from diffusion.sampling import build_table
 from diffusion.term_plan import full_plan, monte_carlo_plan
-from worker.engine import Engine
-from worker.lane import EngineOptions
-from worker.networks import LaneKey
-from worker.noising import x_start_of
-from worker.tasks import Advanced, Canceled, Event, Failed, Finished, Start, Task, Terms
-from worker.terms import TermTask
+from worker.engine.lane import EngineOptions
+from worker.engine.loop import Engine
+from worker.engine.tasks import Advanced, Canceled, Event, Failed, Finished, Start, Task, Terms
+from worker.engine.terms import TermTask
+from worker.kinds.noising import x_start_of
+from worker.network.networks import LaneKey
 
 Service = Any  # of conftest.py; tests cannot import it
 PICTURES = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
@@ -239,7 +239,7 @@ def test_indices_key_the_noise(running: Service) -> None:
 
 SLOW = """
 import time
-from worker.term_pool import TermPool
+from worker.engine.term_pool import TermPool
 step = TermPool.step
 def slow(self, batch, shape):
     time.sleep(0.1)

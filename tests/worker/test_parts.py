@@ -16,14 +16,14 @@ import diffusion
 from diffusion import Model
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import build_table
-from jobs.specs import Snapshots
+from jobs.kinds.common import Snapshots
 from worker import rq_adapter
-from worker.chain_state import StateError, pack, unpack
-from worker.chains import snapshot_rows
 from worker.commands import worker as worker_command
-from worker.device import DeviceError, pick_device
+from worker.kinds.chain_state import StateError, pack, unpack
+from worker.kinds.chains import snapshot_rows
+from worker.kinds.noising import closed, stepwise, x_start_of
 from worker.models import ModelFolder, card_of
-from worker.noising import closed, stepwise, x_start_of
+from worker.network.device import DeviceError, pick_device
 
 SHAPE = (3, 8, 8)
 
@@ -89,7 +89,7 @@ def test_only_the_named_models_are_served(tmp_path: Path, make_model: Callable[.
 
 
 def test_a_diffusers_folder_is_served_too(tmp_path: Path, make_model: Callable[..., Model]) -> None:
-    from diffusion.diffusers_folder import convert
+    from diffusion.diffusers.folder import convert
 
     diffusion.save(make_model(classes=0), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", "diffusers")

@@ -21,7 +21,7 @@ from rq.serializers import JSONSerializer
 
 import diffusion
 from jobs.pictures import from_bytes
-from jobs.rq_queue import Queues
+from jobs.store.rq_queue import Queues
 from worker.models import card_of
 
 Service = Any  # of conftest.py; tests cannot import it
@@ -274,7 +274,7 @@ def test_a_killed_workers_job_is_back_within_half_a_minute(service: Service) -> 
 
 HANGS = """
 import time
-from worker.pool import Pool
+from worker.engine.pool import Pool
 step, steps = Pool.step, []
 def hang(self, batch, shape):
     steps.append(1)

@@ -13,9 +13,9 @@ import pytest
 import diffusion
 from diffusion import Model
 from jobs.settings import Settings
-from jobs.store import MAX_ATTEMPTS
-from worker.chain_state import pack
+from jobs.store.writer import MAX_ATTEMPTS
 from worker.flights import Ending, Flight, Intent, Outcome
+from worker.kinds.chain_state import pack
 from worker.models import ModelFolder
 from worker.runtime import Runtime
 

@@ -10,8 +10,8 @@ from pathlib import Path
 SCRIPT = """
 import os, queue, threading, time
 import torch
-from worker.engine import Engine
-from worker.threads import keep_to_one, reserve_team, team_size, with_team
+from worker.engine.loop import Engine
+from worker.network.threads import keep_to_one, reserve_team, team_size, with_team
 
 def threads():
     return len(os.listdir("/proc/self/task"))

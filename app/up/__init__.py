@@ -1,0 +1,1 @@
+"""`ddpm up`: Redis, a worker and the API as children of one process."""

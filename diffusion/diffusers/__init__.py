@@ -1,0 +1,1 @@
+"""Folders of the diffusers library: read, checked field by field, and written."""

@@ -1,0 +1,1 @@
+"""Closed forms that tests and figures compare with: exact denoisers, the masking chain."""

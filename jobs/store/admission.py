@@ -1,0 +1,150 @@
+"""Admission: one MULTI writes the record, the idempotency record, the counters and RQ's job.
+
+Either all of it is there or nothing is. Requests that come together share one MULTI: under load
+that is what makes a thousand admissions a second out of a few hundred round trips. Admissions watch
+one another (key ADMISSIONS), so the limits hold exactly even between several API processes; a job
+that ends in between only makes room.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import redis
+
+from jobs.errors import Refused, SpecError
+from jobs.states import Status
+from jobs.store import events, keys, scripts
+from jobs.store.orders import Admitted, Idempotency, Order, idempotency_key, new_record, to_hash
+from jobs.store.records import JobRecord
+from jobs.store.room import Room
+from jobs.store.rq_queue import Queues
+from jobs.store.writer import JobStore
+
+__all__ = ["Admission", "Admitted", "Idempotency", "Order"]
+
+_ATTEMPTS = 200
+Outcome = Admitted | Refused | SpecError
+
+
+class Admission:
+    """Takes jobs in. Synchronous, since RQ is; the API calls it from one thread of its own."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._redis = store.redis
+        self._settings = store.settings
+        self._queues = Queues(store.redis)
+
+    def replay(self, client: str, idempotency: Idempotency) -> str | None:
+        """The job that this key made, None if the key is new.
+
+        Raises Refused (idempotency_conflict) if it came with another request.
+        """
+        found: Any = self._redis.get(idempotency_key(client, idempotency))
+        return _replayed(found, idempotency) if found else None
+
+    def admit(self, order: Order) -> Admitted:
+        """Take one job in, or raise Refused or SpecError (it could never fit)."""
+        [outcome] = self.admit_all([order])
+        if isinstance(outcome, Admitted):
+            return outcome
+        raise outcome
+
+    def admit_all(self, orders: Sequence[Order]) -> list[Outcome]:
+        """Take in what there is room for, in order, in one transaction."""
+        for order in orders:
+            self._queues.get(order.card.queue)  # asks for the server's version the first time
+        with self._redis.pipeline() as pipe:
+            for _ in range(_ATTEMPTS):
+                try:
+                    return self._try(orders, pipe)
+                except redis.WatchError:
+                    pipe.reset()
+        return [Refused("queue_full", "too many requests at once", 1) for _ in orders]
+
+    def _try(self, orders: Sequence[Order], pipe: Any) -> list[Outcome]:
+        idem_keys = [_key_of(order) for order in orders]
+        pipe.watch(keys.ADMISSIONS, *(key for key in idem_keys if key))
+        known = self._known(idem_keys)
+        room = Room(self._redis, self._settings, orders)
+        pipe.multi()
+        outcomes = [
+            self._one(order, key, known, room=room, pipe=pipe)
+            for order, key in zip(orders, idem_keys, strict=True)
+        ]
+        if any(isinstance(o, Admitted) and not o.replayed for o in outcomes):
+            pipe.execute()
+        return outcomes
+
+    def _known(self, idem_keys: Sequence[str]) -> dict[str, bytes]:
+        asked = [key for key in idem_keys if key]
+        found: Any = self._redis.mget(asked) if asked else []
+        return {key: value for key, value in zip(asked, found, strict=True) if value}
+
+    def _one(
+        self, order: Order, idem_key: str, known: dict[str, bytes], *, room: Room, pipe: Any
+    ) -> Outcome:
+        """Decide about one order; where it is taken in, put its commands into the pipeline."""
+        idem = order.idempotency
+        try:
+            if idem is not None and idem_key in known:
+                return Admitted(_replayed(known[idem_key], idem), replayed=True)
+            room.check(order)
+        except (Refused, SpecError) as refusal:
+            return refusal
+        lane = room.take(order)
+        record = new_record(order, lane.admitted, self._settings)
+        made = "" if idem is None else json.dumps([record.id, idem.fingerprint])
+        if idem is not None:
+            known[idem_key] = made.encode()
+        self._write(order, record, (idem_key, made), pipe)
+        place = 0 if order.at_front else lane.listed - 1
+        ahead = max(lane.admitted - lane.completed, record.work)
+        admitted = Admitted(record.id, replayed=False, record=record)
+        return replace(admitted, queue_position=place, ahead=ahead)
+
+    def _write(
+        self, order: Order, record: JobRecord, idempotency: tuple[str, str], pipe: Any
+    ) -> None:
+        fields = to_hash(record, order, self._settings)
+        fields["idempotency"] = idempotency[0]
+        pipe.eval(
+            scripts.ADMIT,
+            0,
+            record.id,
+            record.queue,
+            record.model,
+            order.client,
+            record.spec.kind,
+            record.work,
+            record.bytes,
+            events.status_data(Status.QUEUED),
+            *idempotency,
+            self._settings.idempotency_ttl_s,
+            *(part for field in fields.items() for part in field),
+        )
+        if order.inputs:
+            pipe.set(keys.inputs(record.id), order.inputs)
+        self._queues.enqueue(
+            record.queue,
+            record.id,
+            pipeline=pipe,
+            description=f"{record.spec.kind} {record.model} ×{record.images}",
+            at_front=order.at_front,
+        )
+
+
+def _key_of(order: Order) -> str:
+    idem = order.idempotency
+    return "" if idem is None else idempotency_key(order.client, idem)
+
+
+def _replayed(found: bytes, idempotency: Idempotency) -> str:
+    job_id, fingerprint = json.loads(found)
+    if fingerprint != idempotency.fingerprint:
+        detail = f"Idempotency-Key {idempotency.key!r} came with another request before"
+        raise Refused("idempotency_conflict", detail)
+    return str(job_id)

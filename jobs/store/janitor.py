@@ -1,0 +1,131 @@
+"""Maintenance, run every few seconds by the API, and harmless to run anywhere and at any time.
+
+- registries: RQ's own cleaning, which requeues the jobs of dead workers
+- reconcile: our record follows RQ's; what RQ has lost is never called done
+- sweep: outputs and records past their time
+- recount: counters from the records
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from jobs.states import Status
+from jobs.store import events, keys, scripts
+from jobs.store.events import JobFault
+from jobs.store.rq_queue import ENDED, Queues
+from jobs.store.writer import JobStore
+
+_SWEEP_AT_ONCE = 500
+_CONFIRM_S = 5.0  # two looks this far apart: a worker ends a job with us first, then with RQ
+_WORKER_FORGET_S = 3600.0
+_RECOUNT_S = 300.0  # it looks at every record in one script
+
+
+class Janitor:
+    """Keeps the store honest. Synchronous: run it in a thread."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._redis = store.redis
+        self.queues = Queues(store.redis)
+        self._sweep = store.redis.register_script(scripts.SWEEP)
+        self._recount = store.redis.register_script(scripts.RECOUNT)
+        self._recounted = -_RECOUNT_S
+        self._requeue = store.redis.register_script(scripts.REQUEUE)
+
+    def run(self) -> None:
+        """One round; does nothing where another process is at it."""
+        with self._store.lock("janitor") as ours:
+            if not ours:
+                return
+            for queue in self._queue_names():
+                self.clean_registries(queue)
+                self.reconcile(queue)
+            self.sweep()
+            self.forget_workers()
+            if time.monotonic() - self._recounted >= _RECOUNT_S:
+                self.recount()
+
+    def clean_registries(self, queue: str) -> None:
+        """RQ's cleaning under the lock that workers take too."""
+        with self._store.lock("registries") as ours:
+            if ours:
+                self.queues.clean(queue)
+
+    def reconcile(self, queue: str) -> None:
+        """Follow RQ where the two records disagree for longer than a moment."""
+        for status in (Status.RUNNING, Status.QUEUED):
+            members: Any = self._redis.zrange(keys.in_queue(queue, status), 0, -1)
+            ids = [member.decode() for member in members]
+            pairs = list(zip(ids, self.queues.statuses(ids), strict=True))
+            agreed = [job_id for job_id, theirs in pairs if not _disagree(status, theirs)]
+            if agreed and self._redis.exists(keys.SUSPECTS):
+                self._redis.hdel(keys.SUSPECTS, *agreed)
+            for job_id, theirs in pairs:
+                if _disagree(status, theirs) and self._confirmed(job_id):
+                    self._follow(job_id, theirs)
+
+    def _follow(self, job_id: str, theirs: str | None) -> None:
+        if theirs == "queued":
+            self._take_back(job_id)
+        elif theirs == "canceled":
+            self._store.finish(job_id, "", Status.CANCELED)
+        else:
+            detail = f"the queue no longer has this job ({theirs or 'gone'}), and it never ended"
+            fault = JobFault(code="lost", detail=detail)
+            self._store.finish(job_id, "", Status.FAILED, fault=fault)
+
+    def _confirmed(self, job_id: str) -> bool:
+        now = time.time()
+        self._redis.hsetnx(keys.SUSPECTS, job_id, str(now))
+        since: Any = self._redis.hget(keys.SUSPECTS, job_id)
+        return since is not None and now - float(since) >= _CONFIRM_S
+
+    def _take_back(self, job_id: str) -> None:
+        """Its worker died and RQ has queued it again."""
+        record = self._store.record(job_id)
+        if record is not None and record.cancel_requested:
+            self.queues.cancel(job_id)
+            self._store.finish(job_id, "", Status.CANCELED)
+            return
+        self._requeue(args=[job_id, "", events.status_data(Status.QUEUED)])
+        self._redis.hdel(keys.SUSPECTS, job_id)
+
+    def sweep(self) -> None:
+        """Delete outputs and records whose time is over."""
+        args = [time.time(), self._store.settings.record_ttl_s, _SWEEP_AT_ONCE]
+        while int(self._sweep(args=args)) == _SWEEP_AT_ONCE:
+            pass
+
+    def recount(self) -> None:
+        """Recompute every counter from the records."""
+        self._recounted = time.monotonic()
+        self._recount(args=self._queue_names())
+
+    def forget_workers(self) -> None:
+        """Drop workers long unheard of. A model's newest rate stays: an estimate is better
+        than none."""
+        limit = time.time() - _WORKER_FORGET_S
+        gone = [info.name for info in self._store.workers() if info.at < limit]
+        if gone:
+            self._redis.hdel(keys.WORKERS, *gone)
+        for model in self._store.cards():
+            entries: Any = self._redis.hgetall(keys.rates(model))
+            by_age = sorted(entries, key=lambda name: json.loads(entries[name])[1])
+            stale = [name for name in by_age[:-1] if json.loads(entries[name])[1] < limit]
+            if stale:
+                self._redis.hdel(keys.rates(model), *stale)
+
+    def _queue_names(self) -> list[str]:
+        members: Any = self._redis.smembers(keys.QUEUES)
+        return sorted(member.decode() for member in members)
+
+
+def _disagree(status: Status, theirs: str | None) -> bool:
+    """Whether RQ's status says that ours is out of date."""
+    if theirs is None or theirs in ENDED:
+        return True
+    return status is Status.RUNNING and theirs == "queued"

@@ -1,0 +1,208 @@
+"""The API's side of the store: asynchronous reads, one or two round trips each."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import redis.asyncio as aioredis
+
+from jobs.cards import ModelCard
+from jobs.rates import combined_rate, eta_s
+from jobs.settings import Settings
+from jobs.states import ACTIVE, Status
+from jobs.store import keys, scripts
+from jobs.store.records import JobRecord, parse_record
+from jobs.store.rq_queue import queue_key
+from jobs.store.writer import WorkerInfo
+
+_CARDS_S = 1.0  # how long cards and rates are remembered
+_SCAN = 100
+_MOST_SCANNED = 2000
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A record with what there is of its outputs.
+
+    images: index → SHA-256 of the pixels. snapshots: (t, kind, index), t falling.
+    queue_position: 0 is next; None for a job that does not wait.
+    """
+
+    record: JobRecord
+    images: dict[int, str]
+    snapshots: tuple[tuple[int, str, int], ...]
+    queue_position: int | None = None
+    eta_s: float | None = None
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """One queue: jobs that wait and run, and image-steps not yet done."""
+
+    name: str
+    queued: int
+    running: int
+    outstanding: int
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of a listing. cursor: of the next page, None at the end."""
+
+    jobs: list[JobState]
+    cursor: str | None
+
+
+def connect(settings: Settings, **options: Any) -> aioredis.Redis:
+    """An asynchronous connection with the protocol of the synchronous one."""
+    return aioredis.Redis.from_url(settings.redis_url, protocol=2, **options)
+
+
+class JobReader:
+    """Reads what admission, workers and the janitor write. Writes nothing."""
+
+    def __init__(self, connection: aioredis.Redis) -> None:
+        self._redis: Any = connection  # redis-py types every reply as sync or async
+        self._view: Any = connection.register_script(scripts.VIEW)
+        self._cards: tuple[float, dict[str, ModelCard]] = (-_CARDS_S, {})
+        self._rates: dict[str, tuple[float, float | None]] = {}
+
+    async def ping(self) -> bool:
+        """True, or a redis.RedisError."""
+        return bool(await self._redis.ping())
+
+    async def cards(self) -> dict[str, ModelCard]:
+        """Every known model by name, at most a second old."""
+        at, cards = self._cards
+        if time.monotonic() - at >= _CARDS_S:
+            raw = await self._redis.hgetall(keys.MODELS)
+            cards = {k.decode(): ModelCard.model_validate_json(v) for k, v in raw.items()}
+            self._cards = (time.monotonic(), cards)
+        return cards
+
+    async def rate(self, model: str) -> float | None:
+        """Image-steps/s of a model over its workers, None if never measured."""
+        at, rate = self._rates.get(model, (-_CARDS_S, None))
+        if time.monotonic() - at >= _CARDS_S:
+            rate = combined_rate(await self._redis.hvals(keys.rates(model)), time.time())
+            self._rates[model] = (time.monotonic(), rate)
+        return rate
+
+    async def record(self, job_id: str) -> JobRecord | None:
+        """The record alone."""
+        raw = await self._redis.hgetall(keys.job(job_id))
+        return parse_record(raw).as_of(time.time()) if raw else None
+
+    async def job(self, job_id: str) -> JobState | None:
+        """A job with its outputs, place in the queue and estimate; None if unknown."""
+        found = await self._view(args=[job_id, queue_key("")])
+        if not found:
+            return None
+        raw, index, place, completed = found
+        record = parse_record(_pairs(raw)).as_of(time.time())
+        images, snapshots = _parse_index({} if record.outputs_gone else _pairs(index))
+        if record.status not in ACTIVE:
+            return JobState(record, images, snapshots)
+        eta = await self._eta(record, int(completed))
+        return JobState(record, images, snapshots, None if place < 0 else place, eta)
+
+    async def _eta(self, record: JobRecord, completed: int) -> float | None:
+        """Seconds to the end: what a running job measures itself, else by the model's rate."""
+        if record.status is Status.RUNNING and record.eta_s is not None:
+            return record.eta_s
+        left = record.work - record.done
+        if record.status is Status.QUEUED:
+            left = max(left, record.position - completed)
+        return eta_s(left, await self.rate(record.model))
+
+    async def page(
+        self, *, status: Status | None, model: str | None, limit: int, cursor: str | None
+    ) -> Page:
+        """Jobs from new to old, at most `limit`, older than `cursor`."""
+        index = keys.JOBS
+        if status is not None:
+            index = keys.by_status(status)
+        elif model is not None:
+            index = keys.by_model(model)
+        found: list[JobState] = []
+        for _ in range(_MOST_SCANNED // _SCAN):
+            ids = await self._ids(index, cursor, max(limit + 1, _SCAN))
+            for record in await self._records(ids):
+                if len(found) == limit:
+                    return Page(found, found[-1].record.id)
+                cursor = record.id
+                if status in (None, record.status) and model in (None, record.model):
+                    found.append(JobState(record, {}, ()))
+            if len(ids) < max(limit + 1, _SCAN):
+                return Page(found, None)
+        return Page(found, cursor)
+
+    async def _ids(self, index: str, cursor: str | None, count: int) -> list[str]:
+        top = "+" if cursor is None else f"({cursor}"
+        members = await self._redis.zrevrangebylex(index, top, "-", start=0, num=count)
+        return [member.decode() for member in members]
+
+    async def _records(self, ids: list[str]) -> list[JobRecord]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.hgetall(keys.job(job_id))
+            rows = await pipe.execute()
+        now = time.time()
+        return [parse_record(raw).as_of(now) for raw in rows if raw]
+
+    async def planes(self, job_id: str, fields: list[str]) -> list[bytes | None]:
+        """Output planes (float32 bytes) of `image_field`s and `snapshot_field`s."""
+        planes: list[bytes | None] = await self._redis.hmget(keys.outputs(job_id), fields)
+        return planes
+
+    async def queues(self) -> list[QueueState]:
+        """Every queue that was ever used."""
+        names = sorted(name.decode() for name in await self._redis.smembers(keys.QUEUES))
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.zcard(keys.in_queue(name, Status.QUEUED))
+                pipe.zcard(keys.in_queue(name, Status.RUNNING))
+                pipe.hmget(keys.queue(name), ["admitted", "completed"])
+            rows = await pipe.execute()
+        return [
+            QueueState(name, rows[3 * i], rows[3 * i + 1], _difference(rows[3 * i + 2]))
+            for i, name in enumerate(names)
+        ]
+
+    async def workers(self) -> list[WorkerInfo]:
+        """Workers that spoke lately."""
+        now = time.time()
+        infos = [WorkerInfo.parse(raw) for raw in await self._redis.hvals(keys.WORKERS)]
+        return sorted((i for i in infos if i.alive(now)), key=lambda info: info.name)
+
+    async def totals(self) -> dict[str, int]:
+        """Counters since the store began, and the bytes that outputs hold."""
+        raw = await self._redis.hgetall(keys.TOTALS)
+        return {name.decode(): int(value) for name, value in raw.items()}
+
+
+def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _difference(pair: list[bytes | None]) -> int:
+    admitted, completed = (int(value or 0) for value in pair)
+    return max(admitted - completed, 0)
+
+
+def _parse_index(
+    raw: dict[bytes, bytes],
+) -> tuple[dict[int, str], tuple[tuple[int, str, int], ...]]:
+    images: dict[int, str] = {}
+    snapshots: list[tuple[int, str, int]] = []
+    for field, meta in raw.items():
+        what, *rest = field.decode().split(":")
+        if what == "i":
+            images[int(rest[0])] = json.loads(meta)["sha256"]
+        else:
+            snapshots.append((int(rest[0]), rest[1], int(rest[2])))
+    snapshots.sort(key=lambda s: (-s[0], s[1], s[2]))
+    return dict(sorted(images.items())), tuple(snapshots)

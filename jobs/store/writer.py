@@ -1,0 +1,308 @@
+"""The worker's side of the store. Nothing outside this package spells a Redis key of ours.
+
+When a worker calls what
+------------------------
+once            store = JobStore.connect(settings)
+models loaded   store.retire_strangers(queue, names): what was taken away while no worker looked
+a model found   store.publish_card(card); gone from the folder: store.retire_card(name)
+every few s     store.heartbeat(WorkerInfo(...), rates={model: image-steps/s})
+a job popped    started = store.start(job_id, execution, worker=…, digest=…, provenance=…)
+                None: drop it (canceled, ended or deleted; the store has written what is due).
+                Else run started.record.spec, skip the images in `started.finished`, resume the
+                others from `started.states`; refuse if `started.attempts` > MAX_ATTEMPTS.
+each tick       batch = store.batch(); batch.progress / image / snapshot / checkpoint for any
+                number of jobs; fates = batch.send(): one round trip, one Lua script a job.
+                LOST: not ours any more, drop it without another word. CANCEL: stop it, then
+                put the latest x_t and x_start as snapshots and call store.canceled.
+every 0.5 s     store.cancel_requested(ids), where ticks are rare
+at the end      store.succeed / fail / canceled; False: it was not ours any more
+on SIGTERM      store.requeue(job_id, execution), then RQ's own requeue
+at exit         store.goodbye(worker)
+
+Order: first the store, then RQ. A job that RQ ends while our record is still active counts as
+lost, and the janitor (jobs/store/janitor.py) says so.
+Every write names the execution id (RQ's `Execution.id`), and does nothing for another's job.
+All registry cleaning, here and in workers, runs inside `store.lock("registries")`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import redis
+from numpy.typing import NDArray
+
+from jobs.cards import ModelCard
+from jobs.kinds.table import ReconstructSpec
+from jobs.pictures import Float32, UInt8, from_bytes
+from jobs.settings import Settings
+from jobs.states import Status
+from jobs.store import events, keys, scripts
+from jobs.store.batch import WriteBatch
+from jobs.store.events import JobFault
+from jobs.store.records import JobRecord, parse_record
+
+MAX_ATTEMPTS = 5  # starts without any progress between them, before a job is given up
+WORKER_TTL_S = 30  # a worker unheard of for so long is not counted as alive
+
+
+@dataclass(frozen=True)
+class Started:
+    """A job to run.
+
+    inputs: uploaded images, uint8 [N,H,W,C], or None. x_t: where a chain that was given one
+    starts, float32 [C,H,W]. states: image index → what `checkpoint`
+    saved. finished: indices of images already stored. attempts: starts since the last progress,
+    this one included. earlier_digest: the model of the attempt that left `states`.
+    """
+
+    record: JobRecord
+    attempts: int
+    inputs: UInt8 | None
+    x_t: Float32 | None
+    states: dict[int, bytes]
+    finished: frozenset[int]
+    earlier_digest: str | None
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What a worker says of itself. at: Unix time of the last word."""
+
+    name: str
+    queue: str
+    models: tuple[str, ...]
+    device: str = "cpu"
+    active: int = 0  # images in flight
+    at: float = field(default_factory=time.time)
+
+    @classmethod
+    def parse(cls, text: bytes) -> Self:
+        """From the JSON of a heartbeat."""
+        fields = json.loads(text)
+        return cls(**{**fields, "models": tuple(fields["models"])})
+
+    def alive(self, now: float) -> bool:
+        """Whether it spoke lately."""
+        return now - self.at <= WORKER_TTL_S
+
+
+def connect(settings: Settings) -> redis.Redis:
+    """A synchronous connection as RQ needs it: RESP2, bytes."""
+    return redis.Redis.from_url(settings.redis_url, protocol=2, decode_responses=False)
+
+
+class JobStore:
+    """Synchronous access for workers and for the API's enqueue thread; safe between threads."""
+
+    def __init__(self, connection: redis.Redis, settings: Settings) -> None:
+        self.redis = connection
+        self.settings = settings
+        self._start = connection.register_script(scripts.START)
+        self._finish = connection.register_script(scripts.FINISH)
+        self._cancel = connection.register_script(scripts.CANCEL)
+        self._purge = connection.register_script(scripts.PURGE)
+        self._requeue = connection.register_script(scripts.REQUEUE)
+        self._unlock = connection.register_script(scripts.UNLOCK)
+        self._write = connection.register_script(scripts.WRITE)
+
+    @classmethod
+    def connect(cls, settings: Settings) -> Self:
+        """A store on `settings.redis_url`."""
+        return cls(connect(settings), settings)
+
+    def start(
+        self,
+        job_id: str,
+        execution: str,
+        *,
+        worker: str,
+        digest: str,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Started | None:
+        """Take a job. None: there is nothing to run (it ended, was canceled, or is gone).
+
+        provenance: library versions, device, schedule: JSON. It is there before the first image,
+        which carries it.
+        """
+        earlier = self.redis.hget(keys.job(job_id), "run_digest")
+        done = events.last_event(Status.CANCELED, None)[1]
+        queued, canceled = (events.status_data(s) for s in (Status.RUNNING, Status.CANCELED))
+        entered = [job_id, execution, worker, str(time.time()), digest]
+        what, attempts = self._start(args=[*entered, queued, canceled, done, _dump(provenance)])
+        if what != b"run":
+            return None
+        with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(keys.job(job_id))
+            pipe.get(keys.inputs(job_id))
+            pipe.hgetall(keys.state(job_id))
+            pipe.hkeys(keys.index(job_id))
+            raw, inputs, states, fields = pipe.execute()
+        if not raw:
+            return None
+        record = parse_record(raw)
+        from_x_t = isinstance(record.spec, ReconstructSpec) and record.spec.from_x_t
+        return Started(
+            record=record,
+            attempts=int(attempts),
+            inputs=None if inputs is None or from_x_t else inputs_array(inputs, record.shape),
+            x_t=from_bytes(inputs, record.shape) if from_x_t and inputs is not None else None,
+            states={int(index): value for index, value in states.items()},
+            finished=frozenset(int(f[2:]) for f in fields if f.startswith(b"i:")),
+            earlier_digest=_text(earlier),
+        )
+
+    def batch(self) -> WriteBatch:
+        """An empty batch of writes."""
+        return WriteBatch(self.write)
+
+    def write(self, calls: list[list[Any]]) -> list[int]:
+        """Run the write script for each list of arguments, in one round trip."""
+        # Not Script(client=pipe): that asks SCRIPT EXISTS before every pipeline.
+        try:
+            return self._write_once(calls)
+        except redis.exceptions.NoScriptError:  # a restarted Redis; writing twice is harmless
+            self.redis.script_load(scripts.WRITE)
+            return self._write_once(calls)
+
+    def _write_once(self, calls: list[list[Any]]) -> list[int]:
+        with self.redis.pipeline(transaction=False) as pipe:
+            for args in calls:
+                pipe.evalsha(self._write.sha, 0, *args)
+            replies: list[int] = pipe.execute()
+        return replies
+
+    def succeed(
+        self, job_id: str, execution: str, *, result: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Running → succeeded. result: what the job found in numbers: JSON."""
+        return self.finish(job_id, execution, Status.SUCCEEDED, result=result)
+
+    def fail(self, job_id: str, execution: str, *, code: str, detail: str) -> bool:
+        """Running → failed, with a reason that a user can read."""
+        fault = JobFault(code=code, detail=detail)
+        return self.finish(job_id, execution, Status.FAILED, fault=fault)
+
+    def canceled(self, job_id: str, execution: str) -> bool:
+        """Running → canceled. Put the latest x_t and x_start as snapshots first."""
+        return self.finish(job_id, execution, Status.CANCELED)
+
+    def finish(
+        self,
+        job_id: str,
+        execution: str,
+        status: Status,
+        *,
+        fault: JobFault | None = None,
+        result: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """End an active job. False: it was not this execution's. '' is any execution."""
+        name, data = events.last_event(status, fault)
+        error = "" if fault is None else fault.model_dump_json()
+        entered = [job_id, execution, str(status), str(time.time()), events.status_data(status)]
+        return bool(self._finish(args=[*entered, name, data, error, _dump(result)]))
+
+    def requeue(self, job_id: str, execution: str) -> bool:
+        """Running → queued, given back by its worker: this does not count as an attempt."""
+        return bool(self._requeue(args=[job_id, execution, events.status_data(Status.QUEUED)]))
+
+    def cancel_requested(self, job_ids: Iterable[str]) -> set[str]:
+        """Those of the jobs that were asked to stop, or are no longer there."""
+        ids = list(job_ids)
+        with self.redis.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.hmget(keys.job(job_id), ["status", "cancel"])
+            rows = pipe.execute()
+        return {
+            job_id
+            for job_id, (status, cancel) in zip(ids, rows, strict=True)
+            if cancel == b"1" or status != Status.RUNNING.encode()
+        }
+
+    def cancel(self, job_id: str) -> str:
+        """Ask a job to stop. `canceled` (it was waiting), `requested` (it runs: its worker will
+        end it), `ended` (nothing to do) or `missing`. RQ's queue is the caller's business."""
+        done = events.last_event(Status.CANCELED, None)[1]
+        status = events.status_data(Status.CANCELED)
+        reply: bytes = self._cancel(args=[job_id, str(time.time()), status, done])
+        return reply.decode()
+
+    def purge(self, job_id: str) -> bool:
+        """Delete a job and everything of it, running or not. False: there was none."""
+        return bool(self._purge(args=[job_id]))
+
+    def record(self, job_id: str) -> JobRecord | None:
+        """The record, or None."""
+        raw: Any = self.redis.hgetall(keys.job(job_id))
+        return parse_record(raw) if raw else None
+
+    def publish_card(self, card: ModelCard) -> None:
+        """Make a model known. Cards persist: jobs are accepted while no worker lives."""
+        self.redis.hset(keys.MODELS, card.name, card.model_dump_json())
+        self.redis.sadd(keys.QUEUES, card.queue)
+
+    def retire_card(self, name: str) -> None:
+        """Make a model unknown again (its folder is gone)."""
+        self.redis.hdel(keys.MODELS, name)
+
+    def retire_strangers(self, queue: str, served: Collection[str]) -> None:
+        """Make those models of a queue unknown that neither are in `served` nor have a worker."""
+        now = time.time()
+        elsewhere = {name for info in self.workers() if info.alive(now) for name in info.models}
+        for name, card in self.cards().items():
+            if card.queue == queue and name not in elsewhere and name not in served:
+                self.retire_card(name)
+
+    def cards(self) -> dict[str, ModelCard]:
+        """Every known model by name."""
+        raw: Any = self.redis.hgetall(keys.MODELS)
+        return {name.decode(): ModelCard.model_validate_json(text) for name, text in raw.items()}
+
+    def heartbeat(self, info: WorkerInfo, rates: Mapping[str, float]) -> None:
+        """Say that a worker lives, and how fast each model runs here (image-steps/s)."""
+        with self.redis.pipeline() as pipe:
+            pipe.hset(keys.WORKERS, info.name, json.dumps(asdict(info)))
+            for model, rate in rates.items():
+                pipe.hset(keys.rates(model), info.name, json.dumps([rate, info.at]))
+            pipe.execute()
+
+    def goodbye(self, worker: str) -> None:
+        """Say that a worker is gone. Its measured rates stay until newer ones come."""
+        self.redis.hdel(keys.WORKERS, worker)
+
+    def workers(self) -> list[WorkerInfo]:
+        """Every worker that has not said goodbye, alive or not."""
+        raw: Any = self.redis.hvals(keys.WORKERS)
+        return [WorkerInfo.parse(text) for text in raw]
+
+    @contextmanager
+    def lock(self, name: str, *, seconds: float = 30.0) -> Iterator[bool]:
+        """A lock that lapses by itself; yields whether we got it (it never waits)."""
+        token = secrets.token_hex(8)
+        got = self.redis.set(keys.lock(name), token, nx=True, px=round(seconds * 1000))
+        try:
+            yield bool(got)
+        finally:
+            if got:
+                self._unlock(keys=[keys.lock(name)], args=[token])
+
+
+def inputs_array(raw: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Uploaded images uint8 [N,H,W,C] from their bytes."""
+    c, h, w = shape
+    return np.frombuffer(raw, dtype=np.uint8).reshape(-1, h, w, c)
+
+
+def _text(raw: Any) -> str | None:
+    return raw.decode() if isinstance(raw, bytes) and raw else None
+
+
+def _dump(value: Mapping[str, Any] | None) -> str:
+    return "" if value is None else json.dumps(value)

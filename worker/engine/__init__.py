@@ -1,0 +1,1 @@
+"""Step-level continuous batching: tasks in, events out. Knows neither Redis, RQ nor HTTP."""

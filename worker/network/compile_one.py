@@ -1,0 +1,43 @@
+"""Compile one batch shape of one model, in a process of its own (see `worker.network.compiling`).
+
+Arguments: model folder, expected digest, device, data type, rows, CPU threads, package to write.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import diffusion
+from diffusion.sampling import prepare
+from worker.network.compiling import example
+
+
+def main(arguments: list[str]) -> None:
+    """Write the package; it appears whole or not at all."""
+    os.nice(19)
+    folder, digest, device, dtype, rows, threads, out = arguments
+    torch.set_num_threads(int(threads))  # the generated code has this number built in
+    model = diffusion.load(Path(folder), device)
+    if model.digest != digest:
+        raise SystemExit(f"{folder} has changed")
+    fast = prepare(model, dtype=getattr(torch, dtype))
+    x, t, labels = example(model, int(rows))
+    with torch.no_grad():
+        program = torch.export.export(
+            fast.network, (x.to(getattr(torch, dtype)), t, labels), strict=False
+        )
+    temporary = Path(out).with_suffix(".tmp.pt2")
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(temporary),
+        inductor_configs={"freezing": True},  # weights are constants: convolutions prepack them
+    )
+    temporary.replace(out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,229 @@
+"""Compiled code for the batch shapes that are used: made in the background, swapped in when ready.
+
+A process of low priority exports the network and compiles it ahead of time; the worker serves
+eagerly meanwhile, then loads the result in milliseconds. The code is kept on disk, so the next
+start has it at once. It is built for this processor, this number of threads and these weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import diffusion.unet
+from worker.models import Served
+from worker.network.network import Forward, Network
+from worker.network.networks import Networks
+from worker.network.threads import team_size, with_team
+
+log = logging.getLogger("ddpm.worker")
+MOST_SHAPES = 7  # compiled a model: 1 to 64
+KEEP_S = 30 * 86_400.0
+USES = 50  # steps of about a size before it is worth a minute of compiling
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest output
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One shape of one model being compiled."""
+
+    served: Served
+    network: Network
+    rows: int
+    package: Path
+    process: subprocess.Popen[bytes]
+
+
+class Compiler:
+    """Looks, whenever `poll` is called, at what is worth compiling, and at what is ready."""
+
+    def __init__(self, networks: Networks, folder: Path, *, enabled: bool = True) -> None:
+        self._networks = networks
+        self._folder = folder
+        self._job: Job | None = None
+        self._tried: set[Path] = set()
+        self._enabled = enabled and _usable(folder)
+        if self._enabled:
+            _sweep(folder)
+
+    def poll(self, served: Iterable[Served]) -> None:
+        """Call every few seconds. Never raises for a compilation that fails: eager code serves."""
+        if not self._enabled:
+            return
+        if self._job is not None:
+            if self._job.process.poll() is None:
+                return
+            self._collect(self._job)
+            self._job = None
+        wanted = self._most_wanted(served)
+        if wanted is not None:
+            self._begin(*wanted)
+
+    def close(self) -> None:
+        """End a compilation that is under way."""
+        if self._job is not None:
+            self._job.process.kill()
+            self._job.process.wait()
+
+    def _most_wanted(self, served: Iterable[Served]) -> tuple[Served, Network, int, Path] | None:
+        best, most = None, USES - 1
+        for one in served:
+            network = self._networks.prepare(one.model)
+            for rows, uses in _uses(network).items():
+                package = self._folder / f"{_key(one, network, rows)}.pt2"
+                if package in self._tried:
+                    continue
+                if package.is_file():  # made in an earlier life
+                    uses = sys.maxsize
+                if uses > most:
+                    best, most = (one, network, rows, package), uses
+        return best
+
+    def _begin(self, served: Served, network: Network, rows: int, package: Path) -> None:
+        self._tried.add(package)
+        if package.is_file():
+            self._swap_in(served, network, rows, package)
+            return
+        if network.model.device.type == "cpu" and shutil.which("g++") is None:
+            log.info("no g++ here: the network stays uncompiled")
+            self._enabled = False
+            return
+        log.info("compiling %s for batches of %d in the background", served.name, rows)
+        arguments = [str(served.folder), served.model.digest, str(network.model.device)]
+        arguments += [str(network.dtype).removeprefix("torch."), str(rows)]
+        arguments += [str(team_size()), str(package)]
+        with package.with_suffix(".log").open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "worker.network.compile_one", *arguments],
+                stdout=output,
+                stderr=output,
+                cwd=Path(__file__).parents[2],
+                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(self._folder / "inductor")},
+            )
+        self._job = Job(served, network, rows, package, process)
+
+    def _collect(self, job: Job) -> None:
+        if job.process.returncode == 0:
+            self._swap_in(job.served, job.network, job.rows, job.package)
+            return
+        output = job.package.with_suffix(".log").read_text(errors="replace").strip()
+        reason = (output.splitlines() or [f"exit status {job.process.returncode}"])[-1]
+        log.warning("batches of %d of %s stay uncompiled: %s", job.rows, job.served.name, reason)
+
+    def _swap_in(self, served: Served, network: Network, rows: int, package: Path) -> None:
+        try:
+            package.touch()
+            forward = load(package)
+            error = with_team(lambda: difference(network, forward, rows))
+        except Exception as failure:
+            log.warning("compiled code of %s cannot be used: %s", served.name, failure)
+            package.unlink(missing_ok=True)
+            return
+        if not error <= TOLERANCE[network.dtype]:
+            log.warning("compiled code of %s differs by %.2g: not used", served.name, error)
+            return
+        network.add_compiled(rows, forward)
+        log.info("batches of %d of %s run compiled code", rows, served.name)
+
+
+def load(package: Path) -> Forward:
+    """The compiled network (x, labels and t of the right batch size) → raw output."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Callable[..., Tensor] = torch._inductor.aoti_load_package(str(package))
+
+    def forward(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return model(x.contiguous(), t.contiguous(), labels)
+
+    return forward
+
+
+@torch.inference_mode()
+def difference(network: Network, forward: Forward, rows: int) -> float:
+    """How far compiled code is from eager code on some batch, relative to its largest value."""
+    x, t, labels = example(network.model, rows)
+    eager = network.eager(x.to(network.dtype), t, labels).float()
+    compiled = forward(x.to(network.dtype), t, labels).float()
+    return float((compiled - eager).abs().max() / eager.abs().max().clamp(min=1e-12))
+
+
+def example(model: diffusion.Model, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A batch of noise at all sorts of timesteps and labels."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, *model.shape, generator=generator).to(model.device)
+    t = torch.linspace(0, model.schedule.T - 1, rows, device=model.device).long()
+    classes = model.config.network.num_classes
+    return x, t, t % classes if classes else None
+
+
+def _uses(network: Network) -> dict[int, int]:
+    """Power of two → how many steps would have fitted it best; the few most used."""
+    uses: Counter[int] = Counter()
+    for rows, count in network.uses.copy().items():
+        uses[1 << (rows - 1).bit_length()] += count
+    return dict(uses.most_common(MOST_SHAPES))
+
+
+def _key(served: Served, network: Network, rows: int) -> str:
+    """Everything that compiled code depends on."""
+    parts = (
+        served.model.digest,
+        _source(),
+        str((network.dtype, network.model.device, rows, team_size())),
+        torch.__version__,
+        _processor(),
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+@cache
+def _source() -> str:
+    return Path(diffusion.unet.__file__).read_text(encoding="utf-8")
+
+
+@cache
+def _processor() -> str:
+    """The processor and its instructions: code built for another may crash here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _sweep(folder: Path) -> None:
+    """Delete code that was not used for a month."""
+    limit = time.time() - KEEP_S
+    for path in folder.iterdir():
+        if path.is_file() and path.stat().st_mtime < limit:
+            path.unlink(missing_ok=True)
+
+
+def _usable(folder: Path) -> bool:
+    """Whether code in this folder can only have been put there by us."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        stat = folder.stat()
+    except OSError as error:
+        log.info("no compiled code: %s cannot be made (%s)", folder, error.strerror)
+        return False
+    if stat.st_uid != os.getuid() or stat.st_mode & 0o022:
+        log.warning("no compiled code: others may write to %s", folder)
+        return False
+    return True
