@@ -1,6 +1,8 @@
 """The mathematics of denoising diffusion probabilistic models. Needs torch, numpy, safetensors."""
 
-from diffusion.model import CheckpointError, Model, ModelConfig, load, save
+from diffusion.checkpoint import load, save
+from diffusion.files import CheckpointError
+from diffusion.model import Model, ModelConfig
 from diffusion.sampling import sample
 from diffusion.schedule import Schedule, ScheduleConfig, cosine_schedule, linear_schedule
 from diffusion.unet import UNet, UNetConfig

@@ -1,25 +1,16 @@
-"""A trained model: network, schedule and parameterisation, and the folder it is kept in.
-
-A folder holds `config.json` and `model.safetensors`; nothing in it is ever executed. A diffusers
-folder (`model_index.json`) loads as well: see `diffusion.diffusers.folder`.
-"""
+"""A trained model: network, schedule and parameterisation. Its folder: `diffusion.checkpoint`."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffusion.files import CheckpointError
 from diffusion.forward import gather
 from diffusion.parameterization import eps_coefficients, x_start_coefficients
 from diffusion.samplers import SamplingDefaults
@@ -27,12 +18,6 @@ from diffusion.schedule import Schedule, ScheduleConfig
 from diffusion.unet import UNet, UNetConfig
 
 FORMAT = 1
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A folder that is no usable checkpoint; the message says which file and why."""
 
 
 @dataclass(frozen=True)
@@ -143,70 +128,6 @@ class Model:
         return gather(e_x, t, x_t) * x_t + gather(e_out, t, x_t) * out
 
 
-def digest_of(files: Iterable[Path]) -> str:
-    """SHA-256 (hex) over the contents of these files, in this order."""
-    sha = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                sha.update(chunk)
-    return sha.hexdigest()
-
-
-def save(model: Model, folder: str | Path) -> None:
-    """Write config.json and model.safetensors; each file appears whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_weights(model.network.state_dict(), folder / WEIGHTS_NAME)
-    write_json(model.config.to_dict(), folder / CONFIG_NAME)
-
-
-def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    # save_file gives them to their owner alone; a service under another user must read them too.
-    temporary.chmod(0o644)
-    temporary.replace(path)
-
-
-def write_json(value: Mapping[str, Any], path: Path) -> None:
-    """A JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
-    """Load a checkpoint folder, ours or one of diffusers, ready to evaluate.
-
-    Raises CheckpointError: no such folder, a missing or broken file, weights that do not fit.
-    """
-    from diffusion.diffusers.folder import is_diffusers_folder, load_diffusers  # needs this module
-
-    folder = Path(folder)
-    if is_diffusers_folder(folder):
-        return load_diffusers(folder, device)
-    files = (folder / CONFIG_NAME, folder / WEIGHTS_NAME)
-    raw, weights = read_json(files[0]), read_weights(files[1])
-    with naming(files[0]):
-        config = ModelConfig.from_dict(raw)
-    with naming(files[1]):
-        network = build_network(config, weights, device)
-    return Model(config, network, digest_of(files))
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the file's name before the message of a CheckpointError."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
 def build_network(
     config: ModelConfig, weights: dict[str, Tensor], device: str | torch.device = "cpu"
 ) -> UNet:
@@ -233,26 +154,3 @@ def _check_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Non
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(f"weights do not fit the network: {problems[0]}{more}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError otherwise."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; is this a checkpoint folder?") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return raw
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; CheckpointError otherwise."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: broken weights file: {error}") from error

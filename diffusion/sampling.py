@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.langevin import annealed_langevin, with_correctors
@@ -28,6 +26,7 @@ from diffusion.samplers import (
     update,
 )
 from diffusion.schedule import Schedule
+from diffusion.speed import fast_dtype, prepare
 
 ClassLabel = int | Sequence[int] | Tensor | None
 
@@ -256,44 +255,3 @@ def class_labels(model: Model, class_label: ClassLabel, n: int) -> Tensor | None
     if bad.numel():
         raise ValueError(f"class_label = {int(bad[0])}: must be 0..{network.num_classes - 1}")
     return labels
-
-
-def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> Model:
-    """A copy of the model for fast evaluation: `dtype`, channels last, compiled if asked."""
-    from copy import deepcopy
-
-    network = deepcopy(model.network).eval().requires_grad_(False)
-    network = network.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if compile:
-        network.compile()
-    return Model(model.config, network, model.digest)
-
-
-@torch.inference_mode()
-def fast_dtype(model: Model) -> torch.dtype:
-    """bfloat16 if this device's convolutions are clearly faster in it, else float32: timed.
-
-    Convolutions alone, since a compiler makes the rest of the network as fast in either.
-    """
-    network = model.config.network
-    side, width = network.image_size, network.channels[0]
-    x = torch.zeros(max(1, 2**16 // side**2), width, side, side, device=model.device)
-    weight = torch.zeros(width, width, 3, 3, device=model.device)
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (v.to(dtype, memory_format=torch.channels_last) for v in (x, weight))
-        times = []
-        for _ in range(4):  # the first sets the kernel up
-            start = time.perf_counter()
-            F.conv2d(a, b, padding=1)
-            _synchronize(model.device)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return (
-        torch.bfloat16 if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else torch.float32
-    )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -30,7 +30,7 @@ def train(
     Any key can be overridden: `ddpm train mnist.toml steps=2000 optimizer.learning_rate=1e-3`.
     Several processes: `accelerate launch --num_processes 2 -m ddpm train CONFIG`.
     """
-    from diffusion.model import CheckpointError
+    from diffusion.files import CheckpointError
     from training.config import ConfigError, load_config
     from training.data import DataError
     from training.state import StateError, find_state
@@ -98,7 +98,7 @@ def sample(**options: object) -> None:
     chain (as is FILE.webp with --snapshots). With --snapshots N, FILE.png shows the chain as
     columns: what x_t (or x̂_0) was every N steps.
     """
-    from diffusion.model import CheckpointError
+    from diffusion.files import CheckpointError
     from training.sample import SampleOptions, draw
 
     options["model"] = _find_model(str(options["model"]))
@@ -115,11 +115,11 @@ def sample(**options: object) -> None:
 @click.option("--to", type=click.Choice(["ours", "diffusers"]), default="ours", show_default=True)
 def convert(source: Path, target: Path, to: str) -> None:
     """Convert a checkpoint folder: SOURCE in our format or diffusers', TARGET in the one named."""
-    from diffusion.diffusers import folder
-    from diffusion.model import CheckpointError
+    from diffusion import checkpoint
+    from diffusion.files import CheckpointError
 
     try:
-        folder.convert(source, target, to)
+        checkpoint.convert(source, target, to)
     except (CheckpointError, OSError) as error:
         sys.exit(f"ddpm convert: {error}")
     click.echo(str(target))

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from diffusion.model import CheckpointError, ModelConfig
+from diffusion.files import CheckpointError
+from diffusion.model import ModelConfig
 from diffusion.parameterization import PREDICTIONS
 from diffusion.samplers import SamplerError, SamplingDefaults
 from diffusion.schedule import ScheduleConfig, ScheduleError

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusion.checkpoint import load
+from diffusion.files import write_json
 from diffusion.likelihood import check_sigma
-from diffusion.model import Model, load, write_json
-from diffusion.sampling import build_table, fast_dtype, prepare
+from diffusion.model import Model
+from diffusion.sampling import build_table
+from diffusion.speed import fast_dtype, prepare
 from training.bits import Chosen, Measured, choose, mean_and_error, measure
 from training.config import DataConfig
 from training.data import Images, load_images

@@ -46,7 +46,7 @@ def evaluate(**options: Any) -> None:
     numbers of every network call are kept in the folder: run the same command again to go on
     after an interruption.
     """
-    from diffusion.model import CheckpointError
+    from diffusion.files import CheckpointError
     from training.commands import _find_model
     from training.evaluate import EvaluateOptions
     from training.evaluate import evaluate as run

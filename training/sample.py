@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.model import Model, load
+from diffusion.checkpoint import load
+from diffusion.model import Model
 from diffusion.sampling import Step, sample
 from training.pictures import grid, save_film, to_picture, to_uint8
 

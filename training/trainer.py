@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.model import Model, ModelConfig, build_network, save
-from diffusion.sampling import fast_dtype, sample
+from diffusion.checkpoint import save
+from diffusion.model import Model, ModelConfig, build_network
+from diffusion.sampling import sample
+from diffusion.speed import fast_dtype
 from diffusion.unet import UNet
 from training.batches import Batch, Batches
 from training.config import ConfigError, OptimizerConfig, TrainConfig
@@ -118,7 +120,7 @@ class Trainer:
         return self.images.size if padded else None
 
     def _start_from(self, init: Path) -> None:
-        from diffusion.model import load
+        from diffusion.checkpoint import load
 
         weights = load(init).network.state_dict()
         if self.objective.process is not None:  # it starts anew

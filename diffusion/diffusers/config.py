@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from diffusion.diffusers.fields import Fields, is_integer, is_list, is_number
-from diffusion.model import CheckpointError, ModelConfig
+from diffusion.files import CheckpointError
+from diffusion.model import ModelConfig
 from diffusion.samplers import SamplingDefaults
 from diffusion.schedule import ScheduleConfig, ScheduleError
 from diffusion.unet import NetworkConfigError, UNetConfig

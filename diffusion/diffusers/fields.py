@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from diffusion.model import CheckpointError
+from diffusion.files import CheckpointError
 
 
 class Fields:

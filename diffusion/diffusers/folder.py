@@ -30,32 +30,27 @@ from diffusion.diffusers.config import (
 )
 from diffusion.diffusers.fields import Fields, is_integer, is_list
 from diffusion.diffusers.weights import from_theirs, to_theirs
-from diffusion.model import (
-    CONFIG_NAME,
+from diffusion.files import (
     CheckpointError,
-    Model,
-    ModelConfig,
-    build_network,
     digest_of,
-    load,
     naming,
     read_json,
     read_weights,
-    save,
     write_json,
     write_weights,
 )
+from diffusion.model import Model, ModelConfig, build_network
 from diffusion.parameterization import PredictionError
 from diffusion.samplers import SamplerError
 from diffusion.unet import UNet, UNetConfig
 
 INDEX_NAME = "model_index.json"
+CONFIG_NAME = "config.json"  # of the network
 SCHEDULER_NAME = "scheduler_config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 EXTRAS_NAME = "ddpm.json"
 EXTRAS_FORMAT = 1
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-FORMS = ("ours", "diffusers")
 
 
 def is_diffusers_folder(folder: Path) -> bool:
@@ -125,21 +120,6 @@ def export_diffusers(model: Model, folder: str | Path) -> None:
         "unet": ["diffusers", NETWORK_CLASS],
     }
     write_json(index, folder / INDEX_NAME)
-
-
-def convert(source: str | Path, target: str | Path, to: str = "ours") -> None:
-    """Rewrite a checkpoint folder in our form or in diffusers' (`to`: ours or diffusers).
-
-    Raises CheckpointError, also if `target` already holds anything.
-    """
-    if to not in FORMS:
-        raise CheckpointError(f"to = {to!r}: must be {' or '.join(FORMS)}")
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: already exists; give a new or an empty folder")
-    model = load(source)
-    write = save if to == "ours" else export_diffusers
-    write(model, target)
 
 
 def find_weights(folder: Path) -> Path:

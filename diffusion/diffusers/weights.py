@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from diffusion.model import CheckpointError
+from diffusion.files import CheckpointError
 
 # Applied in this order to one of our names.
 _RENAMES = tuple(

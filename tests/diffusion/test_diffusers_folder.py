@@ -16,8 +16,9 @@ import torch
 
 import diffusion
 from diffusion import CheckpointError, Model, UNetConfig
+from diffusion.checkpoint import convert
 from diffusion.diffusers.config import read_network, read_scheduler
-from diffusion.diffusers.folder import convert, export_diffusers, load_diffusers
+from diffusion.diffusers.folder import export_diffusers, load_diffusers
 from diffusion.samplers import SamplingDefaults
 from tests.diffusion.networks import TINY, build_model
 

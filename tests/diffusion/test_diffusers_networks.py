@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import diffusion
-from diffusion.diffusers.folder import convert, export_diffusers
+from diffusion.checkpoint import convert
+from diffusion.diffusers.folder import export_diffusers
 from diffusion.samplers import SamplingDefaults
 from tests.diffusion.networks import build_model, randomize
 

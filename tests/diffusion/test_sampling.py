@@ -10,7 +10,8 @@ from torch import Tensor
 from diffusion import Model, sample
 from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import SamplingDefaults
-from diffusion.sampling import Step, build_table, chain, guided_eps, prepare
+from diffusion.sampling import Step, build_table, chain, guided_eps
+from diffusion.speed import prepare
 from tests.diffusion.networks import TINY, build_model
 
 FAST = {"steps": 6, "dtype": torch.float32}

@@ -89,7 +89,7 @@ def test_only_the_named_models_are_served(tmp_path: Path, make_model: Callable[.
 
 
 def test_a_diffusers_folder_is_served_too(tmp_path: Path, make_model: Callable[..., Model]) -> None:
-    from diffusion.diffusers.folder import convert
+    from diffusion.checkpoint import convert
 
     diffusion.save(make_model(classes=0), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", "diffusers")

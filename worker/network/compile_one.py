@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from diffusion.sampling import prepare
+from diffusion.speed import prepare
 from worker.network.compiling import example
 
 

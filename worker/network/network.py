@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.model import Model
 from diffusion.parameterization import eps_coefficients
-from diffusion.sampling import fast_dtype, prepare
+from diffusion.speed import fast_dtype, prepare
 from worker.engine.tasks import TaskError
 from worker.network.costs import CostModel, Shape
 

@@ -1,0 +1,67 @@
+"""The folder a model is kept in: loaded, saved, converted.
+
+A folder holds `config.json` and `model.safetensors`; nothing in it is ever executed. A diffusers
+folder (`model_index.json`) loads as well: see `diffusion.diffusers.folder`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from diffusion.diffusers.folder import export_diffusers, is_diffusers_folder, load_diffusers
+from diffusion.files import (
+    CheckpointError,
+    digest_of,
+    naming,
+    read_json,
+    read_weights,
+    write_json,
+    write_weights,
+)
+from diffusion.model import Model, ModelConfig, build_network
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMS = ("ours", "diffusers")
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
+    """Load a checkpoint folder, ours or one of diffusers, ready to evaluate.
+
+    Raises CheckpointError: no such folder, a missing or broken file, weights that do not fit.
+    """
+    folder = Path(folder)
+    if is_diffusers_folder(folder):
+        return load_diffusers(folder, device)
+    files = (folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+    raw, weights = read_json(files[0]), read_weights(files[1])
+    with naming(files[0]):
+        config = ModelConfig.from_dict(raw)
+    with naming(files[1]):
+        network = build_network(config, weights, device)
+    return Model(config, network, digest_of(files))
+
+
+def save(model: Model, folder: str | Path) -> None:
+    """Write config.json and model.safetensors; each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(model.network.state_dict(), folder / WEIGHTS_NAME)
+    write_json(model.config.to_dict(), folder / CONFIG_NAME)
+
+
+def convert(source: str | Path, target: str | Path, to: str = "ours") -> None:
+    """Rewrite a checkpoint folder in our form or in diffusers' (`to`: ours or diffusers).
+
+    Raises CheckpointError, also if `target` already holds anything.
+    """
+    if to not in FORMS:
+        raise CheckpointError(f"to = {to!r}: must be {' or '.join(FORMS)}")
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: already exists; give a new or an empty folder")
+    model = load(source)
+    write = save if to == "ours" else export_diffusers
+    write(model, target)
