@@ -1,0 +1,12 @@
+-- ARGV: id, now, status data, final data. Returns missing, canceled, requested or ended.
+local id, status = ARGV[1], get(ARGV[1], 'status')
+if not status then return 'missing' end
+if status == 'queued' then
+  finish(id, 'canceled', tonumber(ARGV[2]), ARGV[3], 'done', ARGV[4])
+  return 'canceled'
+end
+if status == 'running' then
+  redis.call('HSET', key(id), 'cancel', 1)
+  return 'requested'
+end
+return 'ended'

@@ -1,0 +1,10 @@
+-- ARGV: id, execution ('' for the janitor: any active job), status, now, status data,
+-- name and data of the last event, error, result. Returns 1 or 0 (lost).
+local id = ARGV[1]
+if ARGV[2] == '' then
+  if not active(get(id, 'status')) then return 0 end
+elseif not held(id, ARGV[2]) then return 0 end
+if ARGV[8] ~= '' then redis.call('HSET', key(id), 'error', ARGV[8]) end
+if ARGV[9] ~= '' then redis.call('HSET', key(id), 'result', ARGV[9]) end
+finish(id, ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7])
+return 1

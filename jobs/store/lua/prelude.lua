@@ -1,0 +1,69 @@
+-- What the scripts share. Above it stand P, the prefix of all keys, and LEGAL, the moves there are.
+local function key(id) return P .. 'job:' .. id end
+local function get(id, field) return redis.call('HGET', key(id), field) end
+local function number(id, field) return tonumber(get(id, field) or '0') end
+
+local function emit(id, name, data)
+  local maxlen = get(id, 'maxlen')
+  redis.call('HINCRBY', key(id), 'events', 1)
+  redis.call('XADD', key(id) .. ':events', 'MAXLEN', '~', maxlen, '*', 'event', name, 'data', data)
+end
+
+local function move(id, to)
+  local from, queue = get(id, 'status'), get(id, 'queue')
+  if not LEGAL[from .. '>' .. to] then error('job ' .. id .. ': ' .. from .. ' to ' .. to) end
+  redis.call('ZREM', P .. 'jobs:status:' .. from, id)
+  redis.call('ZREM', P .. 'queue:' .. queue .. ':' .. from, id)
+  redis.call('ZADD', P .. 'jobs:status:' .. to, 0, id)
+  if to == 'queued' or to == 'running' then
+    redis.call('ZADD', P .. 'queue:' .. queue .. ':' .. to, 0, id)
+  end
+  redis.call('HSET', key(id), 'status', to)
+end
+
+-- Move `done` (image-steps) and with it what is outstanding, for the queue and the client.
+local function advance(id, done)
+  local delta = done - number(id, 'done')
+  if delta == 0 then return end
+  local client = get(id, 'client')
+  redis.call('HSET', key(id), 'done', done)
+  redis.call('HINCRBY', P .. 'queue:' .. get(id, 'queue'), 'completed', delta)
+  if redis.call('HINCRBY', P .. 'clients', client, -delta) <= 0 then
+    redis.call('HDEL', P .. 'clients', client)
+  end
+end
+
+-- What was reserved for outputs becomes what is there.
+local function set_bytes(id, bytes)
+  redis.call('HINCRBY', P .. 'totals', 'output_bytes', bytes - number(id, 'bytes'))
+  redis.call('HSET', key(id), 'bytes', bytes)
+end
+
+-- The end of a job that is queued or running.
+local function finish(id, status, now, status_data, final, final_data)
+  local done = number(id, 'done')
+  advance(id, number(id, 'work'))
+  redis.call('HSET', key(id), 'done', done, 'completed_at', now)
+  local ttl = number(id, 'ttl_s')
+  local inputs = redis.call('STRLEN', key(id) .. ':inputs')
+  set_bytes(id, redis.call('HLEN', key(id) .. ':outputs') * number(id, 'unit') + inputs)
+  redis.call('HSET', key(id), 'expires_at', now + ttl)
+  redis.call('ZADD', P .. 'due', now + ttl, 'expire:' .. id)
+  redis.call('DEL', key(id) .. ':state')
+  for _, part in ipairs({':outputs', ':index', ':inputs', ':events'}) do
+    redis.call('EXPIRE', key(id) .. part, ttl + 60)
+  end
+  redis.call('HDEL', key(id), 'eta_s')
+  move(id, status)
+  emit(id, 'status', status_data)
+  emit(id, final, final_data)
+  redis.call('EXPIRE', key(id) .. ':events', ttl + 60)
+  redis.call('HINCRBY', P .. 'totals', 'jobs_' .. status, 1)
+  redis.call('HDEL', P .. 'suspects', id)
+  if get(id, 'webhook') == '1' then redis.call('ZADD', P .. 'webhooks', now, id) end
+end
+
+local function active(status) return status == 'queued' or status == 'running' end
+local function held(id, execution)
+  return get(id, 'status') == 'running' and get(id, 'execution') == execution
+end

@@ -1,0 +1,28 @@
+-- ARGV: queue names. Recomputes every counter from the records, in one atomic step.
+local clients = {}
+for _, queue in ipairs(ARGV) do
+  local outstanding = 0
+  for _, status in ipairs({'queued', 'running'}) do
+    local set = P .. 'queue:' .. queue .. ':' .. status
+    for _, id in ipairs(redis.call('ZRANGE', set, 0, -1)) do
+      local job = redis.call('HMGET', key(id), 'status', 'work', 'done', 'client')
+      if job[1] ~= status then
+        redis.call('ZREM', set, id)
+      else
+        local left = tonumber(job[2]) - tonumber(job[3] or '0')
+        outstanding = outstanding + left
+        if left > 0 then clients[job[4]] = (clients[job[4]] or 0) + left end
+      end
+    end
+  end
+  local admitted = tonumber(redis.call('HGET', P .. 'queue:' .. queue, 'admitted') or '0')
+  redis.call('HSET', P .. 'queue:' .. queue, 'completed', admitted - outstanding)
+end
+redis.call('DEL', P .. 'clients')
+for client, left in pairs(clients) do redis.call('HSET', P .. 'clients', client, left) end
+local bytes = 0
+for _, id in ipairs(redis.call('ZRANGE', P .. 'jobs', 0, -1)) do
+  bytes = bytes + number(id, 'bytes')
+end
+redis.call('HSET', P .. 'totals', 'output_bytes', bytes)
+return bytes

@@ -1,0 +1,32 @@
+-- ARGV: id, execution, then operations:
+--   p done t eta data | o field bytes meta event data | c index bytes | x index
+-- Returns a store.Fate: 0 not this execution's job, 1 written, 2 written, but stop the job.
+local id = ARGV[1]
+if not held(id, ARGV[2]) then return 0 end
+local n = 3
+while n <= #ARGV do
+  local op = ARGV[n]
+  if op == 'p' then
+    local done = tonumber(ARGV[n + 1])
+    if done > number(id, 'done') then
+      redis.call('HINCRBY', P .. 'totals', 'image_steps', done - number(id, 'done'))
+    end
+    advance(id, done)
+    if done > number(id, 'best') then redis.call('HSET', key(id), 'best', done, 'attempts', 0) end
+    redis.call('HSET', key(id), 't', ARGV[n + 2], 'eta_s', ARGV[n + 3])
+    emit(id, 'progress', ARGV[n + 4])
+    n = n + 5
+  elseif op == 'o' then
+    redis.call('HSET', key(id) .. ':outputs', ARGV[n + 1], ARGV[n + 2])
+    redis.call('HSET', key(id) .. ':index', ARGV[n + 1], ARGV[n + 3])
+    emit(id, ARGV[n + 4], ARGV[n + 5])
+    n = n + 6
+  elseif op == 'c' then
+    redis.call('HSET', key(id) .. ':state', ARGV[n + 1], ARGV[n + 2])
+    n = n + 3
+  else
+    redis.call('HDEL', key(id) .. ':state', ARGV[n + 1])
+    n = n + 2
+  end
+end
+return get(id, 'cancel') == '1' and 2 or 1
