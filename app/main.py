@@ -21,7 +21,7 @@ from app.middleware import Edge
 from app.routes import create, jobs, models, outputs, reconstruct, system
 from app.services import Services
 from app.views import JobView
-from jobs.kinds.common import GenerateSpec
+from jobs.kinds.generate import GenerateSpec
 from jobs.settings import Settings
 from jobs.store.events import EVENTS
 

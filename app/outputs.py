@@ -12,7 +12,8 @@ from app.services import Services
 from app.views import manifest
 from jobs import pictures
 from jobs.errors import OutputExpired
-from jobs.kinds.common import ChainSpec, NoiseSpec
+from jobs.kinds.chain import ChainSpec
+from jobs.kinds.noise import NoiseSpec
 from jobs.pictures import Float32, UInt8, from_bytes, to_uint8
 from jobs.states import ACTIVE
 from jobs.store import keys

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app.services import Services
 from app.tasks import reap
 from app.views import dump, job_view
-from jobs.kinds.common import ChainSpec
+from jobs.kinds.chain import ChainSpec
 from jobs.pictures import encode_png, from_bytes, to_uint8
 from jobs.states import ACTIVE
 from jobs.store import keys

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.kinds.common import ChainSpec
-from jobs.kinds.table import LikelihoodSpec
+from jobs.kinds.chain import ChainSpec
+from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.results import LikelihoodResult
 from jobs.states import Status
 from jobs.store.events import JobFault, image_url, snapshot_url

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from diffusion.samplers import SamplerTable
-from jobs.kinds.common import ChainSpec, NoiseSpec
+from jobs.kinds.chain import ChainSpec
+from jobs.kinds.noise import NoiseSpec
 from jobs.store.records import JobRecord
 from worker.kinds.likelihoods import Numbers
 from worker.models import Served

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from diffusion import Model
-from jobs.kinds.common import NoiseSpec
-from jobs.kinds.table import LikelihoodSpec
+from jobs.kinds.likelihood import LikelihoodSpec
+from jobs.kinds.noise import NoiseSpec
 from jobs.store.records import JobRecord
 from worker.engine.loop import Engine
 from worker.models import ModelFolder

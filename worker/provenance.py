@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.kinds.common import ChainSpec
-from jobs.kinds.table import JobSpec, LikelihoodSpec
+from jobs.kinds.chain import ChainSpec
+from jobs.kinds.likelihood import LikelihoodSpec
+from jobs.kinds.table import JobSpec
 from worker.models import Served
 
 

@@ -15,8 +15,9 @@ import redis
 import torch
 from torch import Tensor
 
-from jobs.kinds.common import ChainSpec, NoiseSpec
-from jobs.kinds.table import LikelihoodSpec
+from jobs.kinds.chain import ChainSpec
+from jobs.kinds.likelihood import LikelihoodSpec
+from jobs.kinds.noise import NoiseSpec
 from jobs.settings import Settings
 from jobs.states import Status
 from jobs.store.records import JobRecord

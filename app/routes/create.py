@@ -22,8 +22,13 @@ from app.views import dump, job_view
 from app.waiting import until_ended
 from jobs.cards import ModelCard
 from jobs.errors import PictureError, PictureMedia, PictureTooLarge
-from jobs.kinds.common import GenerateSpec, NoiseSpec, Strict
-from jobs.kinds.table import InterpolateSpec, JobSpec, LikelihoodSpec, ReconstructSpec, admit
+from jobs.kinds.common import Strict
+from jobs.kinds.generate import GenerateSpec
+from jobs.kinds.interpolate import InterpolateSpec
+from jobs.kinds.likelihood import LikelihoodSpec
+from jobs.kinds.noise import NoiseSpec
+from jobs.kinds.reconstruct import ReconstructSpec
+from jobs.kinds.table import JobSpec, admit
 from jobs.states import ACTIVE, Status
 from jobs.store.admission import Admitted, Idempotency, Order
 from jobs.store.reader import JobState

@@ -26,7 +26,7 @@ from app.services import services
 from app.views import manifest
 from jobs import pictures
 from jobs.errors import OutputExpired
-from jobs.kinds.common import NoiseSpec
+from jobs.kinds.noise import NoiseSpec
 from jobs.pictures import Float32
 from jobs.store import keys
 from jobs.store.records import JobRecord

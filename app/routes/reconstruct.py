@@ -25,7 +25,7 @@ from app.routes.create import (
 from app.services import Services, services
 from jobs.cards import ModelCard
 from jobs.errors import OutputExpired, PictureError
-from jobs.kinds.table import ReconstructSpec, SnapshotSource
+from jobs.kinds.reconstruct import ReconstructSpec, SnapshotSource
 from jobs.store import keys
 from jobs.store.reader import JobState
 from jobs.uploads import decode_x_t

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.cards import ModelCard, schedule_tables
-from jobs.kinds.common import NoiseSpec, Plan
+from jobs.kinds.common import Plan
+from jobs.kinds.noise import NoiseSpec
 from jobs.kinds.table import JobSpec
 from jobs.settings import Settings
 from jobs.states import Status

@@ -40,7 +40,7 @@ import redis
 from numpy.typing import NDArray
 
 from jobs.cards import ModelCard
-from jobs.kinds.table import ReconstructSpec
+from jobs.kinds.reconstruct import ReconstructSpec
 from jobs.pictures import Float32, UInt8, from_bytes
 from jobs.settings import Settings
 from jobs.states import Status

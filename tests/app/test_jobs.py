@@ -9,7 +9,7 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from jobs.kinds.common import GenerateSpec
+from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
 from jobs.settings import Settings
 from jobs.store import keys

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.cards import ModelCard
 from jobs.errors import Refused
-from jobs.kinds.common import GenerateSpec
+from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
 from jobs.settings import Settings
 from jobs.store import keys

@@ -30,8 +30,12 @@ from rq.suspension import resume, suspend
 import diffusion
 from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
 from jobs.cards import ModelCard
-from jobs.kinds.common import GenerateSpec, NoiseSpec
-from jobs.kinds.table import InterpolateSpec, LikelihoodSpec, ReconstructSpec, admit
+from jobs.kinds.generate import GenerateSpec
+from jobs.kinds.interpolate import InterpolateSpec
+from jobs.kinds.likelihood import LikelihoodSpec
+from jobs.kinds.noise import NoiseSpec
+from jobs.kinds.reconstruct import ReconstructSpec
+from jobs.kinds.table import admit
 from jobs.settings import Settings
 from jobs.states import ACTIVE
 from jobs.store import keys

@@ -8,7 +8,8 @@ from diffusion.samplers import SAMPLERS
 from diffusion.sampling import build_table
 from diffusion.schedule import linear_schedule
 from jobs.cards import ModelCard
-from jobs.kinds.common import GenerateSpec, SpecError
+from jobs.kinds.common import SpecError
+from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
 from jobs.settings import Settings
 

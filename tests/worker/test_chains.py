@@ -12,7 +12,8 @@ import diffusion
 from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import SAMPLERS, SPACINGS, SamplerError
 from diffusion.sampling import build_table, chain
-from jobs.kinds.table import ReconstructSpec, admit
+from jobs.kinds.reconstruct import ReconstructSpec
+from jobs.kinds.table import admit
 from jobs.pictures import from_bytes
 from jobs.settings import Settings
 from worker.kinds.noising import closed, x_start_of

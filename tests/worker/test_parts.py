@@ -16,7 +16,7 @@ import diffusion
 from diffusion import Model
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import build_table
-from jobs.kinds.common import Snapshots
+from jobs.kinds.chain import Snapshots
 from worker import rq_adapter
 from worker.commands import worker as worker_command
 from worker.kinds.chain_state import StateError, pack, unpack

@@ -16,8 +16,10 @@ from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import SamplerTable
 from diffusion.sampling import build_table
 from diffusion.schedule import Schedule
-from jobs.kinds.common import ChainSpec, GenerateSpec, Snapshots
-from jobs.kinds.table import InterpolateSpec, ReconstructSpec
+from jobs.kinds.chain import ChainSpec, Snapshots
+from jobs.kinds.generate import GenerateSpec
+from jobs.kinds.interpolate import InterpolateSpec
+from jobs.kinds.reconstruct import ReconstructSpec
 from jobs.store.writer import Started
 from worker.engine.tasks import Start, Task
 from worker.kinds.chain_state import StateError, unpack

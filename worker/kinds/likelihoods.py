@@ -16,7 +16,7 @@ from diffusion.bound import bits_per_dim, bound_table, prior_nats
 from diffusion.likelihood import Likelihood, check_sigma
 from diffusion.model import Model
 from diffusion.term_plan import Plan, full_plan, monte_carlo_plan
-from jobs.kinds.table import LikelihoodSpec
+from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.results import Bits, ImageBits, LikelihoodResult, TermValues
 from jobs.store.writer import Started
 from worker.engine.tasks import Terms

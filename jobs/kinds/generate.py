@@ -1,0 +1,21 @@
+"""Images from noise."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from jobs.kinds.chain import ChainSpec
+
+
+class GenerateSpec(ChainSpec):
+    """The reverse chain: `num_images` images from noise."""
+
+    kind: Literal["generate"] = "generate"
+    num_images: int = Field(1, ge=1)
+
+    @property
+    def count(self) -> int:
+        """`num_images`."""
+        return self.num_images

@@ -1,0 +1,95 @@
+"""The bound on −log p of uploaded images."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jobs.cards import ModelCard
+from jobs.errors import SpecError
+from jobs.kinds.common import CommonSpec, Plan, Timestep, check_label, check_timestep
+from jobs.settings import Settings
+
+DEFAULT_SAMPLES = 20
+NUMBERS_A_TERM = 2  # nats and squared error, float64 each
+
+
+class LikelihoodSpec(CommonSpec):
+    """The bound on −log p_θ(x_0) of uploaded images in bits/dim, by term."""
+
+    kind: Literal["likelihood"] = "likelihood"
+    mode: Literal["full", "monte_carlo"] = Field(
+        "monte_carlo", description="full: all T terms; monte_carlo: an unbiased estimate"
+    )
+    samples: int | None = Field(
+        None,
+        ge=2,
+        le=100_000,
+        description="monte_carlo only: evaluations an image, L_0 and samples − 1 draws of t; "
+        f"default {DEFAULT_SAMPLES}",
+    )
+    variance: Literal["large", "small", "learned"] | None = Field(
+        None,
+        description="σ² of the reverse steps; default: learned where the model has it, else small",
+    )
+    class_label: int | None = Field(None, ge=0, description="of all images; absent: none")
+    indices: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] | None = Field(
+        None,
+        description="what keys each image's noise, by default 0, 1, …: with the positions in a "
+        "data set, parts of it give the numbers of the whole",
+    )
+    terms: tuple[Timestep, ...] | None = Field(
+        None, min_length=1, max_length=10_000, description="full only: tell the terms at these t"
+    )
+
+    @property
+    def work_field(self) -> str:
+        """Pointer of the field that makes the work large, and with it the saved numbers."""
+        return "/mode" if self.mode == "full" else "/samples"
+
+    @property
+    def bytes_field(self) -> str:
+        """The same."""
+        return self.work_field
+
+    def check(self, card: ModelCard, settings: Settings) -> None:
+        """Raise SpecError for what this model or these limits do not allow."""
+        self.check_common(card, settings)
+        check_label(self.class_label, card)
+        if self.mode == "full" and self.samples is not None:
+            raise SpecError("/samples", "is for mode monte_carlo, not full")
+        if self.mode == "monte_carlo" and self.terms is not None:
+            raise SpecError("/terms", "is for mode full, not monte_carlo")
+        if self.mode == "monte_carlo" and card.T < 2:
+            raise SpecError(
+                "/mode", f"monte_carlo: model {card.name} has T = {card.T}; ask for full"
+            )
+        if self.variance == "learned" and not card.learned_variance:
+            raise SpecError("/variance", f"learned: model {card.name} has no learned variance")
+        for i, t in enumerate(self.terms or ()):
+            check_timestep(f"/terms/{i}", t, card)
+
+    def check_inputs(self, count: int) -> None:
+        """One or more images, and as many indices if any."""
+        if count < 1:
+            raise SpecError("/images", "at least one picture is needed")
+        if self.indices is not None and len(self.indices) != count:
+            raise SpecError("/indices", f"{len(self.indices)} for {count} pictures")
+
+    def fill(self, card: ModelCard, settings: Settings) -> LikelihoodSpec:
+        """The same request with every default written out."""
+        defaults = self.common_defaults(card, settings)
+        defaults["variance"] = self.variance or ("learned" if card.learned_variance else "small")
+        if self.mode == "monte_carlo":
+            defaults["samples"] = self.samples or DEFAULT_SAMPLES
+        return self.model_copy(update=defaults)
+
+    def plan(self, card: ModelCard, num_inputs: int) -> Plan:
+        """Cost of a filled spec for so many images; the bytes are those of its saved numbers."""
+        each = self.samples or card.T
+        return Plan(
+            images=num_inputs,
+            evaluations=num_inputs * each,
+            output_bytes=num_inputs * each * NUMBERS_A_TERM * 8,
+        )

@@ -1,0 +1,68 @@
+"""The reverse chain from any point of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from jobs.cards import ModelCard
+from jobs.errors import SpecError
+from jobs.kinds.chain import ChainSpec
+from jobs.kinds.common import Strict, Timestep, check_timestep
+from jobs.settings import Settings
+
+
+class SnapshotSource(Strict):
+    """An x_t that another job kept."""
+
+    job: str = Field(max_length=100, description="id of the job")
+    t: Timestep
+    index: int = Field(0, ge=0, description="of the image in that job")
+
+
+class ReconstructSpec(ChainSpec):
+    """Denoise from any point of a chain: `num_images` samples of p_θ(x_0|x_t) from one x_t."""
+
+    kind: Literal["reconstruct"] = "reconstruct"
+    num_images: int = Field(1, ge=1, description="samples from the one x_t")
+    source: Literal["image", "x_t"] | SnapshotSource = Field(
+        "image",
+        description="`image`: an uploaded picture, noised to t with the ε that POST /noise gives "
+        "its first image at the same seed; `x_t`: an uploaded array; or a snapshot of a job",
+    )
+    t: Timestep | None = Field(
+        None, description="where the chain starts: 1..T; a snapshot brings its own"
+    )
+
+    @property
+    def count(self) -> int:
+        """`num_images`."""
+        return self.num_images
+
+    @property
+    def from_x_t(self) -> bool:
+        """Whether the input is an x_t already, and no picture."""
+        return self.source != "image"
+
+    def first_t(self, card: ModelCard) -> int:
+        """t of the one x_t."""
+        if isinstance(self.source, SnapshotSource):
+            if self.t not in (None, self.source.t):
+                raise SpecError("/t", f"{self.t}: the source is at t = {self.source.t}")
+            check_timestep("/source/t", self.source.t, card)
+            return self.source.t
+        if self.t is None:
+            raise SpecError("/t", f"is needed: where the chain starts, 1..{card.T}")
+        check_timestep("/t", self.t, card)
+        return self.t
+
+    def check_inputs(self, count: int) -> None:
+        """One image or x_t."""
+        if count != 1:
+            raise SpecError("/images", f"{count} pictures: must be one")
+
+    def fill(self, card: ModelCard, settings: Settings) -> ReconstructSpec:
+        """The same request with every default written out."""
+        filled = super().fill(card, settings)
+        return filled.model_copy(update={"t": self.first_t(card)})
