@@ -265,13 +265,13 @@ def progressive(points: np.ndarray, columns: int) -> list[np.ndarray]:
     indices, dims = torch.arange(3), points.shape[1]
     x = image_normals(3, indices, row=0, purpose=Purpose.X_T, shape=(dims,)).double().numpy()
     kept = []
-    for row, (t, numbers) in enumerate(zip(table.t, table.coefficients, strict=True)):
-        alpha_bar, rest = PAPER.alpha_bar(int(t)), PAPER.one_minus_alpha_bar(int(t))
+    for t, numbers in zip(table.t.tolist(), table.coefficients, strict=True):
+        alpha_bar, rest = PAPER.alpha_bar(t), PAPER.one_minus_alpha_bar(t)
         square = ((x[:, None] - math.sqrt(alpha_bar) * points) ** 2).sum(-1) / (2 * rest)
         share = np.exp(square.min(1, keepdims=True) - square)
         x_start = share @ points / share.sum(1, keepdims=True)
         kept.append(x_start)
-        z = image_normals(3, indices, row=row, purpose=Purpose.STEP, shape=(dims,)).numpy()
+        z = image_normals(3, indices, row=t, purpose=Purpose.STEP, shape=(dims,)).numpy()
         a, b, _, c = numbers[3:]
         x = a * x_start + b * x + c * z
     last = len(kept) - 1

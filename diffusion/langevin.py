@@ -75,11 +75,13 @@ def annealed_langevin(
     steps: int = 1,
     c: float = LEVEL_STEP,
     clip: bool = True,
+    branch: bool = False,
 ) -> SamplerTable:
     """`steps` Langevin steps at each level, x ← x√(ᾱ_s/ᾱ_t) between levels (Song, Ermon 2019).
 
-    The last of all rows lands on x̂_0, clipped if asked, instead of a last noisy step. Raises
-    SamplerError for fewer than one step a level, or timesteps that do not descend.
+    The last of all rows lands on x̂_0, clipped if asked, instead of a last noisy step. branch:
+    the first level's x_t may come from a chain that has taken Langevin steps there already.
+    Raises SamplerError for fewer than one step a level, or timesteps that do not descend.
     """
     if steps < 1:
         raise SamplerError(f"corrector_steps = {steps}: langevin needs 1 or more a level")
@@ -91,7 +93,11 @@ def annealed_langevin(
         rows[(i + 1) * steps - 1, [_A, _B, _C]] *= scale
     rows[-1] = rows_at(schedule, ts[-1:], clip=clip)[0]
     rows[-1, _A] = 1.0
-    return SamplerTable(t, rows, np.full(len(t), Purpose.CORRECTOR, dtype=np.int64))
+    purpose = np.full(len(t), Purpose.CORRECTOR, dtype=np.int64)
+    if branch:
+        purpose[:steps] = Purpose.BRANCH
+    number = np.tile(np.arange(steps), len(ts))
+    return SamplerTable(t, rows, purpose, noise=t + schedule.T * number)
 
 
 def with_correctors(
@@ -112,6 +118,7 @@ def with_correctors(
     # A corrector works at the level where its predictor lands: the t of the row after it.
     row = np.append(0, np.repeat(np.arange(1, len(table)), steps + 1))
     is_corrector = np.append(False, np.tile([True] * steps + [False], len(table) - 1))
+    number = np.append(0, np.tile([*range(steps), 0], len(table) - 1))
     coefficients = predictors[row]
     for i in np.flatnonzero(is_corrector):
         coefficients[i] = langevin_row(schedule, int(table.t[row[i]]), c)
@@ -121,4 +128,5 @@ def with_correctors(
         coefficients=coefficients,
         purpose=np.where(is_corrector, Purpose.CORRECTOR, table.purpose[row]),
         spread=np.where(is_corrector, 0.0, table.spread[row]),
+        noise=table.noise[row] + schedule.T * number,
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 MAX_SEED = 2**53 - 1
+VERSION = 2  # of what a seed draws: 1 keyed a chain's noise by the rows of its table
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -26,16 +27,22 @@ _NORMALS_A_BLOCK = 8
 
 
 class Purpose(IntEnum):
-    """What the noise is for: streams with the same seed, image and row never collide."""
+    """What the noise is for: streams with the same seed, image and row never collide.
+
+    STEP has t for its row, and CORRECTOR t + T·(number of the Langevin step at its level). So a
+    chain that branches off another at x_t draws what went into x_t from no stream again. BRANCH
+    is for Langevin steps at the very t where a branch begins. 1 and 4 were keyed by table rows.
+    """
 
     X_T = 0
-    STEP = 1
     Q_SAMPLE = 2
     LIKELIHOOD = 3
-    CORRECTOR = 4
     TRAINING = 5
     TRAINING_DRAWS = 6
     LIKELIHOOD_DRAWS = 7
+    STEP = 8
+    CORRECTOR = 9
+    BRANCH = 10
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

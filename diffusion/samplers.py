@@ -65,18 +65,24 @@ class SamplerTable:
     """Rows of one sampler.
 
     t: [R] int64, index 0..T−1 of each evaluation. coefficients: [R, 7] float64, see COLUMNS (clip
-    is the bound on |x̂_0|, ∞ for none). purpose: [R], the stream of each row's noise. spread: [R],
-    ¼ ln(β/β̃) of a row with a learned variance, else 0 (default).
+    is the bound on |x̂_0|, ∞ for none). purpose: [R], the stream of each row's noise, and noise:
+    [R], its place there (default t; see `Purpose`). spread: [R], ¼ ln(β/β̃) of a row with a
+    learned variance, else 0 (default). Raises SamplerError where two rows would draw the same.
     """
 
     t: NDArray[np.int64]
     coefficients: Float64
     purpose: NDArray[np.int64]
     spread: Float64 = field(default_factory=lambda: np.zeros(0))
+    noise: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         if not self.spread.size:
             object.__setattr__(self, "spread", np.zeros(len(self)))
+        if not self.noise.size:
+            object.__setattr__(self, "noise", self.t)
+        if len({*zip(self.purpose.tolist(), self.noise.tolist(), strict=True)}) < len(self):
+            raise SamplerError("noise: two rows of a table have the same purpose and place")
 
     def __len__(self) -> int:
         return int(self.t.size)
@@ -213,13 +219,14 @@ def _half_log_snr(schedule: Schedule, t: int) -> float:
 class DeviceTable:
     """Tables laid end to end on a device: a row index is all a sample has to carry.
 
-    t: [R] int64; coefficients: [R, 7] float32; purpose: [R] int64; spread: [R] float32.
+    t, purpose, noise: [R] int64; coefficients: [R, 7] float32; spread: [R] float32.
     """
 
     t: Tensor
     coefficients: Tensor
     purpose: Tensor
     spread: Tensor
+    noise: Tensor
 
     @classmethod
     def of(cls, tables: Sequence[SamplerTable], device: torch.device | str) -> DeviceTable:
@@ -233,6 +240,7 @@ class DeviceTable:
             torch.from_numpy(np.concatenate([table.spread for table in tables]))
             .to(torch.float32)
             .to(device),
+            torch.from_numpy(np.concatenate([table.noise for table in tables])).to(device),
         )
 
 

@@ -76,7 +76,8 @@ def build_table(
         raise SamplerError(f"start = {start}: must be 0..{schedule.T - 1}")
     if sampler == "langevin":
         a_level = 1 if corrector_steps is None else corrector_steps
-        return annealed_langevin(schedule, timesteps, steps=a_level, clip=clip)
+        branch = start is not None
+        return annealed_langevin(schedule, timesteps, steps=a_level, clip=clip, branch=branch)
     if sampler == "ddpm":
         table = ancestral(schedule, timesteps, variance=variance, clip=clip)
     elif sampler == "ddim":
@@ -134,7 +135,9 @@ def chain(
 ) -> Iterator[Step]:
     """Run the rows of a table from x_t [N, C, H, W], yielding every Step.
 
-    indices: [N], the image index that keys each image's noise (default 0..N−1).
+    indices: [N], the image index that keys each image's noise (default 0..N−1). The noise of a
+    row is keyed by its t, so that a chain that goes on from the x_t of another, in a table with
+    that `start`, draws nothing that is in x_t already, the seed being the same or not.
     """
     n = x_t.shape[0]
     indices = torch.arange(n, device=x_t.device) if indices is None else indices
@@ -155,7 +158,7 @@ def chain(
             z = normals(
                 seeds,
                 indices,
-                rows=torch.full_like(indices, row),
+                rows=torch.full_like(indices, int(table.noise[row])),
                 purpose=Purpose(int(table.purpose[row])),
                 shape=model.shape,
             )

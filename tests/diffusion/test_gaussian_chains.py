@@ -5,6 +5,9 @@ The closed form is not the data's own variance: a finite chain misses it, by a k
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import SamplerTable
-from diffusion.sampling import build_table
+from diffusion.sampling import build_table, chain
 from diffusion.schedule import Schedule, linear_schedule
 from tests.diffusion.gaussian import GaussianDenoiser, assert_normal, output_moments, run_chain
 
@@ -90,7 +93,7 @@ def test_50_step_chains_return_their_closed_form(name: str, spread: float) -> No
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_chain_is_replayed_element_for_element(name: str) -> None:
-    """In float64, from the documented noise: row 0 of x_T, then row r of step for row r."""
+    """In float64, from the documented noise: row 0 of x_T, then row t of step at index t."""
     denoiser = GaussianDenoiser(PAPER, variance=0.1, mean=0.2, shape=(1, 8, 8))
     table, indices = table_of(name, 50), torch.arange(2)
 
@@ -98,10 +101,56 @@ def test_a_chain_is_replayed_element_for_element(name: str) -> None:
         return image_normals(3, indices, row=row, purpose=purpose, shape=denoiser.shape).double()
 
     x, x_start_prev = noise(0, Purpose.X_T), torch.zeros(2, *denoiser.shape, dtype=torch.float64)
-    for row, (t, columns) in enumerate(zip(table.t, table.coefficients, strict=True)):
+    for t, columns in zip(table.t.tolist(), table.coefficients, strict=True):
         r_x, r_eps, _, a, b, d, c = columns
         x_start = r_x * x + r_eps * denoiser.eps(x, torch.tensor([t, t]))
-        x = a * x_start + b * x + d * x_start_prev + c * noise(row, Purpose.STEP)
+        x = a * x_start + b * x + d * x_start_prev + c * noise(t, Purpose.STEP)
         x_start_prev = x_start
     found = run_chain(denoiser, table, images=2, seed=3)
     torch.testing.assert_close(found.double(), x, rtol=0, atol=2e-5)
+
+
+# Branches
+
+
+BRANCHED = {
+    **{name: SAMPLERS[name] for name in ("small", "large", "ddim-eta-1")},
+    "correctors": {"sampler": "ddpm", "variance": "small", "corrector_steps": 2},
+    "langevin": {"sampler": "langevin", "corrector_steps": 3},
+}
+
+
+def joined(trunk: SamplerTable, rows: int, branch: SamplerTable) -> SamplerTable:
+    """The first rows of one table and then another: refused if any noise is drawn twice."""
+    names = ("t", "coefficients", "purpose", "spread", "noise")
+    parts = {n: np.concatenate([getattr(trunk, n)[:rows], getattr(branch, n)]) for n in names}
+    return SamplerTable(**parts)
+
+
+def branches(name: str, other: str) -> Iterator[tuple[SamplerTable, int, SamplerTable]]:
+    """A chain, and for each row a chain of another sampler that starts there."""
+    trunk = build_table(PAPER, steps=20, clip=False, **BRANCHED[name])  # type: ignore[arg-type]
+    for row in range(1, len(trunk)):
+        t = int(trunk.t[row])
+        branch = build_table(PAPER, steps=min(20, t + 1), start=t, clip=False, **BRANCHED[other])  # type: ignore[arg-type]
+        yield trunk, row, branch
+
+
+@pytest.mark.parametrize("other", BRANCHED)
+@pytest.mark.parametrize("name", BRANCHED)
+def test_a_branch_never_draws_what_its_trunk_drew(name: str, other: str) -> None:
+    for trunk, row, branch in branches(name, other):
+        assert len(joined(trunk, row, branch)) == row + len(branch)
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_a_branch_has_the_variance_of_an_unbroken_chain(name: str) -> None:
+    """With the trunk's own seed and image indices; what is drawn twice would add up in x."""
+    denoiser = GaussianDenoiser(PAPER, variance=0.25, shape=(1, 64, 64))
+    indices = torch.arange(4)
+    x_T = image_normals(0, indices, row=0, purpose=Purpose.X_T, shape=denoiser.shape)
+    made = list(branches(name, name))
+    walked = list(chain(denoiser, made[0][0], x_T, seed=0, indices=indices))  # type: ignore[arg-type]
+    for trunk, row, branch in made[:: max(1, len(made) // 10)]:
+        *_, last = chain(denoiser, branch, walked[row].x_t, seed=0, indices=indices)  # type: ignore[arg-type]
+        assert_normal(last.x_next, *output_moments(joined(trunk, row, branch), denoiser))

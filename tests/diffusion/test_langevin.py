@@ -124,10 +124,13 @@ def test_at_one_level_the_variance_settles_where_the_bias_says(c: float) -> None
     v_t = float(marginal_variance(PAPER, v)[t])
     row = langevin_row(PAPER, t, c)
     rows = np.tile(row, (steps, 1))
-    table = SamplerTable(np.full(steps, t), rows, np.full(steps, Purpose.CORRECTOR))
+    places = np.arange(steps)
+    table = SamplerTable(np.full(steps, t), rows, np.full(steps, Purpose.CORRECTOR), noise=places)
     settled = v_t / (1 - a / (4 * v_t))
     assert output_variance(table, PAPER, v) == pytest.approx(settled, rel=1e-9)
-    short = SamplerTable(table.t[:40], table.coefficients[:40], table.purpose[:40])
+    short = SamplerTable(
+        table.t[:40], table.coefficients[:40], table.purpose[:40], noise=places[:40]
+    )
     denoiser = GaussianDenoiser(PAPER, v, shape=(1, 64, 64))
     assert_normal(run_chain(denoiser, short), 0.0, output_variance(short, PAPER, v))
 

@@ -270,7 +270,7 @@ def test_a_mixed_batch_steps_like_separate_chains() -> None:
         z = normals(
             torch.tensor(seeds)[at],
             torch.full((len(at),), 2),
-            rows=row[at],
+            rows=device.noise[in_table],
             purpose=device.purpose[in_table],
             shape=(1, 4, 4),
         )

@@ -73,6 +73,22 @@ def test_a_branch_without_noise_ends_like_the_chain_it_left(running: Service) ->
     np.testing.assert_array_equal(planes(running, branch, "s:40:x_t:1"), x_t)
 
 
+def test_a_branch_with_its_trunks_seed_goes_on_as_the_trunk_did(running: Service) -> None:
+    """Its first row draws what the trunk drew there, and nothing that is in x_t already."""
+    options = {"seed": 3, "variance": "small", "deterministic": True, "class_label": 1}
+    first = running.admit(steps=1000, snapshots={"at": (40,)}, **options)
+    running.ended(first)
+    x_t = planes(running, first, "s:40:x_t:0")
+    source = {"job": first, "t": 40}
+    branch = running.admit(
+        kind="reconstruct", inputs=x_t, num_images=2, steps=40, source=source, **options
+    )
+    running.ended(branch)
+    same, other = images(running, branch, 2)
+    np.testing.assert_allclose(same, images(running, first, 1)[0], atol=1e-5)
+    assert np.abs(other - same).max() > 0.01  # the second has noise of its own
+
+
 def test_an_image_is_noised_as_by_noise_then_sampled_as_by_the_library(running: Service) -> None:
     job = running.admit(
         kind="reconstruct", inputs=PICTURES[:1], t=300, steps=30, seed=7, num_images=3,

@@ -238,9 +238,9 @@ class Pool:
         slots = batch.slots
         rows = self._row[slots]
         table_rows = self._offset[slots] + rows
-        # One small copy to the device: [5, M] int64.
+        # One small copy to the device: [4, M] int64.
         packed = torch.from_numpy(
-            np.stack([slots, table_rows, rows, self._seed[slots], self._image[slots]])
+            np.stack([slots, table_rows, self._seed[slots], self._image[slots]])
         ).to(self.device, non_blocking=True)
         assert self.bank.rows is not None
         x, x_start_prev = self.x[packed[0]], self.x_start[packed[0]]
@@ -271,9 +271,9 @@ class Pool:
         picked = slice(None) if noisy.all() else torch.from_numpy(np.flatnonzero(noisy))
         chosen = packed[:, picked]
         z = normals(
+            chosen[2],
             chosen[3],
-            chosen[4],
-            rows=chosen[2],
+            rows=self.bank.rows.noise[chosen[1]],
             purpose=self.bank.rows.purpose[chosen[1]],
             shape=self.network.model.shape,
         )

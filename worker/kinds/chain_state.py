@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _HEADER = struct.Struct("<4sI?")  # magic, next row, whether x̂_0 of the row before follows
-_MAGIC = b"xt1\0"
+_MAGIC = b"xt2\0"  # xt1 states hold noise of `diffusion.noise` version 1
 
 
 class StateError(ValueError):
