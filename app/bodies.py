@@ -115,9 +115,9 @@ async def _parts(form: FormData, most_files: int) -> Body:
 
 
 def from_base64(text: str, pointer: str) -> bytes:
-    """A file given as base64 (a `data:` prefix is allowed). Raises Problem 422."""
+    """A file given as base64; a `data:` prefix and line breaks are allowed. Raises Problem 422."""
     payload = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode(payload, validate=True)
+        return base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise field_problem(pointer, f"is not base64: {error}") from error

@@ -6,7 +6,7 @@ JobsError
 ├── JobNotFound        no such job
 ├── OutputExpired      the job is known, its outputs are gone
 └── PictureError       an upload that is no picture we can use
-    ├── PictureTooLarge    more pixels or bytes than allowed
+    ├── PictureTooLarge    more pixels or scans than allowed
     ├── PictureMedia       not PNG, JPEG or WebP
     └── PictureShape       does not have the model's size (and fit is `error`)
 """
@@ -57,11 +57,11 @@ class PictureError(JobsError, ValueError):
 
 
 class PictureTooLarge(PictureError):
-    """More bytes or pixels than the limit."""
+    """More pixels, or more JPEG scans or parts, than the limit."""
 
 
 class PictureMedia(PictureError):
-    """Not a PNG, JPEG or WebP picture."""
+    """Not a picture of a format that is read here."""
 
 
 class PictureShape(PictureError):

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from jobs.errors import PictureError, PictureMedia, PictureShape, PictureTooLarge
+from jobs.decoding import open_picture
+from jobs.errors import PictureError, PictureMedia, PictureShape
 from jobs.pictures import Float32, UInt8
 
 Fit = Literal["error", "pad", "resize"]
-_FORMATS = ("PNG", "JPEG", "WEBP")
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def decode(
@@ -28,20 +26,18 @@ def decode(
     """A picture as the model wants it: uint8 [H,W,C] for a shape (C,H,W).
 
     fit: `error` asks for the exact size; `pad` centres a smaller picture on black (a larger one
-    is first scaled down); `resize` scales the sides independently. Transparency is laid on
-    black, and the EXIF orientation is applied.
+    is first scaled down); `resize` scales the sides independently. Modes, transparency and
+    orientation: see `jobs.decoding`.
     Raises PictureMedia, PictureTooLarge, PictureShape or PictureError.
     """
     c, h, w = shape
-    if c not in _MODES:
-        raise PictureError(f"a model with {c} channels takes no pictures")
-    image = _open(raw, max_pixels)
-    try:
-        image = ImageOps.exif_transpose(image)
-        image = _flatten(image).convert(_MODES[c])
-    except (OSError, ValueError, SyntaxError) as error:
-        raise PictureError(f"the picture cannot be read: {error}") from error
-    fitted = _fit(image, (w, h), fit)
+    picture = open_picture(raw, max_pixels=max_pixels)
+    if fit == "error" and picture.size != (w, h):
+        raise PictureShape(
+            f"{picture.size[0]} × {picture.size[1]}: must be {w} × {h}, "
+            "or ask for fit = pad or resize"
+        )
+    fitted = _fit(picture.decode(c), (w, h), fit)
     return np.asarray(fitted, dtype=np.uint8).reshape(h, w, c)
 
 
@@ -71,40 +67,9 @@ def decode_x_t(raw: bytes, shape: tuple[int, int, int]) -> Float32:
     return x_t
 
 
-def _open(raw: bytes, max_pixels: int) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(raw), formats=_FORMATS)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise PictureTooLarge(f"more than {max_pixels} pixels") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise PictureMedia("not a PNG, JPEG or WebP picture") from error
-    pixels = image.width * image.height
-    if pixels > max_pixels:
-        raise PictureTooLarge(
-            f"{image.width} × {image.height} = {pixels} pixels: must be at most {max_pixels}"
-        )
-    return image
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion would clip
-        return Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
-
-
 def _fit(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
     if image.size == size:
         return image
-    if fit == "error":
-        raise PictureShape(
-            f"{image.width} × {image.height}: must be {size[0]} × {size[1]}, "
-            "or ask for fit = pad or resize"
-        )
     if fit == "resize":
         return image.resize(size, Image.Resampling.LANCZOS)
     if image.width > size[0] or image.height > size[1]:

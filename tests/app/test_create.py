@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,8 @@ from rq.serializers import JSONSerializer
 
 from jobs.store.writer import JobStore
 from tests.app.conftest import CARD, Worker, later, png, when_queued
+
+PICTURES = sorted((Path(__file__).parents[1] / "pictures").glob("*.[jp][pn]g"))
 
 
 def test_generate_is_taken_in_at_once(client: httpx.Client, store: JobStore) -> None:
@@ -228,6 +231,40 @@ def test_a_failed_job_is_no_picture(client: httpx.Client, worker: Worker) -> Non
     assert reply.json()["detail"] == "it broke"
     job = client.get(reply.headers["location"]).json()
     assert job["error"] == {"code": "worker_error", "detail": "it broke"}
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
+def test_pictures_that_once_failed_are_taken(client: httpx.Client, path: Path) -> None:
+    files = {
+        "image": path.read_bytes(),
+        "request": (None, '{"t": [1], "fit": "resize"}', "application/json"),
+    }
+    reply = client.post("/noise", files=files)
+    assert reply.status_code == 202, reply.text
+
+
+def test_a_jpeg_of_a_thousand_scans_is_too_large(client: httpx.Client) -> None:
+    raw = png(8, 8, "L", "JPEG")
+    scan = raw[raw.rindex(b"\xff\xda") : -2]
+    files = {
+        "image": raw[:-2] + 1000 * scan + raw[-2:],
+        "request": (None, '{"t": [1]}', "application/json"),
+    }
+    reply = client.post("/noise", files=files)
+    assert reply.status_code == 413 and "more than 40 scans" in reply.text
+
+
+@pytest.mark.parametrize("lines", [base64.encodebytes, lambda raw: b"\r\n ".join(wrapped(raw))])
+def test_base64_may_have_line_breaks(client: httpx.Client, lines: Callable[[bytes], bytes]) -> None:
+    picture = lines(png()).decode()
+    assert "\n" in picture
+    for text in (picture, f"data:image/png;base64,{picture}"):
+        assert client.post("/noise", json={"t": [1], "images": [text]}).status_code == 202
+
+
+def wrapped(raw: bytes) -> list[bytes]:
+    whole = base64.b64encode(raw)
+    return [whole[i : i + 64] for i in range(0, len(whole), 64)]
 
 
 def test_noise_multipart_and_base64(client: httpx.Client, worker: Worker) -> None:
