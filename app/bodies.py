@@ -16,6 +16,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.problems import Problem, field_problem
 
+# Values in a JSON text, which bounds what parsing and its errors cost: no field takes more than
+# 10,000, and a picture is one.
+_MOST_VALUES = 12_000
 _UNKNOWN_PART = "unknown part: there are `image` files and `request` (for /reconstruct also `x_t`)"
 
 
@@ -55,7 +58,7 @@ async def read_body(
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media == "application/json" or (media.startswith("application/") and "+json" in media):
         async with aclosing(_limited(request, limit)) as chunks:
-            return Body(b"".join([chunk async for chunk in chunks]))
+            return Body(_parsable(b"".join([chunk async for chunk in chunks])))
     if media == "multipart/form-data" and most_files:
         body = await _multipart(request, limit, most_files)
         if body.x_t is not None and not takes_x_t:
@@ -63,6 +66,14 @@ async def read_body(
         return body
     kinds = "application/json or multipart/form-data" if most_files else "application/json"
     raise Problem("unsupported_media_type", f"Content-Type {media or '(none)'}: must be {kinds}")
+
+
+def _parsable(text: bytes) -> bytes:
+    """A JSON text with few enough values. Raises Problem 422."""
+    found = sum(map(text.count, (b",", b"[", b"{")))
+    if found > _MOST_VALUES:
+        raise field_problem("", f"about {found} values in the JSON: must be at most {_MOST_VALUES}")
+    return text
 
 
 async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
@@ -102,7 +113,7 @@ async def _parts(form: FormData, most_files: int) -> Body:
     for name, value in form.multi_items():
         content = await value.read() if isinstance(value, UploadFile) else value.encode()
         if name == "request":
-            text = content
+            text = _parsable(content)
         elif name == "image" and isinstance(value, UploadFile):
             files.append(content)
         elif name == "x_t" and isinstance(value, UploadFile):

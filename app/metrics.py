@@ -34,6 +34,9 @@ class Metrics:
         self.webhooks = Counter(
             "ddpm_webhooks", "Webhook attempts", ["outcome"], registry=self.registry
         )
+        self.previews = Counter(
+            "ddpm_previews", "Pictures encoded for event streams", registry=self.registry
+        )
         self._store = _StoreCollector()
         self.registry.register(self._store)
 

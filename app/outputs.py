@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fastapi.responses import Response
 
@@ -51,11 +50,6 @@ async def fetch(services: Services, record: JobRecord, fields: Sequence[str]) ->
     raise Problem("not_found", f"job {record.id} ({record.status}) has no such output")
 
 
-async def in_thread(call: Callable[[], bytes]) -> bytes:
-    """Encode away from the event loop."""
-    return await asyncio.to_thread(call)
-
-
 def encode_image(record: JobRecord, index: int, x: Float32, *, suffix: str, px: int = 0) -> bytes:
     """One image as png (with its manifest), webp or npy."""
     if suffix == "npy":
@@ -92,10 +86,11 @@ async def picture(services: Services, state: JobState, suffix: str) -> Response:
     """The answer to a POST that takes a picture: the image, or the grid of several."""
     record = state.record
     planes = await fetch(services, record, grid_fields(record))
+    pool = services.pools.encoding
     if len(planes) == 1:
-        content = encode_image(record, 0, planes[0], suffix=suffix)
+        content = await pool.run(encode_image, record, 0, planes[0], suffix=suffix)
     else:
-        content = await in_thread(lambda: encode_grid(record, planes, suffix=suffix))
+        content = await pool.run(encode_grid, record, planes, suffix=suffix)
     return file_response(content, suffix)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -27,6 +27,11 @@ from jobs.errors import (
 
 MEDIA_TYPE = "application/problem+json"
 LONGEST_VALUE = 60  # characters of a wrong value that an error repeats
+# An answer stays small, whatever was asked: a field's name may be as long as a request.
+MOST_ERRORS = 20
+LONGEST_POINTER = 200
+LONGEST_DETAIL = 2000
+_MOST_LOOKED_AT = 1000
 
 # code → status: every code the service answers with.
 CODES: dict[str, int] = {
@@ -66,7 +71,7 @@ class ProblemBody(BaseModel):
     code: str
     detail: str
     request_id: str
-    errors: list[FieldError] = []
+    errors: list[FieldError] = Field([], description="the first 20 at most")
 
 
 class Problem(Exception):
@@ -90,24 +95,37 @@ class Problem(Exception):
 def field_problem(pointer: str, detail: str) -> Problem:
     """A 422 about one field."""
     error = FieldError(pointer=pointer, detail=detail)
-    return Problem("invalid_request", f"{pointer}: {detail}", errors=[error])
+    return Problem("invalid_request", f"{clipped(pointer) or '/'}: {detail}", errors=[error])
 
 
 def validation_problem(error: ValidationError) -> Problem:
-    """A 422 with everything that pydantic found."""
-    return _fields_problem(error.errors())
+    """A 422 with what pydantic found."""
+    return _fields_problem(error.errors(include_url=False))
 
 
 def _fields_problem(items: Sequence[Mapping[str, Any]]) -> Problem:
-    found = [FieldError(pointer=_pointer(item["loc"]), detail=_detail(item)) for item in items]
     # A bad element also makes pydantic call its list too short: the element's error is enough.
-    deepest = [
-        error
-        for error in found
-        if not any(other.pointer.startswith(error.pointer + "/") for other in found)
+    looked_at = items[:_MOST_LOOKED_AT]
+    above = {parent for item in looked_at for parent in _parents(item["loc"])}
+    deepest = [item for item in looked_at if tuple(item["loc"]) not in above]
+    shown = [
+        FieldError(pointer=_pointer(item["loc"]), detail=_detail(item))
+        for item in deepest[:MOST_ERRORS]
     ]
-    first = deepest[0]
-    return Problem("invalid_request", f"{first.pointer or '/'}: {first.detail}", errors=deepest)
+    first, more = shown[0], len(items) - len(looked_at) + len(deepest) - len(shown)
+    rest = f" (and {more} more errors than are listed)" if more else ""
+    detail = f"{clipped(first.pointer) or '/'}: {first.detail}{rest}"
+    return Problem("invalid_request", detail, errors=shown)
+
+
+def _parents(location: Sequence[int | str]) -> Iterator[tuple[int | str, ...]]:
+    for depth in range(len(location)):
+        yield tuple(location[:depth])
+
+
+def clipped(text: str, most: int = LONGEST_POINTER) -> str:
+    """The text, or its beginning and `…` where it is longer."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _detail(item: Mapping[str, Any]) -> str:
@@ -117,15 +135,15 @@ def _detail(item: Mapping[str, Any]) -> str:
     value = item["input"]
     if item["type"] == "missing" or not isinstance(value, str | int | float):
         return str(item["msg"])
-    text = json.dumps(value, ensure_ascii=False)
-    if len(text) > LONGEST_VALUE:
-        text = f"{text[:LONGEST_VALUE]}…"
+    if isinstance(value, str):
+        value = value[: LONGEST_VALUE + 1]  # it may be as long as the whole request
+    text = clipped(json.dumps(value, ensure_ascii=False), LONGEST_VALUE)
     return f"{text}: {item['msg']}"
 
 
 def _pointer(location: Sequence[int | str]) -> str:
-    escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in location)
-    return "".join(f"/{part}" for part in escaped)
+    parts = (clipped(str(part)) for part in location)
+    return "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in parts)
 
 
 def from_error(error: Exception) -> Problem | None:
@@ -160,13 +178,17 @@ def from_error(error: Exception) -> Problem | None:
 def response(problem: Problem, request_id: str) -> Response:
     """The HTTP response for a problem."""
     status = CODES[problem.code]
+    errors = [
+        FieldError(pointer=clipped(e.pointer), detail=clipped(e.detail, LONGEST_DETAIL))
+        for e in problem.errors[:MOST_ERRORS]
+    ]
     body = ProblemBody(
         title=HTTPStatus(status).phrase,
         status=status,
         code=problem.code,
-        detail=problem.detail,
+        detail=clipped(problem.detail, LONGEST_DETAIL),
         request_id=request_id,
-        errors=problem.errors,
+        errors=errors,
     )
     return Response(body.model_dump_json(), status, headers=problem.headers, media_type=MEDIA_TYPE)
 

@@ -14,6 +14,8 @@ from redis.exceptions import RedisError
 from app.admitting import Admitter
 from app.auth import Keyring
 from app.metrics import Metrics
+from app.pools import Pools
+from app.previews import Previews
 from app.tasks import reap
 from app.webhooks import Courier
 from jobs.errors import JobNotFound
@@ -44,6 +46,8 @@ class Services:
         self._redis = connect(settings)
         self._blocked = connect(settings, socket_timeout=3 * BLOCK_MS / 1000)
         self.reader = JobReader(self._redis)
+        self.pools = Pools()
+        self.previews = Previews(self.reader, self.pools.encoding, self.metrics)
         self.hub = EventHub(self._redis, self._blocked)
         self.courier = Courier(settings, WebhookQueue(self._redis), self.reader, self.metrics)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -75,6 +79,7 @@ class Services:
 
     async def _close(self) -> None:
         self.admitter.close()
+        self.pools.close()
         self._sweeper.shutdown()
         try:
             await self.hub.close()
@@ -113,7 +118,7 @@ class Services:
 
     async def cancel(self, job_id: str) -> None:
         """Ask a job to stop; JobNotFound. A job that has ended is left as it is."""
-        if await asyncio.to_thread(self._cancel, job_id) == "missing":
+        if await self.pools.store.run(self._cancel, job_id) == "missing":
             raise JobNotFound(f"no job {job_id}")
 
     def _cancel(self, job_id: str) -> str:
@@ -125,7 +130,7 @@ class Services:
 
     async def purge(self, job_id: str) -> None:
         """Delete a job and all that belongs to it; JobNotFound."""
-        if not await asyncio.to_thread(self._purge, job_id):
+        if not await self.pools.store.run(self._purge, job_id):
             raise JobNotFound(f"no job {job_id}")
 
     def _purge(self, job_id: str) -> bool:

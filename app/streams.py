@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -15,7 +14,6 @@ from app.services import Services
 from app.tasks import reap
 from app.views import dump, job_view
 from jobs.kinds.chain import ChainSpec
-from jobs.pictures import encode_png, from_bytes, to_uint8
 from jobs.states import ACTIVE
 from jobs.store import keys
 from jobs.store.events import ErrorEvent, last_event
@@ -171,7 +169,7 @@ async def _frames(
 ) -> list[bytes]:
     px = _preview_px(record)
     wanted = [_plane_field(e) if inline or (px and e.name == "snapshot") else None for e in entries]
-    pictures = await _pictures(services, record, [f for f in wanted if f is not None], px)
+    pictures = await services.previews.of(record, [f for f in wanted if f is not None], px)
     frames = []
     for entry, field in zip(entries, wanted, strict=True):
         data = entry.data
@@ -195,23 +193,3 @@ def _plane_field(entry: Entry) -> str | None:
     if entry.name == "image":
         return keys.image_field(data["index"])
     return keys.snapshot_field(data["t"], data["kind"], data["index"])
-
-
-async def _pictures(
-    services: Services, record: JobRecord, fields: list[str], px: int
-) -> dict[str, str]:
-    """field → base64 PNG, for those whose output is there."""
-    if not fields:
-        return {}
-    planes = await services.reader.planes(record.id, fields)
-    found = {f: plane for f, plane in zip(fields, planes, strict=True) if plane is not None}
-    return await asyncio.to_thread(_encode, found, record, px)
-
-
-def _encode(planes: dict[str, bytes], record: JobRecord, px: int) -> dict[str, str]:
-    return {
-        field: base64.b64encode(
-            encode_png(to_uint8(from_bytes(plane, record.shape)), px=px)
-        ).decode()
-        for field, plane in planes.items()
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Sequence
 from typing import Annotated, TypeVar
@@ -153,7 +152,7 @@ async def admit_pictures(
     card = choose_card(parsed.model, await held.reader.cards(), held)
     files = uploaded(parsed.images, body.files, most=settings.max_images)
     pixels = settings.max_upload_pixels
-    inputs = await asyncio.to_thread(decode_all, files, card, fit=parsed.fit, pixels=pixels)
+    inputs = await held.pools.decoding.run(decode_all, files, card, fit=parsed.fit, pixels=pixels)
     return await desk.admit(parsed.spec(kind), card, inputs=inputs, num_inputs=len(files))
 
 
@@ -163,13 +162,18 @@ class Desk:
     def __init__(self, held: Services, request: Request, kind: str, body: Body) -> None:
         self._held = held
         self._client = str(request.scope["client_id"])
-        self._idempotency = idempotency(request, body, kind)
+        self._asked = (request, body, kind)
+        self._idempotency: Idempotency | None = None
 
     async def replay(self) -> Admitted | None:
         """The job an equal request made before, whatever has changed since."""
-        idem = self._idempotency
-        if idem is None:
+        request, body, kind = self._asked
+        key = idempotency_key(request)
+        if key is None:
             return None
+        # In a thread, since it parses the whole body.
+        fingerprint = await self._held.pools.decoding.run(body.fingerprint, kind)
+        self._idempotency = idem = Idempotency(key, fingerprint)
         call = functools.partial(self._held.admission.replay, self._client, idem)
         job_id = await self._held.admitter.call(call)
         return None if job_id is None else Admitted(job_id, replayed=True)
@@ -195,14 +199,12 @@ class Desk:
         return await self._held.admitter.admit(order)
 
 
-def idempotency(request: Request, body: Body, kind: str) -> Idempotency | None:
-    """The Idempotency-Key with the fingerprint of this request."""
+def idempotency_key(request: Request) -> str | None:
+    """The Idempotency-Key, if there is one. Raises Problem 422."""
     key = request.headers.get("idempotency-key")
-    if key is None:
-        return None
-    if not 1 <= len(key) <= _MOST_KEY:
+    if key is not None and not 1 <= len(key) <= _MOST_KEY:
         raise Problem("invalid_request", f"Idempotency-Key: must have 1..{_MOST_KEY} characters")
-    return Idempotency(key, body.fingerprint(kind))
+    return key
 
 
 def choose_card(name: str | None, cards: dict[str, ModelCard], held: Services) -> ModelCard:

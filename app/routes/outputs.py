@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import json
 from typing import Annotated, Literal
 
@@ -19,7 +17,6 @@ from app.outputs import (
     file_response,
     film_frames,
     grid_fields,
-    in_thread,
 )
 from app.problems import Problem, documented
 from app.services import services
@@ -56,7 +53,7 @@ async def images_zip(
     record = state.record
     planes = await fetch(held, record, [keys.image_field(i) for i in range(record.images)])
     chosen = suffix or record.spec.format
-    content = await in_thread(functools.partial(_zip, record, planes, chosen))
+    content = await held.pools.encoding.run(_zip, record, planes, chosen)
     return file_response(content, "zip", f"{job_id}.zip")
 
 
@@ -81,7 +78,8 @@ async def image(
     held = services(request)
     record = (await held.job(job_id)).record
     [x] = await fetch(held, record, [keys.image_field(index)])
-    return file_response(encode_image(record, index, x, suffix=suffix, px=px), suffix)
+    encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px)
+    return file_response(await encoding, suffix)
 
 
 @router.get(
@@ -96,8 +94,8 @@ async def grid(
     held = services(request)
     record = (await held.job(job_id)).record
     planes = await fetch(held, record, grid_fields(record))
-    encode = functools.partial(encode_grid, record, planes, suffix=suffix, px=px)
-    return file_response(await in_thread(encode), suffix)
+    encoding = held.pools.encoding.run(encode_grid, record, planes, suffix=suffix, px=px)
+    return file_response(await encoding, suffix)
 
 
 @router.get(
@@ -123,7 +121,7 @@ async def film(
         raise Problem("not_found", f"job {job_id} kept no snapshots of {kind}")
     planes = iter(await fetch(held, state.record, [field for f in frames for field in f]))
     grouped = [[next(planes) for _ in fields] for fields in frames]
-    return file_response(await asyncio.to_thread(encode_film, grouped, suffix, px), suffix)
+    return file_response(await held.pools.encoding.run(encode_film, grouped, suffix, px), suffix)
 
 
 @router.get(
@@ -145,7 +143,8 @@ async def snapshot(
     held = services(request)
     record = (await held.job(job_id)).record
     [x] = await fetch(held, record, [keys.snapshot_field(t, kind, index)])
-    response = file_response(encode_image(record, index, x, suffix=suffix, px=px), suffix)
+    encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px)
+    response = file_response(await encoding, suffix)
     levels = record.levels or {}
     if isinstance(record.spec, NoiseSpec) and str(t) in levels:
         response.headers["X-Alpha-Bar"] = repr(levels[str(t)][0])

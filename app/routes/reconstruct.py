@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
@@ -102,8 +100,8 @@ async def starting_point(
     if source == "image":
         files = uploaded(parsed.images, body.files, most=1)
         pixels = held.settings.max_upload_pixels
-        inputs = await asyncio.to_thread(decode_all, files, card, fit=parsed.fit, pixels=pixels)
-        return card, inputs
+        decoding = held.pools.decoding.run(decode_all, files, card, fit=parsed.fit, pixels=pixels)
+        return card, await decoding
     if parsed.x_t is not None and body.x_t is not None:
         raise field_problem("/x_t", "give an `x_t` file or base64, not both")
     raw = body.x_t if body.x_t is not None else from_base64(parsed.x_t or "", "/x_t")

@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 from app.main import create_app
@@ -38,12 +39,21 @@ CARD = ModelCard(
 
 
 @contextlib.contextmanager
-def serving(settings: Settings) -> Iterator[httpx.Client]:
-    """A client of a server that runs while the block does."""
+def serving(
+    settings: Settings, *, app: FastAPI | None = None, **options: Any
+) -> Iterator[httpx.Client]:
+    """A client of a server that runs while the block does.
+
+    app: the one to run, else one of these settings. options: uvicorn's.
+    """
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
-        create_app(settings), log_level="warning", timeout_graceful_shutdown=2, lifespan="on"
+        app or create_app(settings),
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+        lifespan="on",
+        **options,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

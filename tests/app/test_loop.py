@@ -1,0 +1,103 @@
+"""No request holds the event loop: whatever a body of up to the limit holds, others are served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from jobs.settings import MIB, Settings
+from jobs.store.writer import JobStore
+from tests.app.conftest import png, serving
+from tests.app.loops import Turns, measured
+
+LIMIT = 16 * MIB
+LONGEST_S = 0.25  # 0.1 on an idle machine; a shared core makes processor time longer as well
+JSON = {"Content-Type": "application/json"}
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+
+
+@pytest.fixture(scope="module")
+def watched(redis_server: str) -> Iterator[tuple[httpx.Client, Turns]]:
+    """A server whose event loop is measured."""
+    settings = Settings(redis_url=redis_server, janitor_s=60)
+    with measured() as turns, serving(settings, loop="asyncio") as client:
+        yield client, turns
+
+
+def filled(head: bytes, part: bytes, tail: bytes) -> bytes:
+    """A body near the limit: one part again and again."""
+    return head + part * ((LIMIT - len(head) - len(tail)) // len(part)) + tail
+
+
+def unknown_keys(count: int) -> bytes:
+    return json.dumps({f"k{i}": 1 for i in range(count)}).encode()
+
+
+BODIES: dict[str, tuple[str, dict[str, str], Callable[[], bytes]]] = {
+    "unknown keys, as many as are looked at": ("/generate", JSON, lambda: unknown_keys(11_900)),
+    "unknown keys": ("/generate", JSON, lambda: unknown_keys(1_000_000)),
+    "wrong elements": ("/noise", JSON, lambda: b'{"t":[' + b'"a",' * 11_900 + b"1]}"),
+    "elements": ("/noise", JSON, lambda: filled(b'{"t":[', b"1,", b"1]}")),
+    "objects": ("/generate", JSON, lambda: filled(b'{"provenance":{"a":[', b"{},", b"1]}}")),
+    "depth": ("/generate", JSON, lambda: filled(b"", b'{"a":', b"")),
+    "digits": ("/generate", JSON, lambda: filled(b'{"seed":', b"9", b"}")),
+    "a long key": ("/generate", JSON, lambda: filled(b'{"', b"~", b'":1}')),
+    "a long value": ("/generate", JSON, lambda: filled(b'{"model":"', b"a", b'"}')),
+    "escapes": ("/generate", JSON, lambda: filled(b'{"model":"', b"\\u00e9", b'"}')),
+    "a long picture": ("/noise", JSON, lambda: filled(b'{"t":[1],"images":["', b"A", b'"]}')),
+    "not base64": ("/noise", JSON, lambda: filled(b'{"t":[1],"images":["', b"A\\n", b'"]}')),
+    "line ends": ("/noise", FORM, lambda: filled(b"--b\r\n", b"\r\n--", b"")),
+    "parts": ("/noise", FORM, lambda: filled(b"", b"--b\r\n\r\n\r\n", b"--b--")),
+    "a long part header": ("/noise", FORM, lambda: filled(b"--b\r\nA: ", b"a", b"\r\n\r\n")),
+    "a picture's tail": (
+        "/noise",
+        FORM,
+        lambda: filled(
+            b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + png(),
+            b"\r\n-",
+            b"\r\n--b--\r\n",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_no_body_holds_the_event_loop(
+    name: str, store: JobStore, watched: tuple[httpx.Client, Turns]
+) -> None:
+    client, turns = watched
+    path, headers, make = BODIES[name]
+    body = make()
+    assert len(body) <= LIMIT
+    for more in ({}, {"Idempotency-Key": name}):
+        turns.forget()
+        reply = client.post(path, content=body, headers=headers | more)
+        assert 400 <= reply.status_code < 500, reply.text[:500]
+        assert len(reply.content) < 20_000
+        assert turns.longest < LONGEST_S, (turns.longest, turns.what)
+
+
+def test_at_most_twenty_errors_are_told(client: httpx.Client) -> None:
+    body = {"num_images": 0, **{f"k{i}": 1 for i in range(99)}}
+    problem = client.post("/generate", json=body).json()
+    assert len(problem["errors"]) == 20
+    assert problem["errors"][0]["pointer"] == "/num_images"
+    assert "80 more errors" in problem["detail"]
+    few = client.post("/generate", json={"a": 1, "b": 1}).json()
+    assert [error["pointer"] for error in few["errors"]] == ["/a", "/b"]
+    assert "more" not in few["detail"]
+
+
+def test_an_element_stands_for_its_list(client: httpx.Client) -> None:
+    problem = client.post("/generate", json={"snapshots": {"at": [0]}}).json()
+    assert [error["pointer"] for error in problem["errors"]] == ["/snapshots/at/0"]
+
+
+def test_what_an_error_repeats_is_short(client: httpx.Client) -> None:
+    for body in ({"k" * 50_000: 1}, {"model": "m" * 50_000}, {"seed": "s" * 50_000}):
+        reply = client.post("/generate", json=body)
+        assert reply.status_code == 422 and len(reply.content) < 10_000, body
+        assert "…" in reply.json()["errors"][0]["detail" if "k" * 50_000 not in body else "pointer"]
