@@ -11,6 +11,7 @@ RUN useradd --create-home --uid 10001 ddpm
 WORKDIR /build
 # Dependencies first: a change of our code then rebuilds none of their layers.
 COPY LICENSE pyproject.toml requirements.lock ddpm.py ./
+COPY jobs/version.py jobs/
 
 
 FROM base AS api
@@ -43,7 +44,7 @@ COPY worker/ worker/
 RUN pip install --no-deps --force-reinstall . \
     && install --directory --owner=ddpm /cache
 # Compiled networks are kept between runs where a volume is mounted at /cache.
-ENV DDPM_MODELS=/models TORCHINDUCTOR_CACHE_DIR=/cache
+ENV DDPM_MODELS=/models DDPM_CACHE_DIR=/cache
 WORKDIR /home/ddpm
 USER ddpm
 # Alive means registered: a worker whose heart stopped is forgotten by Redis.

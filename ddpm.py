@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from jobs.version import VERSION
+
 DISTRIBUTION = "ddpm-serve"
 PACKAGES = ("app", "diffusion", "jobs", "training", "worker")
 
@@ -27,6 +29,7 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "up": Entry("app.commands:up", "serve", "Serve: start Redis, a worker and the HTTP API."),
+    "env": Entry("app.commands:env", "api", "Print REDIS_URL of the `ddpm up` that runs here."),
     "api": Entry("app.commands:api", "api", "Run the HTTP API alone, against REDIS_URL."),
     "worker": Entry("worker.commands:worker", "worker", "Run one worker alone, on REDIS_URL."),
     "train": Entry("training.commands:train", "train", "Train a network from a TOML file."),
@@ -102,7 +105,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, entries=COMMANDS)
-@click.version_option(package_name=DISTRIBUTION, prog_name="ddpm")
+@click.version_option(VERSION, prog_name="ddpm")
 def main() -> None:
     """Train, sample and serve denoising diffusion probabilistic models."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 from pathlib import Path
 
@@ -14,6 +15,14 @@ from jobs.settings import Settings, load_settings
 HOST = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 PORT = click.option(
     "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="TCP port."
+)
+
+DATA = click.option(
+    "--data",
+    default=".ddpm",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for Redis' data and for logs.",
 )
 
 
@@ -60,13 +69,7 @@ def api(host: str, port: int, log_level: str) -> None:
 @HOST
 @PORT
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--data",
-    default=".ddpm",
-    show_default=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for Redis' data and for logs.",
-)
+@DATA
 def up(host: str, port: int, workers: int, data: Path) -> None:
     """Serve: start Redis (or use REDIS_URL), workers and the HTTP API."""
     from app.up.supervisor import StartFailed, Supervisor
@@ -82,3 +85,20 @@ def up(host: str, port: int, workers: int, data: Path) -> None:
         supervisor.run()
     except StartFailed as error:
         raise click.ClickException(str(error)) from error
+
+
+@click.command()
+@DATA
+def env(data: Path) -> None:
+    """Print the address of the Redis of a `ddpm up` that runs, as shell commands.
+
+    For `eval "$(ddpm env)"`: then `rq info`, `ddpm api` and `ddpm worker` find that Redis.
+    """
+    from app.up.running import NotRunning, redis_url
+
+    try:
+        url = redis_url(data)
+    except NotRunning as error:
+        raise click.ClickException(str(error)) from error
+    for variable in ("REDIS_URL", "RQ_REDIS_URL"):  # ours, and that of RQ's own commands
+        click.echo(f"export {variable}={shlex.quote(url)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from app.views import JobView
 from jobs.kinds.generate import GenerateSpec
 from jobs.settings import Settings
 from jobs.store.events import EVENTS
+from jobs.version import VERSION
 
 STATIC = Path(__file__).parent / "static"
 DESCRIPTION = """Denoising diffusion as a service: images from noise, noise from images, and every
@@ -42,7 +42,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app = FastAPIOffline(  # /docs with Swagger UI of our own: clusters often see no CDN
         title="ddpm-serve",
-        version=_version(),
+        version=VERSION,
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
@@ -104,10 +104,3 @@ def _correct(schema: dict[str, Any]) -> None:
                 responses["422"] = ours
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
-
-
-def _version() -> str:
-    try:
-        return version("ddpm-serve")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "0"

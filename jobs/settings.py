@@ -5,6 +5,9 @@ Built by `create_app()` and by each command, never at import.
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,12 +18,13 @@ from redis import ConnectionPool
 
 MIB = 2**20
 DAY_S = 86_400
+PREFIX = "DDPM_"
 
 
 class Settings(BaseSettings):
     """Configuration of the API, the worker and the supervisor."""
 
-    model_config = SettingsConfigDict(env_prefix="DDPM_", frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, populate_by_name=True)
 
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
@@ -118,8 +122,10 @@ class Settings(BaseSettings):
 def load_settings(**given: Any) -> Settings:
     """For a command: options over the environment; None is not given.
 
-    Raises click.ClickException that names the variable that is wrong.
+    Raises click.ClickException that names the variable that is wrong; warns of one that is none.
     """
+    for warning in unknown_variables(os.environ):
+        click.echo(f"warning: {warning}", err=True)
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
@@ -128,3 +134,15 @@ def load_settings(**given: Any) -> Settings:
         variable = name if name == "REDIS_URL" else f"DDPM_{name.upper()}"
         detail = f"{variable} = {first['input']!r}: {first['msg']}"
         raise click.ClickException(detail) from error
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """A sentence for each variable that looks like a setting of ours, and is none."""
+    known = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name != "redis_url"]
+    sentences = []
+    for name in sorted(environment):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            (like, *_) = [*difflib.get_close_matches(name.upper(), known, 1), None]
+            hint = f"did you mean {like}?" if like else "see the README's table of settings"
+            sentences.append(f"{name} is no setting; {hint}")
+    return sentences

@@ -10,7 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 import ddpm
-from tests.house import project
+from app.main import create_app
+from app.routes.system import Health
+from jobs.settings import Settings
+from jobs.version import VERSION
+from tests.house import ROOT, project
+from worker.provenance import versions
 
 
 @pytest.mark.parametrize("name", sorted(ddpm.COMMANDS))
@@ -25,6 +30,21 @@ def test_help_lists_every_subcommand() -> None:
     result = CliRunner().invoke(ddpm.main, ["--help"])
     listed = re.findall(r"^  (\w+)  +\S", result.output.partition("Commands:")[2], re.MULTILINE)
     assert listed == list(ddpm.COMMANDS)
+
+
+def test_there_is_one_version() -> None:
+    """Of the installed package, too: what pyproject.toml takes it from is this constant."""
+    (attribute,) = re.findall(
+        r'^version = \{ attr = "(.*)" \}$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M
+    )
+    assert attribute == "jobs.version.VERSION"
+    said = CliRunner().invoke(ddpm.main, ["--version"]).output
+    assert said == f"ddpm, version {VERSION}\n"
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.findall(r"^## (\S+)", changes, re.M)[0] == VERSION
+    assert create_app(Settings()).version == VERSION
+    assert Health().version == VERSION
+    assert versions()["ddpm-serve"] == VERSION
 
 
 def test_an_unknown_subcommand_is_refused_with_the_known_ones() -> None:

@@ -57,7 +57,7 @@ class Service:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "models").symlink_to(ROOT / "models")
-    command = [sys.executable, "-m", "ddpm", "up", "--port", "0", "--data", str(folder / "data")]
+    command = [sys.executable, "-m", "ddpm", "up", "--port", "0"]
     environment = {k: v for k, v in os.environ.items() if k != "REDIS_URL"}
     process = subprocess.Popen(
         command,
@@ -142,6 +142,12 @@ def test_the_bound_of_a_picture(service: Service) -> None:
     Image.new("L", (32, 32), 200).save(service.folder / "seven.png")
     result = json.loads(service.run(["bash", "-ec"], example))["result"]
     assert result["dims"] == 1024 and result["images"][0]["bits_per_dim"] > 0
+
+
+def test_rq_shows_the_embedded_redis(service: Service) -> None:
+    (example,) = blocks("bash", "rq info")
+    printed = service.run(["bash", "-ec"], example.replace(".venv/bin/", ""))
+    assert re.search(r"redis\.sock.*: (idle|busy) ddpm\.", printed), printed
 
 
 def test_the_library_in_five_lines(service: Service) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from jobs.kinds.chain import ChainSpec
 from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.kinds.table import JobSpec
+from jobs.version import VERSION
 from worker.models import Served
 
 
@@ -28,7 +28,7 @@ def provenance(served: Served, spec: JobSpec) -> dict[str, Any]:
         "schedule": schedule,
         "prediction": config.prediction,
         "device": _device_name(model.device),
-        "versions": _versions(),
+        "versions": versions(),
     }
     if isinstance(spec, ChainSpec):
         made["clip"] = config.sampling.clip
@@ -45,11 +45,11 @@ def _device_name(device: torch.device) -> str:
 
 
 @cache
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["numpy"] = np.__version__
-    try:
-        versions["ddpm-serve"] = version("ddpm-serve")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        versions["ddpm-serve"] = "unknown"
-    return versions
+def versions() -> dict[str, str]:
+    """Of this software, and of what its numbers come from."""
+    return {
+        "ddpm-serve": VERSION,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }

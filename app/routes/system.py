@@ -12,6 +12,7 @@ from app.routes.jobs import json_response
 from app.services import services
 from jobs.rates import eta_s
 from jobs.store.reader import JobReader, QueueState
+from jobs.version import VERSION
 
 router = APIRouter(tags=["system"])
 
@@ -70,11 +71,12 @@ class QueuesView(BaseModel):
 
 
 class Health(BaseModel):
-    """Alive."""
+    """Alive. version: of this software."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"status": "ok"}})
+    model_config = ConfigDict(json_schema_extra={"example": {"status": "ok", "version": VERSION}})
 
     status: str = "ok"
+    version: str = VERSION
 
 
 class Readiness(BaseModel):
@@ -122,7 +124,7 @@ async def _queue_view(reader: JobReader, state: QueueState) -> QueueView:
 @router.get("/healthz", response_model=Health)
 async def healthz() -> Response:
     """Whether this process answers."""
-    return json_response('{"status":"ok"}')
+    return json_response(Health().model_dump_json())
 
 
 @router.get(

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import itertools
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+
+from jobs.processes import environment
 
 _PR_SET_PDEATHSIG = 1
 _TAIL = 5
+LOG_BYTES = 8 * 2**20  # of a log before it is turned
+OLD_LOGS = 3
 
 
 class Child:
-    """One process. name: what messages call it."""
+    """One process. name: what messages call it. log: appended to."""
 
     def __init__(
         self, name: str, command: Sequence[str], *, log: Path, env: Mapping[str, str]
@@ -24,14 +30,18 @@ class Child:
         self.name = name
         self.log = log
         self.started = time.monotonic()
-        with log.open("wb") as output:
+        self.turn_log()
+        with log.open("ab") as output:
+            output.write(f"--- {name}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n".encode())
+            output.flush()
+            self._words_at = output.tell()
             # Its own session: Ctrl-C goes to the supervisor alone, which stops things in order.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **env},
+                env={**environment(), **env},
                 start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
@@ -55,9 +65,16 @@ class Child:
         return f"{self.name} stopped ({how}); {self.last_words()}"
 
     def last_words(self) -> str:
-        """Where its log is, and the last lines of it."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()[-_TAIL:]
+        """Where its log is, and the last lines that this process wrote there."""
+        with self.log.open("rb") as log:
+            log.seek(self._words_at)
+            lines = log.read().decode(errors="replace").strip().splitlines()[-_TAIL:]
         return "\n  ".join([f"see {self.log}", *lines])
+
+    def turn_log(self) -> None:
+        """Move a large log to .1 (and .1 to .2, …), and go on in an empty one."""
+        if rotate(self.log):
+            self._words_at = 0
 
     def stop(self, seconds: float) -> None:
         """SIGTERM, and SIGKILL after so many seconds."""
@@ -81,6 +98,24 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def rotate(log: Path) -> bool:
+    """Turn a log that has grown beyond LOG_BYTES; the OLD_LOGS last ones are kept.
+
+    Copied and then emptied, since a process that lives holds the file open: it appends, so it
+    goes on at the new beginning. A line written between the two steps is lost.
+    """
+    if not log.exists() or log.stat().st_size < LOG_BYTES:
+        return False
+    old = [log.with_name(f"{log.name}.{i}") for i in range(1, OLD_LOGS + 1)]
+    for newer, older in reversed(list(itertools.pairwise(old))):
+        if newer.exists():
+            newer.replace(older)
+    shutil.copyfile(log, old[0])
+    with log.open("r+b") as file:
+        file.truncate()
+    return True
 
 
 def _die_with_parent() -> None:

@@ -43,12 +43,11 @@ def socket_path(folder: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="ddpm-")) / "redis.sock"
 
 
-def start(folder: Path) -> tuple[Child, str]:
-    """Start Redis with its data in `folder`. Returns the process and its URL once it answers.
+def spawn(folder: Path, socket: Path) -> Child:
+    """A Redis process with its data in `folder`; it may still have to load them.
 
     Every write goes to the append-only file, flushed each second; nothing is ever evicted.
     """
-    socket = socket_path(folder)
     options = {
         "--port": "0",
         "--unixsocket": str(socket),
@@ -61,8 +60,11 @@ def start(folder: Path) -> tuple[Child, str]:
         "--loglevel": "warning",
     }
     command = [find_server(), *(part for option in options.items() for part in option)]
-    child = Child("Redis", command, log=folder / "redis.log", env={})
-    url = f"unix://{socket}"
+    return Child("Redis", command, log=folder / "redis.log", env={})
+
+
+def wait_for(child: Child, url: str) -> None:
+    """Return once it answers. RedisUnavailable if it ends, or takes too long."""
     deadline = time.monotonic() + _START_S
     while not answers(url):
         if not child.running:
@@ -71,7 +73,6 @@ def start(folder: Path) -> tuple[Child, str]:
             child.kill()
             raise RedisUnavailable(f"Redis did not start within {_START_S:.0f} s; see {child.log}")
         time.sleep(0.02)
-    return child, url
 
 
 def answers(url: str) -> bool:

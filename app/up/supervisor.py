@@ -1,29 +1,33 @@
 """`ddpm up`: Redis, workers and the API as children, started together and stopped in order.
 
-Stopping loses nothing: the API takes no more in, workers hand their jobs back with their state,
-and Redis has everything on disk.
+Before all of it is ready, a child that ends is a fault of the installation: one sentence, and out.
+Afterwards each is started again whenever it ends, Redis too, while the others stay: the API says
+in the meantime what is away, and jobs wait. Stopping loses nothing: the API takes no more in,
+workers hand their jobs back with their state, and Redis has everything on disk.
 """
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
-from app.up import embedded_redis
+import redis
+
+from app.up import embedded_redis, running
 from app.up.children import Child
 from app.up.embedded_redis import RedisUnavailable
+from app.up.parts import Part
+from jobs.processes import command_of
 from jobs.settings import Settings
 
 _READY_S = 180.0  # a large model on a slow disk
 _POLL_S = 0.1
-_SOON_S = 20.0  # a child that lives no longer than this after a restart is not restarted again
 _API_GRACE_S = 8.0
 _REDIS_GRACE_S = 30.0
 
@@ -33,7 +37,7 @@ class StartFailed(RuntimeError):
 
 
 class Supervisor:
-    """Runs the parts until a signal comes or one of them cannot be kept alive.
+    """Runs the parts until a signal comes.
 
     folder: data, logs and sockets (.ddpm). say: prints one line.
     """
@@ -53,9 +57,9 @@ class Supervisor:
         self._folder = folder
         self._say = say
         self._lock: IO[bytes] | None = None
-        self._redis: Child | None = None
-        self._api: Child | None = None
-        self._workers: list[Child] = []
+        self._redis: Part | None = None
+        self._api: Part | None = None
+        self._workers: list[Part] = []
         self._env: dict[str, str] = {}
         self._stops = 0
         self._began = time.time()
@@ -68,7 +72,7 @@ class Supervisor:
             self._start()
             if self._wait_until_ready():
                 self._watch()
-        except RedisUnavailable as error:
+        except (RedisUnavailable, running.InUse) as error:
             raise StartFailed(str(error)) from error
         finally:
             self._stop()
@@ -77,32 +81,34 @@ class Supervisor:
         self._stops += 1
         if self._stops > 1:  # impatience: jobs of killed workers go back to the queue by themselves
             for worker in self._workers:
-                worker.kill()
+                worker.child.kill()
 
     def _start(self) -> None:
         check_models(self._settings.models)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self._folder)
+        self._lock = running.hold(self._folder)
         url = self._settings.redis_url
         if "REDIS_URL" not in os.environ:
-            self._redis, url = embedded_redis.start(self._folder)
+            socket = embedded_redis.socket_path(self._folder)
+            url = f"unix://{socket}"
+            self._redis = Part(partial(embedded_redis.spawn, self._folder, socket), self._say)
+            embedded_redis.wait_for(self._redis.child, url)
         elif not embedded_redis.answers(url):
             raise StartFailed(f"REDIS_URL = {url}: no Redis answers there")
+        running.write(self._folder, url)
         self._env = {"REDIS_URL": url}
         self._settings = self._settings.model_copy(update={"redis_url": url})
-        self._api = self._start_api()
-        self._workers = [self._start_worker(i) for i in range(self._count)]
-
-    def _start_api(self) -> Child:
         address = ["--host", self._host, "--port", str(self._port)]
-        return self._child("the API", "api", ["api", *address])
+        self._api = self._part("the API", "api", ["api", *address])
+        for i in range(1, self._count + 1):
+            self._workers.append(self._part(f"worker {i}", f"worker-{i}", ["worker"]))
 
-    def _start_worker(self, i: int) -> Child:
-        return self._child(f"worker {i + 1}", f"worker-{i + 1}", ["worker"])
+    def _part(self, name: str, log: str, arguments: list[str]) -> Part:
+        def start() -> Child:
+            command = command_of("ddpm", *arguments)
+            return Child(name, command, log=self._folder / f"{log}.log", env=self._env)
 
-    def _child(self, name: str, log: str, arguments: list[str]) -> Child:
-        command = [sys.executable, "-m", "ddpm", *arguments]
-        return Child(name, command, log=self._folder / f"{log}.log", env=self._env)
+        return Part(start, self._say)
 
     def _wait_until_ready(self) -> bool:
         """True when everything answers (and was said to), False when a signal came first."""
@@ -111,15 +117,18 @@ class Supervisor:
 
         store = JobStore.connect(self._settings)
         while not self._stops:
-            for child in self._children():
-                if not child.running:
-                    raise StartFailed(child.epitaph())
-            alive = [info for info in store.workers() if info.at >= self._began]
+            for part in self._parts():
+                if not part.child.running:
+                    raise StartFailed(part.child.epitaph())
+            try:
+                alive = [info for info in store.workers() if info.at >= self._began]
+            except redis.RedisError:  # one of our own that has just ended is told of above
+                alive = []
             served = sorted({name for info in alive for name in info.models})
             if len(alive) >= self._count and not served:
                 raise StartFailed(
                     f"DDPM_MODELS = {self._settings.models}: no model in it can be served; "
-                    + self._workers[0].last_words()
+                    + self._workers[0].child.last_words()
                 )
             if len(alive) >= self._count and self._api_answers():
                 self._say(self._ready_line(served))
@@ -150,34 +159,24 @@ class Supervisor:
     def _watch(self) -> None:
         while not self._stops:
             time.sleep(_POLL_S)
-            for child in self._children():
-                if not child.running and not self._stops:
-                    self._replace(child)
+            for part in self._parts():
+                if not self._stops:
+                    part.keep()
 
-    def _replace(self, child: Child) -> None:
-        """Start a dead child again; StartFailed where that will not help."""
-        if child is self._redis or time.monotonic() - child.started < _SOON_S:
-            raise StartFailed(child.epitaph())
-        self._say(f"{child.epitaph()}\n  starting another")
-        if child is self._api:
-            self._api = self._start_api()
-        else:
-            i = self._workers.index(child)
-            self._workers[i] = self._start_worker(i)
-
-    def _children(self) -> list[Child]:
-        return [child for child in (self._redis, self._api, *self._workers) if child is not None]
+    def _parts(self) -> list[Part]:
+        return [part for part in (self._redis, self._api, *self._workers) if part is not None]
 
     def _stop(self) -> None:
         if self._api is not None:
-            self._api.stop(_API_GRACE_S)
+            self._api.child.stop(_API_GRACE_S)
         for worker in self._workers:
-            worker.terminate()
+            worker.child.terminate()
         for worker in self._workers:
-            worker.wait(self._settings.drain_s + _API_GRACE_S)
+            worker.child.wait(self._settings.drain_s + _API_GRACE_S)
         if self._redis is not None:
-            self._redis.stop(_REDIS_GRACE_S)
+            self._redis.child.stop(_REDIS_GRACE_S)
         if self._lock is not None:
+            running.forget(self._folder)
             self._lock.close()
 
 
@@ -190,14 +189,3 @@ def check_models(folder: Path) -> None:
         raise StartFailed(
             f"DDPM_MODELS = {folder}: no model in it (a folder with config.json and weights)"
         )
-
-
-def lock(folder: Path) -> IO[bytes]:
-    """Hold the folder for this process. Raises StartFailed if another has it."""
-    held = (folder / "lock").open("wb")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        held.close()
-        raise StartFailed(f"another `ddpm up` uses {folder} already") from error
-    return held

@@ -15,8 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.up import embedded_redis
-from app.up.children import Child
+from app.up import embedded_redis, running
 from jobs.store.writer import JobStore
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +103,24 @@ def test_models_that_cannot_be_served(models: Path) -> None:
     assert any("model m cannot be served" in line for line in log)
 
 
+def test_env_where_nothing_runs(tmp_path: Path) -> None:
+    ended = ddpm("env", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr == "Error: no `ddpm up` runs with its data in .ddpm\n"
+    # What one that was killed has left behind is not taken for one that runs.
+    (tmp_path / ".ddpm").mkdir()
+    running.write(tmp_path / ".ddpm", "unix:///nowhere.sock")
+    (tmp_path / ".ddpm" / "lock").touch()
+    assert ddpm("env", cwd=tmp_path).stderr == ended.stderr
+
+
+def test_a_variable_that_is_no_setting_is_warned_of() -> None:
+    ended = ddpm("worker", DDPM_MAX_IMAGE="8", DDPM_MAX_IMAGES="many")
+    warning, error = ended.stderr.splitlines()
+    assert warning == "warning: DDPM_MAX_IMAGE is no setting; did you mean DDPM_MAX_IMAGES?"
+    assert error.startswith("Error: DDPM_MAX_IMAGES = ")
+
+
 def test_a_redis_url_where_nothing_is(models: Path) -> None:
     url = "redis://127.0.0.1:1/0"
     ended = ddpm("up", "--port", "0", cwd=models.parent, REDIS_URL=url)
@@ -156,9 +173,12 @@ def wait_for(client: httpx.Client) -> None:
 def test_embedded_redis_keeps_its_data(tmp_path: Path) -> None:
     import redis
 
+    socket = embedded_redis.socket_path(tmp_path)
+    url = f"unix://{socket}"
     for expected in (None, b"1"):
-        child, url = embedded_redis.start(tmp_path)
+        child = embedded_redis.spawn(tmp_path, socket)
         try:
+            embedded_redis.wait_for(child, url)
             with redis.Redis.from_url(url) as client:
                 assert client.get("kept") == expected
                 client.set("kept", "1")
@@ -172,18 +192,3 @@ def test_a_folder_with_a_long_path_gets_a_short_socket(tmp_path: Path) -> None:
     deep = tmp_path / ("x" * 120)
     deep.mkdir()
     assert len(str(embedded_redis.socket_path(deep))) < 100
-
-
-def test_a_childs_epitaph(tmp_path: Path) -> None:
-    code = "import sys; print('first'); print('why'); sys.exit(3)"
-    child = Child("it", [sys.executable, "-c", code], log=tmp_path / "it.log", env={})
-    child.wait(20)
-    assert child.epitaph().splitlines() == [
-        f"it stopped (exit status 3); see {tmp_path / 'it.log'}",
-        "  first",
-        "  why",
-    ]
-    sleeper = Child("it", ["sleep", "60"], log=tmp_path / "s.log", env={})
-    sleeper.kill()
-    sleeper.wait(5)
-    assert sleeper.epitaph().startswith("it stopped (signal SIGKILL)")

@@ -86,7 +86,10 @@ def up(place: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
 
 def stop(process: subprocess.Popen[str]) -> None:
     """Ctrl-C; every process of it must be gone, and it must say nothing of errors."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    deadline = time.monotonic() + 60
+    while len(family := psutil.Process(process.pid).children(recursive=True)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert len(family) == 3
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=90)
@@ -113,22 +116,67 @@ def test_up_serves_stops_and_forgets_nothing(place: Path) -> None:
         stop(process)
     with up(place) as (process, client):
         assert client.get(f"{done}/images/0.png").content == png.content
-        assert client.get(f"/jobs/{long}").json()["status"] in ("queued", "running")
-        # A worker that lived for a while is replaced; one killed soon after its start is not,
-        # but said in a sentence.
-        while process.poll() is None:
-            kill_workers(process)
-            time.sleep(0.1)
-        output, _ = process.communicate(timeout=90)
-        assert process.returncode == 1
-        assert "Error: worker 1 stopped (signal SIGKILL); see " in output
+        assert client.post(f"/jobs/{long}/cancel").json()["status"] in ("canceled", "running")
+        a_killed_worker_is_started_again(process, client)
+        the_api_says_that_redis_is_away_until_it_is_back(process, client)
+        a_killed_api_is_started_again(process, client)
+        stop(process)
+    log = (place / ".ddpm" / "worker-1.log").read_text()
+    assert log.count("--- worker 1, ") >= 3  # of both lives of `ddpm up`, nothing cut off
 
 
-def kill_workers(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):  # they come and go
-        for child in psutil.Process(process.pid).children():
-            if "worker" in child.cmdline():
-                child.kill()
+def kill(process: subprocess.Popen[str], part: str, name: str) -> str:
+    """kill -9 a part, as early in its life as may be. Returns what `ddpm up` says of it."""
+    for child in psutil.Process(process.pid).children():
+        if part in " ".join(child.cmdline()):
+            child.kill()
+    assert process.stdout is not None
+    said = ""
+    while not said.startswith(f"{name} stopped"):
+        said = process.stdout.readline()  # the test's own timeout guards this
+    while "starting another" not in said:
+        said += process.stdout.readline()
+    return said
+
+
+def a_killed_worker_is_started_again(process: subprocess.Popen[str], client: httpx.Client) -> None:
+    said = kill(process, "-m ddpm worker", "worker 1")
+    assert said.startswith("worker 1 stopped (signal SIGKILL); see .ddpm/worker-1.log\n")
+    assert said.endswith("\n  starting another in 0.5 s\n")
+    job = client.post("/generate", json={"steps": 5}).json()["id"]
+    wait_for_status(client, job, "succeeded")
+
+
+def the_api_says_that_redis_is_away_until_it_is_back(
+    process: subprocess.Popen[str], client: httpx.Client
+) -> None:
+    job = client.post("/generate", json={"steps": 300}).json()["id"]
+    wait = 0.25
+    while True:  # at first it is back before anybody can see that it was away
+        said = kill(process, "redis-server", "Redis")
+        assert said.startswith("Redis stopped (signal SIGKILL); see .ddpm/redis.log\n")
+        wait *= 2
+        assert said.endswith(f"\n  starting another in {wait:g} s\n")
+        assert client.get("/healthz").status_code == 200
+        reply = client.get("/readyz")
+        if reply.status_code == 503:
+            break
+        assert wait < 16
+        wait_for_status(client, job, "queued", "running", "succeeded")
+    assert reply.json()["code"] == "store_unavailable"
+    wait_for_status(client, job, "succeeded")
+
+
+def a_killed_api_is_started_again(process: subprocess.Popen[str], client: httpx.Client) -> None:
+    said = kill(process, "-m ddpm api", "the API")
+    assert said.startswith("the API stopped (signal SIGKILL); see .ddpm/api.log\n")
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if client.get("/readyz").status_code == 200:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def noise_follows_the_closed_form(client: httpx.Client) -> None:
@@ -197,8 +245,8 @@ def up_in_same_folder(place: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def wait_for_status(client: httpx.Client, job_id: str, status: str) -> None:
-    deadline = time.monotonic() + 60
-    while client.get(f"/jobs/{job_id}").json()["status"] != status:
+def wait_for_status(client: httpx.Client, job_id: str, *statuses: str) -> None:
+    deadline = time.monotonic() + 90
+    while client.get(f"/jobs/{job_id}").json()["status"] not in statuses:
         assert time.monotonic() < deadline
         time.sleep(0.05)
