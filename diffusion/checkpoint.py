@@ -21,24 +21,30 @@ from diffusion.files import (
     write_weights,
 )
 from diffusion.model import Model, ModelConfig, build_network
+from diffusion.size import check_memory
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMS = ("ours", "diffusers")
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
+def load(
+    folder: str | Path, device: str | torch.device = "cpu", *, memory: int | None = None
+) -> Model:
     """Load a checkpoint folder, ours or one of diffusers, ready to evaluate.
 
-    Raises CheckpointError: no such folder, a missing or broken file, weights that do not fit.
+    memory: bytes that it may take; by default nobody asks. Raises CheckpointError: no such folder,
+    a missing or broken file, a model that is too large, weights that do not fit.
     """
     folder = Path(folder)
     if is_diffusers_folder(folder):
-        return load_diffusers(folder, device)
+        return load_diffusers(folder, device, memory=memory)
     files = (folder / CONFIG_NAME, folder / WEIGHTS_NAME)
-    raw, weights = read_json(files[0]), read_weights(files[1])
+    raw = read_json(files[0])
     with naming(files[0]):
         config = ModelConfig.from_dict(raw)
+        check_memory(config.network, files[1], memory)
+    weights = read_weights(files[1])
     with naming(files[1]):
         network = build_network(config, weights, device)
     return Model(config, network, digest_of(files))

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+MAX_JSON_BYTES = 16 * 2**20
+
 
 class CheckpointError(ValueError):
     """A folder that is no usable checkpoint; the message says which file and why."""
@@ -21,10 +23,17 @@ class CheckpointError(ValueError):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError otherwise."""
     try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes; must be at most {MAX_JSON_BYTES}")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; is this a checkpoint folder?") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: cannot be read: nested too deeply") from error
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, no JSON, a number too long
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")

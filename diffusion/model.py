@@ -18,6 +18,7 @@ from diffusion.schedule import Schedule, ScheduleConfig
 from diffusion.unet import UNet, UNetConfig
 
 FORMAT = 1
+MAX_NAME = 200  # characters of a class name
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class ModelConfig:
         if self.schedule.kind == "learned":
             raise CheckpointError("schedule: kind = 'learned' is for training; a model lists betas")
         x_start_coefficients(self.schedule.build(), self.prediction)
+        for name in self.class_names:
+            if not isinstance(name, str) or len(name) > MAX_NAME:
+                raise CheckpointError(
+                    f"class_names: {name!r:.200}: must be a text of at most {MAX_NAME} characters"
+                )
+        _check_crop(self.crop, self.network.image_size)
         if self.class_names and len(self.class_names) != self.network.num_classes:
             raise CheckpointError(
                 f"class_names: {len(self.class_names)} names for "
@@ -79,8 +86,16 @@ class ModelConfig:
             return cls(**fields)
         except KeyError as error:
             raise CheckpointError(f"{error.args[0]}: missing") from error
-        except (TypeError, ValueError) as error:
+        except (ArithmeticError, TypeError, ValueError) as error:
             raise CheckpointError(str(error)) from error
+
+
+def _check_crop(crop: tuple[int, int] | None, side: int) -> None:
+    if crop is None:
+        return
+    ok = all(isinstance(length, int) and 1 <= length <= side for length in crop)
+    if len(crop) != 2 or not ok:
+        raise CheckpointError(f"crop = {crop!r:.200}: must be a height and a width, each 1..{side}")
 
 
 class Model:

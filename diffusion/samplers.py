@@ -53,6 +53,8 @@ class SamplingDefaults:
         _check_name("sampler", self.sampler, SAMPLERS)
         _check_name("variance", self.variance, VARIANCES)
         _check_name("spacing", self.spacing, SPACINGS)
+        if not isinstance(self.clip, bool):
+            raise SamplerError(f"clip = {self.clip!r:.200}: must be true or false")
 
 
 def _check_name(field: str, value: object, allowed: Sequence[str]) -> None:

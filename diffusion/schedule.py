@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
+MAX_T = 10_000  # ten times the paper's
 
 
 class ScheduleError(ValueError):
@@ -169,6 +170,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.kind not in _BUILDERS:
             raise ScheduleError(f"kind = {self.kind!r}: must be one of {', '.join(_BUILDERS)}")
+        if not isinstance(self.T, int) or isinstance(self.T, bool) or not 1 <= self.T <= MAX_T:
+            raise ScheduleError(f"T = {self.T!r:.200}: must be an integer 1..{MAX_T}")
         if self.betas is not None:
             object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
         if (self.kind == "betas") != (self.betas is not None):

@@ -21,6 +21,15 @@ class NetworkConfigError(ValueError):
     """A network configuration that cannot be built; the message names the field."""
 
 
+# Bounds that no sensible network meets, so that a broken configuration is refused before it takes
+# memory or time.
+_MOST = {"image_size": 4096, "in_channels": 64, "res_blocks": 64, "groups": 8192}
+_MAX_LEVELS = 12
+_MAX_WIDTH = 8192
+_MAX_CLASSES = 100_000
+_MAX_ATTENDING = 256  # pixels a side: attention is of all pairs of pixels
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """Shape of the network.
@@ -58,31 +67,47 @@ class UNetConfig:
         # JSON and TOML hand over lists.
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "attention", tuple(self.attention))
-        for field in ("image_size", "in_channels", "res_blocks", "groups"):
-            value = getattr(self, field)
-            _check(isinstance(value, int) and value >= 1, field, value, "a positive integer")
-        _check(bool(self.channels), "channels", self.channels, "at least one level")
+        for field, most in _MOST.items():
+            _check_integer(field, getattr(self, field), 1, most)
+        levels = len(self.channels)
+        _check(1 <= levels <= _MAX_LEVELS, "channels", self.channels, f"1..{_MAX_LEVELS} levels")
         for width in self.channels:
-            ok = isinstance(width, int) and width > 0 and width % self.groups == 0
+            _check_integer("channels", width, 1, _MAX_WIDTH)
+            ok = width % self.groups == 0
             _check(ok, "channels", width, f"multiples of groups = {self.groups}")
+        for field in ("cos_first", "null_class", "learned_variance"):
+            value = getattr(self, field)
+            _check(isinstance(value, bool), field, value, "true or false")
+        eps_ok = _is_number(self.norm_eps) and 0 < self.norm_eps < 1
+        _check(eps_ok, "norm_eps", self.norm_eps, "between 0 and 1")
         _check(self.channels[0] % 2 == 0, "channels", self.channels[0], "an even first width")
-        levels = f"one flag for each of the {len(self.channels)} levels"
-        _check(len(self.attention) == len(self.channels), "attention", self.attention, levels)
+        flags = f"one flag for each of the {levels} levels"
+        ok = len(self.attention) == levels and all(isinstance(on, bool) for on in self.attention)
+        _check(ok, "attention", self.attention, flags)
         attending = [w for w, on in zip(self.channels, self.attention, strict=True) if on]
         for width in (*attending, self.channels[-1]):
-            ok = self.head_dim is None or (self.head_dim > 0 and width % self.head_dim == 0)
-            _check(ok, "head_dim", self.head_dim, f"None or a divisor of {width}")
+            heads = self.head_dim
+            ok = heads is None or (_is_integer(heads) and heads > 0 and width % heads == 0)
+            _check(ok, "head_dim", heads, f"None or a divisor of {width}")
         pad = self.downsample_padding
         _check(pad in (0, 1), "downsample_padding", pad, "0 or 1")
         below = self.channels[0] // 2
-        _check(self.freq_shift < below, "freq_shift", self.freq_shift, f"below {below}")
-        _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 ≤ dropout < 1")
-        _check(self.num_classes >= 0, "num_classes", self.num_classes, "0 or more")
+        ok = _is_number(self.freq_shift) and self.freq_shift < below
+        _check(ok, "freq_shift", self.freq_shift, f"below {below}")
+        ok = _is_number(self.dropout) and 0 <= self.dropout < 1
+        _check(ok, "dropout", self.dropout, "0 ≤ dropout < 1")
+        _check_integer("num_classes", self.num_classes, 0, _MAX_CLASSES)
         ok = not self.null_class or self.num_classes > 0
         _check(ok, "null_class", self.null_class, "false without classes (num_classes = 0)")
-        factor = 2 ** (len(self.channels) - 1)
-        allowed = f"a multiple of {factor} for {len(self.channels)} levels"
+        factor = 2 ** (levels - 1)
+        allowed = f"a multiple of {factor} for {levels} levels"
         _check(self.image_size % factor == 0, "image_size", self.image_size, allowed)
+        attending_sides = [self.image_size >> i for i in range(levels) if self.attention[i]]
+        side = max(*attending_sides, self.image_size // factor, 0)  # the last level always does
+        allowed = (
+            f"such that no level with attention is wider than {_MAX_ATTENDING} (one is {side})"
+        )
+        _check(side <= _MAX_ATTENDING, "image_size", self.image_size, allowed)
 
     @property
     def out_channels(self) -> int:
@@ -104,9 +129,22 @@ class UNetConfig:
         return self.num_classes if self.null_class else None
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _check_integer(field: str, value: object, least: int, most: int) -> None:
+    ok = isinstance(value, int) and _is_integer(value) and least <= value <= most
+    _check(ok, field, value, f"an integer {least}..{most}")
+
+
 def _check(ok: bool, field: str, value: object, allowed: str) -> None:
     if not ok:
-        raise NetworkConfigError(f"{field} = {value!r}: must be {allowed}")
+        raise NetworkConfigError(f"{field} = {value!r:.200}: must be {allowed}")
 
 
 def timestep_embedding(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import diffusion
 from diffusion import CheckpointError, Model
 from diffusion.samplers import SAMPLERS
 from jobs.cards import ModelCard, Sampling
+from worker.memory import free_bytes
 
 log = logging.getLogger("ddpm.worker")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -60,26 +62,37 @@ class ModelFolder:
         self._names = names
         self._served: dict[str, Served] = {}
         self._seen: dict[str, Signature] = {}
+        self._misnamed: set[str] = set()
 
     @property
     def served(self) -> dict[str, Served]:
         """Name → model."""
         return dict(self._served)
 
-    def rescan(self) -> Changes:
-        """Load what is new or changed, drop what is gone. A broken folder is named in the log,
-        once, and tried again when it changes."""
+    def rescan(
+        self,
+        *,
+        prepare: Callable[[Served], object] = lambda served: None,
+        publish: Callable[[Served], object] = lambda served: None,
+    ) -> Changes:
+        """Load what is new or changed, smallest first, and drop what is gone.
+
+        Each model is prepared and published before the next is looked at. A folder that cannot be
+        loaded or prepared, for whatever reason, is named in the log, once, and tried again when it
+        changes. What `publish` raises is not the folder's fault: it goes to the caller, and that
+        model is tried again at the next call.
+        """
         found = self._folders()
+        signatures = {name: _signature(folder) for name, folder in found.items()}
+        changed = [name for name in found if self._seen.get(name) != signatures[name]]
         loaded = []
-        for name, folder in found.items():
-            signature = _signature(folder)
-            if self._seen.get(name) == signature:
-                continue
-            self._seen[name] = signature
-            served = self._load(name, folder)
+        for name in sorted(changed, key=lambda name: sum(size for _, size, _ in signatures[name])):
+            self._seen[name] = signatures[name]
+            served = self._load(name, found[name], prepare)
             if served is not None:
                 self._served[name] = served
                 loaded.append(served)
+                self._publish(served, publish)
         gone = [name for name in self._seen if name not in found]
         for name in gone:
             del self._seen[name]
@@ -89,22 +102,42 @@ class ModelFolder:
     def _folders(self) -> dict[str, Path]:
         if not self.root.is_dir():
             return {}
-        return {
-            folder.name: folder
+        models = [
+            folder
             for folder in sorted(self.root.iterdir())
-            if _NAME.fullmatch(folder.name)
-            and (not self._names or folder.name in self._names)
-            and any((folder / mark).is_file() for mark in _MARKS)
-        }
+            if not folder.name.startswith(".") and any((folder / mark).is_file() for mark in _MARKS)
+        ]
+        misnamed = {folder.name for folder in models if not _NAME.fullmatch(folder.name)}
+        for name in sorted(misnamed - self._misnamed):
+            log.error(
+                "folder %r is not served: the name of a model must be 1 to 100 of the letters "
+                "A-Z and a-z, digits, '.', '_' and '-', and begin with a letter or digit",
+                name,
+            )
+        self._misnamed = misnamed
+        wanted = self._names or {folder.name for folder in models}
+        return {f.name: f for f in models if f.name in wanted and f.name not in misnamed}
 
-    def _load(self, name: str, folder: Path) -> Served | None:
+    def _load(self, name: str, folder: Path, prepare: Callable[[Served], object]) -> Served | None:
         try:
-            model = diffusion.load(folder, self._device)
+            model = diffusion.load(folder, self._device, memory=free_bytes(self._device))
+            served = Served(name, model, card_of(model, name, self._queue), folder)
+            prepare(served)
         except (CheckpointError, OSError) as error:
             log.error("model %s cannot be served: %s", name, error)
             return None
+        except Exception as error:  # whatever it is, it is this folder's, and no other's
+            log.exception("model %s cannot be served: %r", name, error)
+            return None
         log.info("model %s: %d parameters, digest %s", name, _parameters(model), model.digest[:12])
-        return Served(name, model, card_of(model, name, self._queue), folder)
+        return served
+
+    def _publish(self, served: Served, publish: Callable[[Served], object]) -> None:
+        try:
+            publish(served)
+        except Exception:
+            del self._seen[served.name]
+            raise
 
 
 def card_of(model: Model, name: str, queue: str) -> ModelCard:

@@ -117,10 +117,10 @@ class Runtime:
 
     def rescan(self) -> None:
         """Look at the model folder, and publish what changed; takes as long as loading does."""
-        changes = self.folder.rescan()
-        for served in changes.loaded:
-            self.engine.networks.prepare(served.model)
-            self.store.publish_card(served.card)
+        changes = self.folder.rescan(
+            prepare=lambda served: self.engine.networks.prepare(served.model),
+            publish=lambda served: self.store.publish_card(served.card),
+        )
         for name in changes.gone:
             log.info("model %s is gone", name)
             self.store.retire_card(name)

@@ -16,7 +16,7 @@ from diffusion.diffusers.fields import Fields, is_integer, is_list, is_number
 from diffusion.files import CheckpointError
 from diffusion.model import ModelConfig
 from diffusion.samplers import SamplingDefaults
-from diffusion.schedule import ScheduleConfig, ScheduleError
+from diffusion.schedule import MAX_T, ScheduleConfig, ScheduleError
 from diffusion.unet import NetworkConfigError, UNetConfig
 
 NETWORK_CLASS = "UNet2DModel"
@@ -215,7 +215,7 @@ def read_scheduler(raw: dict[str, Any], where: str) -> Process:
 
 
 def _read_schedule(fields: Fields) -> ScheduleConfig:
-    T = int(fields.integer("num_train_timesteps", 1000))
+    T = int(fields.integer("num_train_timesteps", 1000, most=MAX_T))
     kind = fields.choice("beta_schedule", _BETA_SCHEDULES, "linear")
     start, end = (
         fields.take(name, default, lambda v: is_number(v) and 0 < v < 1, "between 0 and 1")

@@ -18,7 +18,7 @@ class Fields:
 
     def refuse(self, name: str, value: object, allowed: str) -> CheckpointError:
         """The error for a value that cannot be honoured."""
-        return CheckpointError(f"{self.where}: {name} = {value!r}: must be {allowed}")
+        return CheckpointError(f"{self.where}: {name} = {value!r:.200}: must be {allowed}")
 
     def take(self, name: str, default: Any, ok: Callable[[Any], bool], allowed: str) -> Any:
         """The value of a field, or CheckpointError if it is not `ok`."""
@@ -31,13 +31,16 @@ class Fields:
         """The value of a field that must be one of a few."""
         return self.take(name, default, lambda v: v in allowed, " or ".join(map(repr, allowed)))
 
-    def integer(self, name: str, default: int | None, optional: bool = False) -> Any:
-        """A positive integer, or None where `optional`."""
+    def integer(
+        self, name: str, default: int | None, optional: bool = False, most: int = 2**31
+    ) -> Any:
+        """A positive integer up to `most`, or None where `optional`."""
 
         def ok(value: Any) -> bool:
-            return (optional and value is None) or (is_integer(value) and value >= 1)
+            return (optional and value is None) or (is_integer(value) and 1 <= value <= most)
 
-        return self.take(name, default, ok, "a positive integer" + " or null" * optional)
+        allowed = f"an integer 1..{most}" if most < 2**31 else "a positive integer"
+        return self.take(name, default, ok, allowed + " or null" * optional)
 
     def number(self, name: str, default: float) -> float:
         """A finite number."""

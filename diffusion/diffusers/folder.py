@@ -12,7 +12,6 @@ sample) we keep in `ddpm.json` beside them. diffusers itself is not needed.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from diffusion.files import (
 from diffusion.model import Model, ModelConfig, build_network
 from diffusion.parameterization import PredictionError
 from diffusion.samplers import SamplerError
+from diffusion.size import check_memory
 from diffusion.unet import UNet, UNetConfig
 
 INDEX_NAME = "model_index.json"
@@ -58,16 +58,18 @@ def is_diffusers_folder(folder: Path) -> bool:
     if (folder / INDEX_NAME).is_file():
         return True
     try:
-        return "_class_name" in json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "_class_name" in read_json(folder / CONFIG_NAME)
+    except CheckpointError:
         return False
 
 
-def load_diffusers(folder: str | Path, device: str | torch.device = "cpu") -> Model:
-    """Load a diffusers folder, ready to evaluate.
+def load_diffusers(
+    folder: str | Path, device: str | torch.device = "cpu", *, memory: int | None = None
+) -> Model:
+    """Load a diffusers folder, ready to evaluate. memory: bytes that it may take.
 
     Raises CheckpointError: a missing or broken file, a pickle, a field that cannot be honoured,
-    weights that do not fit.
+    a model that is too large, weights that do not fit.
     """
     folder = Path(folder)
     paths = [folder / INDEX_NAME] if (folder / INDEX_NAME).is_file() else []
@@ -89,6 +91,7 @@ def load_diffusers(folder: str | Path, device: str | torch.device = "cpu") -> Mo
     _check_variance(network, process, str(scheduler_path))
     with naming(folder):
         config = extras.complete(network, process)
+        check_memory(network, weights_path, memory)
 
     with torch.device("meta"):
         names = list(UNet(network).state_dict())

@@ -151,7 +151,7 @@ def test_absent_fields_have_their_defaults(diffusers: ModuleType) -> None:
         ("clip_sample", 1, "true or false"),
         ("clip_sample_range", 2.0, "1.0"),
         ("dynamic_thresholding_ratio", "high", "a number"),
-        ("num_train_timesteps", 0, "a positive integer"),
+        ("num_train_timesteps", 0, "an integer 1..10000"),
         ("prediction_type", "flow_prediction", "'epsilon' or 'sample' or 'v_prediction'"),
         ("predict_epsilon", False, "True"),
         ("rescale_betas_zero_snr", True, "False"),
