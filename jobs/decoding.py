@@ -70,6 +70,11 @@ class Picture:
         """Whether the file holds no colours."""
         return self.image.mode == "LA" or _IN_8_BITS.get(self.image.mode) == "L"
 
+    @property
+    def clear(self) -> bool:
+        """Whether it has an alpha channel, or a colour or palette entry that is transparent."""
+        return self.image.has_transparency_data
+
     def decode(self, channels: int) -> Image.Image:
         """Its pixels, upright, as L, RGB or RGBA: see the table. Raises PictureError."""
         if channels not in CHANNELS:

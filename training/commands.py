@@ -32,7 +32,7 @@ def train(
     """
     from diffusion.files import CheckpointError
     from training.config import ConfigError, load_config
-    from training.data import DataError
+    from training.sources import DataError
     from training.state import StateError, find_state
     from training.trainer import Trainer
 
@@ -51,6 +51,8 @@ def train(
                 err=True,
             )
         trainer = Trainer(settings, folder, init=init, progress=not quiet)
+        for note in trainer.images.notes if trainer.is_main else ():
+            click.echo(f"{settings.data.source}: {note}", err=True)
         if resume:
             step = trainer.resume()
             click.echo(f"resuming {folder} at step {step} of {settings.steps}", err=True)

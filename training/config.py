@@ -34,14 +34,17 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the images come from and how they are made to fit.
 
-    source: a folder of images, a .parquet file, glob or folder, or a dataset id of the hub.
+    source: a folder of images (one folder a class), a .parquet file, glob or folder, or a dataset
+    id of the hub. split: of a folder of images, the folder in it to take alone (default: all of
+    it); else the split's name, or what names of parquet files begin with (default: train).
+    image_column, label_column: of parquet files and hub datasets.
     fit: error refuses an image whose size is not the network's; pad centres it on black;
     resize scales its shorter side and crops the centre. in_memory: decode once and keep the
     bytes (auto: if they take under 4 GiB).
     """
 
     source: str
-    split: str = "train"
+    split: str | None = Field(default=None, min_length=1)
     image_column: str = "image"
     label_column: str = "label"
     fit: Literal["error", "pad", "resize"] = "error"

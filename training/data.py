@@ -1,33 +1,34 @@
-"""Images for training, through Hugging Face `datasets`: a folder, parquet files or a hub id.
+"""Images for training and evaluation: decoded, fitted and counted, whatever their source.
 
 The result is one uint8 tensor in memory, or, for sets too big for that, decoding on demand.
+Pictures are read by the decoder of the API (`jobs.decoding`): what a model was trained on and what
+it is asked about are the same pixels.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from glob import glob
-from io import BytesIO
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from jobs.decoding import open_picture
+from jobs.errors import PictureError
 from training.config import DataConfig
+from training.sources import DataError, Source, open_source
 
 IN_MEMORY_BYTES = 4 << 30
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message names the image and what is wanted."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 89_478_485  # of one picture; where Pillow, too, begins to suspect a bomb
+_LISTED = 200  # unusable pictures in one message
 
 
 class Images(Protocol):
@@ -38,8 +39,8 @@ class Images(Protocol):
         """Names of the labels, if the set gives any."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the first image, before fitting."""
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of every image before fitting; None if they differ."""
 
     def __len__(self) -> int: ...
 
@@ -49,12 +50,13 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class InMemoryImages:
-    """Decoded once: pixels uint8 [N, C, H, W], labels int64 [N]."""
+    """Decoded once: pixels uint8 [N, C, H, W], labels int64 [N]. notes: for the user."""
 
     pixels: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
-    size: tuple[int, int]
+    size: tuple[int, int] | None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -66,183 +68,172 @@ class InMemoryImages:
 class LazyImages:
     """Decoded on demand, by threads."""
 
-    def __init__(self, rows: _Rows, size: tuple[int, int]) -> None:
-        self.rows, self.size = rows, size
-        self.class_names = rows.class_names
+    def __init__(self, reader: _Reader, survey: _Survey) -> None:
+        self.reader, self.size, self.notes = reader, survey.size, survey.notes(reader)
+        self.class_names = reader.source.class_names
         self._threads = ThreadPoolExecutor(os.cpu_count())
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.reader.source)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        decoded = list(self._threads.map(self.rows.decode, indices.tolist()))
-        pixels = torch.from_numpy(np.stack([pixels for pixels, _ in decoded]))
-        return pixels, torch.tensor([label for _, label in decoded])
+        decoded = list(self._threads.map(self.reader.decode, indices.tolist()))
+        pixels = torch.from_numpy(np.stack([one.pixels for one in decoded]))
+        return pixels, torch.tensor([one.label for one in decoded])
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """A `datasets.Dataset` with undecoded images, and how to decode a row."""
+class _Decoded:
+    """uint8 [C, side, side]; the label; and what the picture was before it was made to fit."""
 
-    dataset: Any
-    config: DataConfig
+    pixels: np.ndarray[Any, np.dtype[np.uint8]]
+    label: int
+    size: tuple[int, int]
+    grey: bool
+    clear: bool
+
+
+@dataclass
+class _Survey:
+    """What is found while all pictures are decoded."""
+
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    seen: Counter[str] = field(default_factory=Counter)
+    unusable: list[str] = field(default_factory=list)
+
+    def add(self, found: _Decoded) -> None:
+        self.sizes.add(found.size)
+        self.seen["colour"] += not found.grey
+        self.seen["clear"] += found.clear
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of all pictures, if it is one."""
+        return next(iter(self.sizes)) if len(self.sizes) == 1 else None
+
+    def notes(self, reader: _Reader) -> tuple[str, ...]:
+        """What the network will not see of the pictures, and what the source has to say."""
+        notes, n, channels = list(reader.source.notes), len(reader.source), reader.channels
+        if channels == 1 and self.seen["colour"]:
+            notes.append(f"{self.seen['colour']} of {n} pictures are in colour: seen in grey")
+        if channels != 4 and self.seen["clear"]:
+            notes.append(
+                f"{self.seen['clear']} of {n} pictures have an alpha channel: laid on black"
+            )
+        return tuple(notes)
+
+    def check(self, config: DataConfig, reader: _Reader) -> None:
+        """Raises DataError with every picture that cannot be used."""
+        unusable = [f"{name}: {why}" for name, why in reader.source.unusable.items()]
+        unusable += self.unusable
+        if not unusable:
+            return
+        total = len(reader.source) + len(reader.source.unusable)
+        lines = [f"  {line}" for line in unusable[:_LISTED]]
+        if len(unusable) > _LISTED:
+            lines.append(f"  … and {len(unusable) - _LISTED} more")
+        head = (
+            f"data.source = {config.source!r}: {len(unusable)} of {total} pictures cannot be used:"
+        )
+        raise DataError("\n".join([head, *lines]))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Decodes the pictures of a source for a network."""
+
+    source: Source
+    fit: str
     channels: int
     side: int
-    num_classes: int
-    class_names: tuple[str, ...]
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def open(self, index: int) -> tuple[Image.Image, str, int]:
-        """The picture of a row as stored, its name for messages, and its label."""
-        row = self.dataset[index]
-        name = f"image {index}"
-        cell = row[self.config.image_column]
-        if not isinstance(cell, dict):
-            raise DataError(f"{name}: column {self.config.image_column!r} holds no image")
-        if cell.get("path"):
-            name += f" ({cell['path']})"
+    def decode(self, index: int) -> _Decoded:
+        """Raises DataError that names the picture."""
+        encoded = self.source.read(index)
         try:
-            source = _open_cell(cell)
-            source.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{name}: not a readable image: {error}") from error
-        return source, name, self._label(row, name)
+            picture = open_picture(encoded.raw, max_pixels=MAX_PIXELS, formats=FORMATS)
+            check_size(picture.size, self.side, self.fit)
+            image = fit(picture.decode(self.channels), self.side, self.fit)
+        except PictureError as error:
+            raise DataError(f"{encoded.name}: {error}") from error
+        pixels = np.asarray(image, dtype=np.uint8).reshape(self.side, self.side, self.channels)
+        width, height = picture.size
+        return _Decoded(
+            pixels.transpose(2, 0, 1).copy(),
+            encoded.label,
+            (height, width),
+            picture.grey,
+            picture.clear,
+        )
 
-    def _label(self, row: dict[str, Any], name: str) -> int:
-        if not self.num_classes:
-            return -1
-        label = row[self.config.label_column]
-        if not isinstance(label, int) or not 0 <= label < self.num_classes:
-            raise DataError(f"{name}: label {label!r}, must be 0..{self.num_classes - 1}")
-        return label
-
-    def decode(self, index: int) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], int]:
-        """uint8 [C, side, side] and the label (−1: none)."""
-        picture, name, label = self.open(index)
-        picture = fit(self._with_channels(picture, name), self.side, self.config.fit, name)
-        pixels = np.asarray(picture, dtype=np.uint8).reshape(self.side, self.side, self.channels)
-        return pixels.transpose(2, 0, 1).copy(), label
-
-    def _with_channels(self, picture: Image.Image, name: str) -> Image.Image:
-        found = len(picture.getbands())
-        if picture.mode == "P":
-            picture, found = picture.convert("RGB"), 3
-        if found != self.channels or picture.mode not in ("L", "RGB", "RGBA"):
-            raise DataError(
-                f"{name}: mode {picture.mode} has {found} channel(s), but network.in_channels = "
-                f"{self.channels}; convert the images or change the network"
-            )
-        return picture
+    def attempt(self, index: int) -> _Decoded | str:
+        """The decoded picture, or what is wrong with it."""
+        try:
+            return self.decode(index)
+        except DataError as error:
+            return str(error)
 
 
-def _open_cell(cell: dict[str, Any]) -> Image.Image:
-    encoded = cell.get("bytes")
-    return Image.open(cell["path"] if encoded is None else BytesIO(encoded))
+def check_size(size: tuple[int, int], side: int, mode: str) -> None:
+    """Raises PictureError for a (width, height) that DataConfig.fit does not bring to side²."""
+    width, height = size
+    if size == (side, side) or mode == "resize":
+        return
+    if mode == "pad" and max(size) <= side:
+        return
+    hint = "data.fit = 'resize' scales it" if mode == "pad" else "data.fit = 'pad' or 'resize' fits"
+    raise PictureError(f"{width}×{height} pixels, but network.image_size = {side}; {hint}")
 
 
-def fit(picture: Image.Image, side: int, mode: str, name: str) -> Image.Image:
-    """Bring a picture to side × side: see DataConfig.fit. Raises DataError."""
+def fit(picture: Image.Image, side: int, mode: str) -> Image.Image:
+    """Bring a picture to side × side: see DataConfig.fit."""
     width, height = picture.size
     if (width, height) == (side, side):
         return picture
-    if mode == "resize":
-        scale = side / min(width, height)
-        scaled = (max(side, round(width * scale)), max(side, round(height * scale)))
-        picture = picture.resize(scaled, Image.Resampling.LANCZOS)
-        left, top = (scaled[0] - side) // 2, (scaled[1] - side) // 2
-        return picture.crop((left, top, left + side, top + side))
-    if mode == "pad" and width <= side and height <= side:
+    if mode == "pad":
         canvas = Image.new(picture.mode, (side, side))
         canvas.paste(picture, ((side - width) // 2, (side - height) // 2))
         return canvas
-    hint = "data.fit = 'resize' scales it" if mode == "pad" else "data.fit = 'pad' or 'resize' fits"
-    raise DataError(f"{name}: {width}×{height} pixels, but network.image_size = {side}; {hint}")
+    scale = side / min(width, height)
+    scaled = (max(side, round(width * scale)), max(side, round(height * scale)))
+    picture = picture.resize(scaled, Image.Resampling.LANCZOS)
+    left, top = (scaled[0] - side) // 2, (scaled[1] - side) // 2
+    return picture.crop((left, top, left + side, top + side))
 
 
 def load_images(
     config: DataConfig, *, channels: int, side: int, num_classes: int, progress: bool = True
-) -> Images:
-    """Open a set and decode it (see DataConfig.in_memory).
+) -> InMemoryImages | LazyImages:
+    """Open a set and decode all of it, also where the pixels are not kept (config.in_memory).
 
-    Raises DataError: nothing there, a corrupt image, a wrong size or number of channels, labels
-    missing or out of range.
+    Raises DataError: nothing there, labels missing or out of range, and every picture that is
+    corrupt or of a wrong size in one message.
     """
-    rows = _open(config, channels=channels, side=side, num_classes=num_classes)
-    first, _, _ = rows.open(0)
-    size = (first.size[1], first.size[0])
-    wanted = len(rows) * channels * side * side
-    if config.in_memory == "never" or (config.in_memory == "auto" and wanted > IN_MEMORY_BYTES):
-        return LazyImages(rows, size)
-    pixels = torch.empty(len(rows), channels, side, side, dtype=torch.uint8)
-    labels = torch.empty(len(rows), dtype=torch.long)
-    for i, (decoded, label) in enumerate(_decode_all(rows, progress)):
-        pixels[i] = torch.from_numpy(decoded)
-        labels[i] = label
-    return InMemoryImages(pixels, labels, rows.class_names, size)
+    source = open_source(config, num_classes=num_classes)
+    reader, survey = _Reader(source, config.fit, channels, side), _Survey()
+    wanted = len(source) * channels * side * side
+    lazy = config.in_memory == "never" or (config.in_memory == "auto" and wanted > IN_MEMORY_BYTES)
+    kept = 0 if lazy else len(source)
+    pixels = torch.empty(kept, channels, side, side, dtype=torch.uint8)
+    labels = torch.empty(kept, dtype=torch.long)
+    for i, found in enumerate(_decode_all(reader, "checking" if lazy else "decoding", progress)):
+        if isinstance(found, str):
+            survey.unusable.append(found)
+            continue
+        survey.add(found)
+        if not lazy:
+            pixels[i], labels[i] = torch.from_numpy(found.pixels), found.label
+    survey.check(config, reader)
+    if lazy:
+        return LazyImages(reader, survey)
+    return InMemoryImages(pixels, labels, source.class_names, survey.size, survey.notes(reader))
 
 
-def _decode_all(rows: _Rows, progress: bool) -> Iterator[tuple[Any, int]]:
-    bar = tqdm(total=len(rows), desc="decoding", unit="image", disable=not progress, leave=False)
+def _decode_all(reader: _Reader, what: str, progress: bool) -> Iterator[_Decoded | str]:
+    n = len(reader.source)
+    bar = tqdm(total=n, desc=what, unit="image", disable=not progress, leave=False)
     with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for start in range(0, len(rows), 1024):
-            block = range(start, min(start + 1024, len(rows)))
-            yield from threads.map(rows.decode, block)
+        for start in range(0, n, 1024):
+            block = range(start, min(start + 1024, n))
+            yield from threads.map(reader.attempt, block)
             bar.update(len(block))
-
-
-def _open(config: DataConfig, *, channels: int, side: int, num_classes: int) -> _Rows:
-    import datasets
-
-    dataset = _load(config)
-    if config.image_column not in dataset.column_names:
-        raise DataError(
-            f"data.image_column = {config.image_column!r}: {config.source} has the columns "
-            f"{', '.join(dataset.column_names)}"
-        )
-    dataset = dataset.cast_column(config.image_column, datasets.Image(decode=False))
-    if config.limit is not None:
-        dataset = dataset.select(range(min(config.limit, len(dataset))))
-    if not len(dataset):
-        raise DataError(f"data.source = {config.source!r}: holds no images")
-    if num_classes and config.label_column not in dataset.column_names:
-        raise DataError(
-            f"data.label_column = {config.label_column!r}: {config.source} has no such column, "
-            f"and network.num_classes = {num_classes} needs labels"
-        )
-    names = getattr(dataset.features.get(config.label_column), "names", None) or ()
-    if num_classes and names and len(names) != num_classes:
-        raise DataError(
-            f"network.num_classes = {num_classes}: {config.source} has {len(names)} classes"
-        )
-    return _Rows(dataset, config, channels, side, num_classes, tuple(names))
-
-
-def _load(config: DataConfig) -> Any:
-    """The `datasets.Dataset` behind data.source."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    path = Path(config.source).expanduser()
-    parquet = sorted(glob(str(path / f"{config.split}*.parquet"))) if path.is_dir() else []
-    if not parquet and config.source.endswith(".parquet"):
-        parquet = sorted(glob(str(path)))
-        if not parquet:
-            raise DataError(f"data.source = {config.source!r}: no such file")
-    if parquet:
-        files = {config.split: parquet}
-        return datasets.load_dataset("parquet", data_files=files, split=config.split)
-    if path.is_dir():
-        if not any(p.suffix.lower() in IMAGE_SUFFIXES for p in path.rglob("*")):
-            raise DataError(f"data.source = {config.source!r}: the folder holds no images")
-        return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.split)
-    if path.exists() or config.source.startswith((".", "/", "~")):
-        raise DataError(f"data.source = {config.source!r}: no such folder or .parquet file")
-    try:
-        return datasets.load_dataset(config.source, split=config.split)
-    except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
-        raise DataError(
-            f"data.source = {config.source!r}: no such folder, and not to be had from the hub: "
-            f"{error}"
-        ) from error

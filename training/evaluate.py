@@ -25,6 +25,7 @@ from training.config import DataConfig
 from training.data import Images, load_images
 from training.features import (
     Draw,
+    Features,
     distance,
     load_features,
     real_features,
@@ -33,7 +34,9 @@ from training.features import (
 from training.plots import plot_progressive, plot_rate_distortion, plot_terms
 from training.progressive import progressive_reconstructions
 from training.rate_distortion import markdown, paper_steps, rate_distortion
+from training.sources import is_picture_folder
 
+ALL = "all"  # what a folder of pictures is called that no split was named of
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -90,17 +93,23 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
         "torch": torch.__version__,
         "splits": {},
     }
+    run.check()
     fulls: dict[str, Measured] = {}
-    for split in options.splits:
+    for split in run.splits:
         results["splits"][split] = run.bits(split, fulls, echo)
-    last = options.splits[-1]
+    last = run.splits[-1]
     if fulls:
         results["rate_distortion"] = run.curves(fulls, last, echo)
     run.progressive(last)
     if options.features is not None:
-        results["frechet"] = run.frechet(options.features, last, echo)
+        results["frechet"] = run.frechet(last, echo)
     write_json(results, options.out / "results.json")
     return results
+
+
+def default_splits(data: str) -> tuple[str, ...]:
+    """All of a folder of pictures; train and test of what has splits of its own."""
+    return (ALL,) if is_picture_folder(data) else ("train", "test")
 
 
 class Run:
@@ -117,7 +126,9 @@ class Run:
         # A network without a "no label" label is asked with the images' own.
         network = model.config.network
         self.labelled = options.labelled or (network.num_classes > 0 and not network.null_class)
-        self._loaded: dict[tuple[str, bool], Images] = {}
+        self.splits = options.splits or default_splits(options.data)
+        self._loaded: dict[str, Images] = {}
+        self._features: Features | None = None
         self.key = {
             "digest": model.digest,
             "data": options.data,
@@ -125,21 +136,29 @@ class Run:
             "dtype": str(model.network.conv_in.weight.dtype),
         }
 
+    def check(self) -> None:
+        """Open all that is asked for, before anything is computed. Raises DataError, FeatureError.
+
+        Every picture of every split is decoded once here.
+        """
+        for split in self.splits:
+            self._loaded[split] = self._load(split)
+        if self.options.features is not None:
+            self._features = load_features(self.options.features, self.model.device)
+
     def chosen(self, split: str, n: int, *, labelled: bool | None = None) -> Chosen:
         """n images of a split, shuffled by the seed."""
         labelled = self.labelled if labelled is None else labelled
-        if (split, labelled) not in self._loaded:
-            self._loaded[split, labelled] = self._load(split, labelled)
-        images = self._loaded[split, labelled]
-        return choose(images, n, seed=self.options.seed, labelled=labelled)
+        return choose(self._loaded[split], n, seed=self.options.seed, labelled=labelled)
 
-    def _load(self, split: str, labelled: bool) -> Images:
+    def _load(self, split: str) -> Images:
         options, network = self.options, self.model.config.network
         fit = options.fit if options.fit != "auto" else "pad" if self.model.config.crop else "error"
+        labelled = self.labelled or options.features is not None  # samples are drawn by label
         config = DataConfig.model_validate(
             {
                 "source": options.data,
-                "split": split,
+                "split": split if options.splits or split != ALL else None,
                 "fit": fit,
                 "image_column": options.image_column,
                 "label_column": options.label_column,
@@ -228,14 +247,14 @@ class Run:
         found = progressive_reconstructions(self.model, chosen, seed=options.seed)
         plot_progressive(found, options.out / "progressive.png")
 
-    def frechet(self, name: str, split: str, echo: Callable[[str], None]) -> dict[str, Any]:
+    def frechet(self, split: str, echo: Callable[[str], None]) -> dict[str, Any]:
         """Distance of samples to a split, beside that of as many images of the first split."""
-        options = self.options
-        features = load_features(name, self.model.device)
+        options, features, name = self.options, self._features, self.options.features
+        assert features is not None  # `check` opened them
         conditional = self.model.config.network.num_classes > 0
         real = {
             which: self.chosen(which, options.frechet_images, labelled=conditional)
-            for which in dict.fromkeys((options.splits[0], split))
+            for which in dict.fromkeys((self.splits[0], split))
         }
         found = {
             which: real_features(
@@ -243,7 +262,7 @@ class Run:
             )
             for which, chosen in real.items()
         }
-        first = real[options.splits[0]]
+        first = real[self.splits[0]]
         labels = first.batch(np.arange(len(first)))[1]
         default = self.model.config.sampling
         table = build_table(
@@ -261,7 +280,7 @@ class Run:
             path=options.out / "partial" / "frechet.npz",
             key=self.key
             | {"features": name, "sampler": options.sampler, "steps": options.steps}
-            | {"seed": options.seed, "images": len(first), "labels_of": options.splits[0]},
+            | {"seed": options.seed, "images": len(first), "labels_of": self.splits[0]},
             batch_size=options.batch_size,
             progress=not options.quiet,
         )

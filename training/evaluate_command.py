@@ -17,7 +17,7 @@ POSITIVE = click.IntRange(min=1)
 @click.argument("model")
 @click.argument("data")
 @click.option("--out", type=PATH, help="Folder; default runs/evaluate- and the model's name.")
-@click.option("--splits", default="train,test", show_default=True, help="Of DATA; last is plotted.")
+@click.option("--splits", help="Such as train,test; the last is plotted. Default: see below.")
 @click.option(
     "--images", default=256, show_default=True, type=COUNT, help="For the sum over all t."
 )
@@ -44,7 +44,8 @@ def evaluate(**options: Any) -> None:
 
     Writes results.json, terms.png (L_t over t), rate_distortion.png and progressive.png. The
     numbers of every network call are kept in the folder: run the same command again to go on
-    after an interruption.
+    after an interruption. Without --splits, all of a folder of images is measured, and train and
+    test of parquet files and hub datasets; with it, each is a folder in the folder of images.
     """
     from diffusion.files import CheckpointError
     from training.commands import _find_model
@@ -53,8 +54,9 @@ def evaluate(**options: Any) -> None:
 
     model = _find_model(options.pop("model"))
     out = options.pop("out") or Path("runs") / f"evaluate-{model.name}"
-    splits = tuple(name.strip() for name in options.pop("splits").split(",") if name.strip())
-    if not splits:
+    named = options.pop("splits")
+    splits = tuple(name.strip() for name in (named or "").split(",") if name.strip())
+    if named is not None and not splits:
         sys.exit("ddpm evaluate: --splits: must name at least one split")
     try:
         run(EvaluateOptions(model=model, out=out, splits=splits, **options), click.echo)

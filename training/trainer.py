@@ -23,7 +23,7 @@ from diffusion.speed import fast_dtype
 from diffusion.unet import UNet
 from training.batches import Batch, Batches
 from training.config import ConfigError, OptimizerConfig, TrainConfig
-from training.data import Images, load_images
+from training.data import load_images
 from training.ema import EMA
 from training.loss import FORWARD_PROCESS, Loss, attach_process, split_process
 from training.pictures import grid
@@ -64,7 +64,7 @@ class Trainer:
         )
         self.device = self.accelerator.device
         self._check_batch()
-        self.images: Images = load_images(
+        self.images = load_images(
             config.data,
             channels=config.network.in_channels,
             side=config.network.image_size,
@@ -117,7 +117,7 @@ class Trainer:
     def _crop(self) -> tuple[int, int] | None:
         side = self.config.network.image_size
         padded = self.config.data.fit == "pad" and self.images.size != (side, side)
-        return self.images.size if padded else None
+        return self.images.size if padded else None  # None, too, where sizes differ
 
     def _start_from(self, init: Path) -> None:
         from diffusion.checkpoint import load

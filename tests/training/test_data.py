@@ -1,16 +1,26 @@
+import re
+import shutil
+import zlib
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from jobs.uploads import decode
 from tests.training.conftest import write_images
 from training.config import DataConfig
-from training.data import DataError, Images, LazyImages, load_images
+from training.data import InMemoryImages, LazyImages, load_images
+from training.sources import DataError
+
+PICTURES = sorted((Path(__file__).parents[1] / "pictures").glob("*.[jp][pn]g"))
 
 
-def open_images(source: Path | str, *, side: int = 8, **options: object) -> Images:
+def open_images(
+    source: Path | str, *, side: int = 8, **options: object
+) -> InMemoryImages | LazyImages:
     channels = int(options.pop("channels", 1))  # type: ignore[call-overload]
     classes = int(options.pop("num_classes", 2))  # type: ignore[call-overload]
     config = DataConfig(source=str(source), **options)  # type: ignore[arg-type]
@@ -29,8 +39,6 @@ def test_a_folder_with_a_folder_a_class(images: Path) -> None:
 
 
 def test_parquet_file_glob_and_folder_give_the_same(images: Path, tmp_path: Path) -> None:
-    import datasets
-
     dataset = datasets.load_dataset("imagefolder", data_dir=str(images), split="train")
     folder = tmp_path / "parquet"
     folder.mkdir()
@@ -65,29 +73,105 @@ def test_pad_centres_on_black_and_resize_fills(tmp_path: Path) -> None:
 def test_what_cannot_be_trained_on_is_named(images: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
+    table = tmp_path / "table"
+    table.mkdir()
+    datasets.load_dataset("imagefolder", data_dir=str(images), split="train").to_parquet(
+        table / "train.parquet"
+    )
     cases: list[tuple[Path | str, dict[str, object], str]] = [
-        (empty, {}, "the folder holds no images"),
+        (empty, {}, "empty holds no images"),
         (tmp_path / "absent", {}, "no such folder"),
         (tmp_path / "absent.parquet", {}, "no such file"),
-        (images, {"channels": 3}, "mode L has 1 channel.* network.in_channels = 3"),
         (images, {"side": 16}, "8×8 pixels, but network.image_size = 16; data.fit = 'pad'"),
         (images, {"side": 4, "fit": "pad"}, "8×8 pixels.* data.fit = 'resize' scales"),
-        (images, {"num_classes": 3}, "num_classes = 3: .* has 2 classes"),
-        (images, {"label_column": "kind"}, "data.label_column = 'kind'"),
-        (images, {"image_column": "picture"}, "data.image_column = 'picture'"),
+        (images, {"num_classes": 3}, r"num_classes = 3: .* has 2 classes \(dark, light\)"),
+        (images / "dark", {}, "has no folder for each class"),
+        (images, {"split": "train"}, r"data.split = 'train'.* \(it has: dark, light\)"),
+        (table, {"label_column": "kind"}, "'kind': .* has the columns image, label"),
+        (table, {"image_column": "picture"}, "'picture': .* has the columns image, label"),
+        (table, {"image_column": "label"}, "'label': holds no images"),
+        (table, {"split": "test"}, r"no test\*.parquet \(it has train.parquet\)"),
     ]
     for source, options, message in cases:
         with pytest.raises(DataError, match=message):
             open_images(source, **options)
 
 
-def test_a_corrupt_image_is_named(images: Path) -> None:
+def test_every_unusable_picture_is_named_at_once(images: Path) -> None:
     (images / "light" / "3.png").write_bytes(b"\x89PNG no picture")
-    with pytest.raises(DataError, match=r"3\.png\): not a readable image"):
-        open_images(images)
-
-
-def test_a_picture_of_another_size_is_named(images: Path) -> None:
+    whole = (images / "light" / "4.png").read_bytes()
+    (images / "light" / "4.png").write_bytes(whole[:60])
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(images / "dark" / "2.png")
-    with pytest.raises(DataError, match=r"2\.png\): 8×9 pixels"):
-        open_images(images)
+    shutil.copy(images / "dark" / "0.png", images / "loose.png")
+    bomb = bytearray(whole)
+    bomb[16:24] = (60_000).to_bytes(4) * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4)
+    (images / "dark" / "bomb.png").write_bytes(bomb)
+    for in_memory in ("always", "never"):
+        with pytest.raises(DataError) as error:
+            open_images(images, in_memory=in_memory)
+        text = str(error.value)
+        assert "5 of 14 pictures cannot be used:" in text
+        for line in (
+            r"light/3\.png: not a PNG, JPEG, WebP, BMP, GIF or TIFF picture",
+            r"light/4\.png: the picture cannot be read: ",
+            r"dark/2\.png: 8×9 pixels, but network.image_size = 8",
+            r"loose\.png: lies in no class folder",
+            r"dark/bomb\.png: (more than|60000 × 60000)",
+        ):
+            assert re.search(rf"^  {line}", text, re.MULTILINE), text
+
+
+def test_folders_called_like_splits_are_classes_until_one_is_asked_for(
+    images: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "set"
+    for name in ("test", "train", "val"):
+        shutil.copytree(images, root / name)
+    shutil.copytree(images / "dark", root / "other")
+    (root / ".ipynb_checkpoints").mkdir()
+    shutil.copy(images / "dark" / "0.png", root / ".ipynb_checkpoints" / "0.png")
+    loaded = open_images(root, num_classes=4)
+    assert len(loaded) == 3 * 12 + 6
+    assert loaded.class_names == ("other", "test", "train", "val")
+    assert "test, train, val: taken for classes" in loaded.notes[0]
+    assert len(open_images(root, num_classes=0)) == 42
+    one = open_images(root, split="train")
+    assert len(one) == 12 and one.class_names == ("dark", "light") and one.notes == ()
+
+
+def test_files_called_like_splits_are_pictures(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for name in ("train", "test", "val_1", "cat"):
+        shutil.copy(images / "dark" / "0.png", folder / f"{name}.png")
+    (folder / "notes.txt").write_text("not a picture")
+    loaded = open_images(folder, num_classes=0)
+    assert len(loaded) == 4 and loaded.notes == ("1 other files are left out: .txt",)
+
+
+@pytest.mark.parametrize("lazily", ["always", "never"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pixels_are_those_that_the_service_would_see(
+    tmp_path: Path, channels: int, lazily: str
+) -> None:
+    for path in PICTURES:
+        shutil.copy(path, tmp_path)
+    found = open_images(
+        tmp_path, side=32, channels=channels, num_classes=0, fit="pad", in_memory=lazily
+    )
+    pixels, _ = found.batch(torch.arange(len(PICTURES)))
+    for path, ours in zip(PICTURES, pixels, strict=True):
+        api = decode(path.read_bytes(), (channels, 32, 32), fit="pad", max_pixels=1024)
+        assert np.array_equal(ours.permute(1, 2, 0).numpy(), api), path.name
+    colour = "2 of 7 pictures are in colour: seen in grey"
+    assert (colour in found.notes) == (channels == 1)
+    alpha = "2 of 7 pictures have an alpha channel: laid on black"
+    assert (alpha in found.notes) == (channels != 4)
+
+
+def test_the_size_is_known_where_it_is_one(images: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "small", size=(6, 4))
+    assert open_images(tmp_path / "small", fit="pad").size == (4, 6)
+    shutil.copy(images / "dark" / "0.png", tmp_path / "small" / "dark" / "larger.png")
+    assert open_images(tmp_path / "small", fit="pad").size is None

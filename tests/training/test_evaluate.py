@@ -50,7 +50,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def invoke(model: Path, data: Path, out: Path, *options: str) -> str:
-    arguments = [str(model), str(data), "--out", str(out), "--quiet", "--dtype", "fp32", *options]
+    arguments = [str(model), str(data), "--out", str(out), "--quiet", "--dtype", "fp32"]
+    arguments += [*([] if "--splits" in options else ["--splits", "train,test"]), *options]
     result = CliRunner().invoke(evaluate, arguments)
     assert result.exit_code == 0, result.output
     return result.output
@@ -263,8 +264,8 @@ def test_frechet_distance_with_a_torchscript_network(
         (("--sigma", "learned"), "sigma = 'learned'"),
         (("--splits", ","), "at least one split"),
         (("--splits", "nowhere"), "nowhere"),
-        (("--images", "0", "--features", "none.pt"), "features = 'none.pt'"),
-        (("--images", "0", "--features", "inception"), "features = 'inception'"),
+        (("--splits", "test", "--features", "none.pt"), "features = 'none.pt'"),
+        (("--splits", "test", "--features", "inception"), "features = 'inception'"),
     ],
 )
 def test_bad_options_are_named(
@@ -273,6 +274,28 @@ def test_bad_options_are_named(
     arguments = [str(model_folder), str(data), "--out", str(tmp_path / "o"), "--pictures", "0"]
     result = CliRunner().invoke(evaluate, [*arguments, "--quiet", *options])
     assert result.exit_code == 1 and message in result.output
+
+
+def test_every_split_is_checked_before_any_is_computed(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    for split, message in (("absent", "data.split = 'absent'"), ("test", "cannot be used")):
+        (data / "test" / "c1" / "1.png").write_bytes(b"no picture")
+        out = tmp_path / split
+        arguments = [str(model_folder), str(data), "--out", str(out), "--splits", f"train,{split}"]
+        result = CliRunner().invoke(evaluate, [*arguments, "--quiet", "--images", "2"])
+        assert result.exit_code == 1 and message in result.output
+        assert not (out / "partial").exists()
+
+
+def test_without_splits_a_folder_is_measured_whole(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    arguments = [str(model_folder), str(data), "--out", str(tmp_path / "o"), "--pictures", "0"]
+    result = CliRunner().invoke(evaluate, [*arguments, "--quiet", "--images", "99"])
+    assert result.exit_code == 0, result.output
+    splits = json.loads((tmp_path / "o" / "results.json").read_text())["splits"]
+    assert [*splits] == ["all"] and splits["all"]["full"]["images"] == 15
 
 
 def test_a_network_that_needs_labels_gets_them(data: Path, tmp_path: Path) -> None:
