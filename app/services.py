@@ -29,7 +29,6 @@ from jobs.store.writer import JobStore
 from jobs.webhooks import WebhookQueue
 
 log = logging.getLogger(__name__)
-_COURIERS = 4
 
 
 class Services:
@@ -63,8 +62,7 @@ class Services:
             asyncio.create_task(self._maintain(), name="janitor"),
         ]
         if self.settings.webhook_secret is not None:
-            # Several, so that one receiver that is slow does not hold up the others.
-            tasks += [asyncio.create_task(self.courier.run()) for _ in range(_COURIERS)]
+            tasks.append(asyncio.create_task(self.courier.run(), name="courier"))
         try:
             yield
         finally:

@@ -2,7 +2,8 @@
 
 A delivery is claimed from the store, so it survives this process. The name is resolved here, every
 address checked, and the request sent to the checked address itself: a second look-up could answer
-otherwise.
+otherwise. A receiver is a stranger: one deadline over all of a delivery, a few bytes of its answer,
+and few deliveries to one host at once.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import base64
 import binascii
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
-import socket
 import time
+from collections import Counter
+from collections.abc import Coroutine
 
 import httpx
 from redis.exceptions import RedisError
 
+from app.addresses import AddressRefused, checked_address
 from app.metrics import Metrics
+from app.tasks import reap
 from app.views import dump, job_view, timestamp
 from jobs.settings import Settings
 from jobs.store.reader import JobReader, JobState
@@ -29,12 +32,11 @@ from jobs.webhooks import Claim, WebhookQueue
 
 log = logging.getLogger(__name__)
 _POLL_S = 1.0
-_TIMEOUT_S = 10.0
+_MOST_AT_ONCE = 16
+_MOST_A_HOST = 2
+_HOST_BUSY_S = 1.0
+_MOST_ANSWER = 4096  # bytes of an answer that are read; nothing in them matters
 _MOST_DELAY_S = 7200.0
-
-
-class AddressRefused(Exception):
-    """The host of a webhook resolves to an address that is not public."""
 
 
 def signing_key(secret: str) -> bytes:
@@ -57,21 +59,8 @@ def signed_headers(key: bytes, message_id: str, now: int, body: bytes) -> dict[s
     }
 
 
-async def checked_address(host: str, port: int, *, private_too: bool) -> str:
-    """An address of the host. Raises AddressRefused if any of them is not public, OSError."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [str(entry[4][0]) for entry in found]
-    for address in addresses:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-        mapped = getattr(parsed, "ipv4_mapped", None) or parsed
-        if not private_too and (not mapped.is_global or mapped.is_multicast):
-            raise AddressRefused(f"{host} is {address}, which is not a public address")
-    return addresses[0]
-
-
 class Courier:
-    """Delivers what is due; `run` may run several times at once."""
+    """Delivers what is due, several at once, few of them to one host."""
 
     def __init__(
         self, settings: Settings, queue: WebhookQueue, reader: JobReader, metrics: Metrics
@@ -79,10 +68,13 @@ class Courier:
         secret = settings.webhook_secret
         self._key = b"" if secret is None else signing_key(secret.get_secret_value())
         self._private_too = settings.webhook_private_addresses
+        self._deadline_s = settings.webhook_timeout_s
+        self._hosts: Counter[str] = Counter()  # deliveries on their way
+        self._sending: set[asyncio.Task[None]] = set()
         self._queue = queue
         self._reader = reader
         self._metrics = metrics
-        self._client = httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False)
+        self._client = httpx.AsyncClient(timeout=settings.webhook_timeout_s, trust_env=False)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -90,35 +82,67 @@ class Courier:
 
     async def run(self) -> None:
         """Deliver until canceled."""
-        while True:
-            try:
-                claim = await self._queue.claim()
-                if claim is None:
+        try:
+            while True:
+                if len(self._sending) >= _MOST_AT_ONCE:
+                    await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
+                elif not await self._guarded(self._next()):
                     await asyncio.sleep(_POLL_S)
-                else:
-                    await self.deliver(claim)
-            except RedisError as error:
-                log.warning("webhooks: %s; trying again", error)
-                await asyncio.sleep(_POLL_S)
-            except Exception:
-                log.exception("webhooks: trying again")
-                await asyncio.sleep(_POLL_S)
+        finally:
+            await reap(self._sending)
 
-    async def deliver(self, claim: Claim) -> None:
-        """One attempt, and what follows from it."""
+    async def _guarded(self, work: Coroutine[None, None, bool]) -> bool:
+        """The work's answer; False where it failed, which ends nothing."""
+        try:
+            return await work
+        except RedisError as error:
+            log.warning("webhooks: %s; trying again", error)
+        except Exception:
+            log.exception("webhooks: trying again")
+        return False
+
+    async def _next(self) -> bool:
+        """Set out with what is due next. False: nothing is."""
+        claim = await self._queue.claim()
+        if claim is None:
+            return False
         state = await self._reader.job(claim.job_id)
         url = None if state is None else _url(state)
         if state is None or url is None:
             await self._queue.settle(claim.job_id)
-            return
+            return True
+        host = _host(url)
+        if self._hosts[host] >= _MOST_A_HOST:
+            await self._queue.put_back(claim, _HOST_BUSY_S)
+            return True
+        self._hosts[host] += 1
+        task = asyncio.create_task(self._deliver(claim, url, state, host=host))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+        return True
+
+    async def _deliver(self, claim: Claim, url: str, state: JobState, *, host: str) -> None:
         try:
-            answer = await self._send(url, state)
+            await self._guarded(self._attempt(claim, url, state))
+        finally:
+            self._hosts[host] -= 1
+            if not self._hosts[host]:
+                del self._hosts[host]
+
+    async def _attempt(self, claim: Claim, url: str, state: JobState) -> bool:
+        """One attempt, and what follows from it."""
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                answer = await self._send(url, state)
         except AddressRefused as error:
             await self._give_up(claim, str(error))
+        except TimeoutError:
+            await self._again(claim, f"not over after {self._deadline_s:g} s", None)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             await self._again(claim, f"{type(error).__name__}: {error}", None)
         else:
             await self._judge(claim, answer)
+        return True
 
     async def _judge(self, claim: Claim, answer: httpx.Response) -> None:
         if answer.is_success:
@@ -150,12 +174,28 @@ class Courier:
         headers = signed_headers(self._key, f"msg_{state.record.id}", int(time.time()), body)
         headers["host"] = target.netloc.decode()
         # The name still goes into TLS, and the certificate must be for it.
-        return await self._client.post(
+        request = self._client.build_request(
+            "POST",
             target.copy_with(host=address),
             content=body,
             headers=headers,
             extensions={"sni_hostname": target.host},
         )
+        answer = await self._client.send(request, stream=True)
+        try:
+            await _skim(answer)
+        finally:
+            await answer.aclose()
+        return answer
+
+
+async def _skim(answer: httpx.Response) -> None:
+    """Read the beginning of an answer, which is all of a reasonable one."""
+    size = 0
+    async for chunk in answer.aiter_raw():
+        size += len(chunk)
+        if size > _MOST_ANSWER:
+            return
 
 
 def payload(state: JobState) -> bytes:
@@ -168,6 +208,14 @@ def payload(state: JobState) -> bytes:
         "data": view,
     }
     return json.dumps(event, separators=(",", ":")).encode()
+
+
+def _host(url: str) -> str:
+    """What deliveries are counted by; an URL that is none is its own host."""
+    try:
+        return httpx.URL(url).host
+    except httpx.InvalidURL:
+        return url
 
 
 def _url(state: JobState) -> str | None:

@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     webhook_private_addresses: bool = Field(
         default=False, description="let webhooks reach private addresses"
     )
+    webhook_timeout_s: float = Field(
+        default=15.0, gt=0, le=50, description="seconds of one delivery of a webhook, all in all"
+    )
     sse_comment_s: float = Field(default=15.0, gt=0, description="seconds between comment lines")
     janitor_s: float = Field(default=10.0, gt=0, description="seconds between maintenance runs")
 

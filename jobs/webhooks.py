@@ -53,6 +53,13 @@ class WebhookQueue:
             pipe.hdel(keys.WEBHOOK_ATTEMPTS, job_id)
             await pipe.execute()
 
+    async def put_back(self, claim: Claim, seconds: float) -> None:
+        """It was not tried: due again after so long, and no attempt counted."""
+        async with self._redis.pipeline() as pipe:
+            pipe.zadd(keys.WEBHOOKS, {claim.job_id: time.time() + seconds}, xx=True)
+            pipe.hincrby(keys.WEBHOOK_ATTEMPTS, claim.job_id, -1)
+            await pipe.execute()
+
     async def postpone(self, claim: Claim, seconds: float | None = None) -> bool:
         """Try again later. False: that was the last attempt, and it is given up."""
         if claim.attempt > len(DELAYS_S):

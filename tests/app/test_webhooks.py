@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,8 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from app.webhooks import AddressRefused, checked_address, signing_key
+from app.addresses import AddressRefused, checked_address, is_public
+from app.webhooks import signing_key
 from jobs.store import keys
 from jobs.store.writer import JobStore
 from tests.app.conftest import Worker, until
@@ -130,6 +133,26 @@ def test_which_addresses_are_private(host: str) -> None:
     assert asyncio.run(checked_address(host, 80, private_too=True))
 
 
+# An address that stands for a private one, or for none that is public.
+@pytest.mark.parametrize(
+    "address",
+    ["64:ff9b::7f00:1", "64:ff9b::10.0.0.1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::7f00:1",
+     "2002:7f00:1::", "2002:a00:1::1", "2002:c0a8:101::1", "::127.0.0.1", "::10.0.0.1",
+     "::ffff:127.0.0.1", "::ffff:0:127.0.0.1", "::", "fec0::1", "fe80::1%eth0", "ff02::1",
+     "2001:db8::1", "2001::1", "100::1", "255.255.255.255", "198.18.0.1", "192.88.99.1"],
+)  # fmt: skip
+def test_no_private_address_slips_through(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["1.1.1.1", "2606:4700::1111", "64:ff9b::1.1.1.1", "::ffff:1.1.1.1", "2002:101:101::"],
+)
+def test_public_addresses_pass(address: str) -> None:
+    assert is_public(address)
+
+
 def test_a_public_address_is_used_as_it_is() -> None:
     assert asyncio.run(checked_address("1.1.1.1", 443, private_too=False)) == "1.1.1.1"
 
@@ -138,3 +161,96 @@ def test_a_secret_that_is_none_stops_the_start() -> None:
     assert signing_key(SECRET) == KEY
     with pytest.raises(ValueError, match="DDPM_WEBHOOK_SECRET"):
         signing_key("not base64!")
+
+
+class Rude:
+    """A server that answers each request by `chunk`, again and again, `pause` seconds apart.
+
+    It says at once how many bytes it got rid of.
+    """
+
+    def __init__(self, head: bytes, chunk: bytes, pause: float) -> None:
+        self.connections = 0
+        self.most_at_once = 0
+        self.sent = 0
+        self._open = 0
+        rude = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                rude.connections += 1
+                rude._open += 1
+                rude.most_at_once = max(rude.most_at_once, rude._open)
+                try:
+                    self.request.recv(65536)
+                    self.request.sendall(head)
+                    while True:
+                        self.request.sendall(chunk)
+                        rude.sent += len(chunk)
+                        time.sleep(pause)
+                except OSError:  # it was hung up on
+                    rude._open -= 1
+
+        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+
+
+@pytest.fixture
+def rude() -> Iterator[Callable[..., Rude]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(head: bytes, chunk: bytes, pause: float) -> Rude:
+            rude = Rude(head, chunk, pause)
+            thread = threading.Thread(target=rude.server.serve_forever)
+            thread.start()
+            stack.callback(rude.server.server_close)
+            stack.callback(thread.join)
+            stack.callback(rude.server.shutdown)
+            return rude
+
+        yield start
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+def test_an_endless_answer_is_read_no_further_than_a_few_bytes(
+    store: JobStore, rude: Callable[..., Rude], serve: Callable[..., httpx.Client]
+) -> None:
+    endless = rude(HEAD + b"\r\n", b"x" * 65536, 0)
+    client = serve(webhook_secret=SECRET, webhook_private_addresses=True)
+    url = f"http://127.0.0.1:{endless.port}/"
+    job_id = client.post("/generate", json={"webhook_url": url}).json()["id"]
+    client.post(f"/jobs/{job_id}/cancel")
+    settled(store)
+    until(lambda: endless._open == 0)
+    assert endless.sent < 20_000_000  # what fits into the buffers of two sockets
+    assert 'ddpm_webhooks_total{outcome="delivered"} 1.0' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("head", [HEAD, HEAD + b"\r\n"], ids=["headers", "body"])
+def test_receivers_that_drip_hold_nobody_up(
+    head: bytes,
+    store: JobStore,
+    receiver: Receiver,
+    rude: Callable[..., Rude],
+    serve: Callable[..., httpx.Client],
+) -> None:
+    dripping = rude(head, b"x", 0.1)
+    client = serve(webhook_secret=SECRET, webhook_private_addresses=True, webhook_timeout_s=1)
+    slow = f"http://127.0.0.1:{dripping.port}/"
+    ids = [client.post("/generate", json={"webhook_url": slow}).json()["id"] for _ in range(6)]
+    for job_id in ids:
+        client.post(f"/jobs/{job_id}/cancel")
+    until(lambda: dripping.connections >= 2)
+    polite = receiver.url.replace("127.0.0.1", "localhost")
+    job_id = client.post("/generate", json={"webhook_url": polite}).json()["id"]
+    client.post(f"/jobs/{job_id}/cancel")
+    receiver.wait(1)
+    assert dripping.most_at_once <= 4  # two, and two whose end it has not noticed yet
+    # Each is given up on after a second, and tried again later; none has lost an attempt.
+    until(lambda: dripping.connections >= 6)
+    until(lambda: 'ddpm_webhooks_total{outcome="postponed"} 6.0' in client.get("/metrics").text)
+    attempts = store.redis.hgetall(keys.WEBHOOK_ATTEMPTS)
+    assert attempts == {job_id.encode(): b"1" for job_id in ids}
