@@ -272,7 +272,7 @@ def progressive(points: np.ndarray, columns: int) -> list[np.ndarray]:
         x_start = share @ points / share.sum(1, keepdims=True)
         kept.append(x_start)
         z = image_normals(3, indices, row=t, purpose=Purpose.STEP, shape=(dims,)).numpy()
-        a, b, _, c = numbers[3:]
+        a, b, _, c, _ = numbers[1:]
         x = a * x_start + b * x + c * z
     last = len(kept) - 1
     return [kept[i] for i in np.linspace(0, last, columns).round().astype(int)]

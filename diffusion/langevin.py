@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion.forward import gather
 from diffusion.noise import Purpose
-from diffusion.samplers import COLUMNS, SamplerError, SamplerTable, checked_timesteps, rows_at
+from diffusion.samplers import COLUMNS, SamplerError, SamplerTable, checked_timesteps, empty_rows
 from diffusion.schedule import Float64, Schedule
 
 LEVEL_STEP = 0.4  # c of annealed Langevin: its only means to follow the levels, so it must stride
@@ -54,14 +54,14 @@ def reverse_step_as_langevin(schedule: Schedule, t: int, s: int, sigma2: float) 
 
 
 def langevin_row(schedule: Schedule, t: int, c: float) -> Float64:
-    """A row of a sampler table, [7]: one Langevin step of size c(1−ᾱ_t) at t, no clipping.
+    """A row of a sampler table, [6]: one Langevin step of size c(1−ᾱ_t) at t, no clipping.
 
     With s = (√ᾱ x̂_0 − x)/(1−ᾱ) the step is (c/2)√ᾱ x̂_0 + (1 − c/2) x + √(c(1−ᾱ)) z.
     Raises SamplerError unless 0 < c < 4, beyond which the steps diverge.
     """
     if not 0 < c < 4:
         raise SamplerError(f"step size c = {c}: must lie between 0 and 4")
-    row: Float64 = rows_at(schedule, [t], clip=False)[0]
+    row: Float64 = empty_rows(1, clip=False)[0]
     row[_A] = c / 2 * math.sqrt(schedule.alpha_bar(t))
     row[_B] = 1 - c / 2
     row[_C] = math.sqrt(c * schedule.one_minus_alpha_bar(t))
@@ -79,9 +79,10 @@ def annealed_langevin(
 ) -> SamplerTable:
     """`steps` Langevin steps at each level, x ← x√(ᾱ_s/ᾱ_t) between levels (Song, Ermon 2019).
 
-    The last of all rows lands on x̂_0, clipped if asked, instead of a last noisy step. branch:
-    the first level's x_t may come from a chain that has taken Langevin steps there already.
-    Raises SamplerError for fewer than one step a level, or timesteps that do not descend.
+    From a level without signal (ᾱ_t = 0) there is none to scale, and x stays. The last of all rows
+    lands on x̂_0, clipped if asked, instead of a last noisy step. branch: the first level's x_t may
+    come from a chain that has taken Langevin steps there already. Raises SamplerError for fewer
+    than one step a level, or timesteps that do not descend.
     """
     if steps < 1:
         raise SamplerError(f"corrector_steps = {steps}: langevin needs 1 or more a level")
@@ -89,9 +90,10 @@ def annealed_langevin(
     t = np.repeat(np.array(ts, dtype=np.int64), steps)
     rows = np.stack([langevin_row(schedule, level, c) for level in t.tolist()])
     for i, (high, low) in enumerate(pairwise(ts)):
-        scale = math.sqrt(schedule.alpha_bar(low) / schedule.alpha_bar(high))
-        rows[(i + 1) * steps - 1, [_A, _B, _C]] *= scale
-    rows[-1] = rows_at(schedule, ts[-1:], clip=clip)[0]
+        if schedule.alpha_bar(high):
+            scale = math.sqrt(schedule.alpha_bar(low) / schedule.alpha_bar(high))
+            rows[(i + 1) * steps - 1, [_A, _B, _C]] *= scale
+    rows[-1] = empty_rows(1, clip=clip)[0]
     rows[-1, _A] = 1.0
     purpose = np.full(len(t), Purpose.CORRECTOR, dtype=np.int64)
     if branch:

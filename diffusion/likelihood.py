@@ -128,7 +128,8 @@ def evaluate_output(
     channels = x_start.shape[1]
     prediction = model.config.prediction
     x_start_hat = to_x_start(model.schedule, prediction, x_t=x_t, t=t, out=out[:, :channels])
-    x_start_hat = x_start_hat.clamp(-1, 1) if clip else x_start_hat
+    if clip:  # but never so that an infinite x̂_0 passes for ±1
+        x_start_hat = torch.where(x_start_hat.isfinite(), x_start_hat.clamp(-1, 1), math.nan)
     if sigma == "learned":
         log_variance = learned_log_variance(table, row, out[:, channels:])
     else:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.files import CheckpointError
-from diffusion.forward import gather
 from diffusion.parameterization import eps_coefficients, x_start_coefficients
 from diffusion.samplers import SamplingDefaults
 from diffusion.schedule import Schedule, ScheduleConfig
@@ -98,6 +98,24 @@ def _check_crop(crop: tuple[int, int] | None, side: int) -> None:
         raise CheckpointError(f"crop = {crop!r:.200}: must be a height and a width, each 1..{side}")
 
 
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What a network's output says: x̂_0, not clipped, and ε̂, both [N, C, H, W].
+
+    v: the half of a learned variance, [N, C, H, W], or None.
+    """
+
+    x_start: Tensor
+    eps: Tensor
+    v: Tensor | None = None
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether all that the network said of a sample are finite numbers, bool [N]."""
+        finite = self.eps.isfinite()
+        return (finite if self.v is None else finite & self.v.isfinite()).flatten(1).all(dim=1)
+
+
 class Model:
     """ε_θ with its schedule. Tensors are [N, C, H, W] in [−1, 1]; t is [N], an index 0..T−1."""
 
@@ -106,7 +124,15 @@ class Model:
         self.network = network
         self.schedule: Schedule = config.schedule.build()
         self.digest = digest
-        self._eps_coefficients = eps_coefficients(self.schedule, config.prediction)
+        # [4, T], float64: x̂_0 = r_x·x_t + r_out·out and ε̂ = e_x·x_t + e_out·out.
+        self._reading = torch.from_numpy(
+            np.stack(
+                [
+                    *x_start_coefficients(self.schedule, config.prediction),
+                    *eps_coefficients(self.schedule, config.prediction),
+                ]
+            )
+        )
 
     @property
     def device(self) -> torch.device:
@@ -120,13 +146,17 @@ class Model:
         return network.in_channels, network.image_size, network.image_size
 
     def eps(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
-        """ε̂ = ε_θ(x_t, t), float32, converted from whatever the network predicts.
+        """ε̂ = ε_θ(x_t, t), float32, whatever the network predicts; arguments as of `estimate`."""
+        return self.estimate(x_t, t, class_label).eps
+
+    def estimate(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Estimate:
+        """What the network finds in x_t, float32.
 
         x_t: [N, C, H, W]; t: [N] int64, index 0..T−1; class_label: [N] int64, or None for no
         label. Raises ValueError for labels that an unconditional network gets, or that one
         without a null label lacks.
         """
-        return self.eps_from_output(self.output(x_t, t, class_label), x_t, t)
+        return self.read(self.output(x_t, t, class_label), x_t, t)
 
     def output(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
         """The network's raw output, float32 [N, C or 2C, H, W]."""
@@ -134,13 +164,20 @@ class Model:
         out: Tensor = self.network(x_t.to(dtype), t, class_label)
         return out.to(torch.promote_types(x_t.dtype, torch.float32))
 
-    def eps_from_output(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """ε̂ [N, C, H, W] of a raw output; a learned variance's half is left out."""
-        out = out[:, : self.config.network.in_channels]
-        if self.config.prediction == "epsilon":
-            return out
-        e_x, e_out = self._eps_coefficients
-        return gather(e_x, t, x_t) * x_t + gather(e_out, t, x_t) * out
+    def read(self, out: Tensor, x_t: Tensor, t: Tensor) -> Estimate:
+        """The estimate that a raw output [N, C or 2C, H, W] at x_t [N, C, H, W] stands for.
+
+        x̂_0 and ε̂ each come straight from the output: by way of the other x̂_0 would lose what a
+        division by √ᾱ_t loses, which is everything where ᾱ_T = 0.
+        """
+        if self._reading.device != x_t.device:
+            self._reading = self._reading.to(x_t.device)
+        r_x, r_out, e_x, e_out = self._reading[:, t].to(x_t.dtype).view(4, -1, 1, 1, 1)
+        channels = x_t.shape[1]
+        v = out[:, channels:] if out.shape[1] > channels else None
+        out = out[:, :channels]
+        eps = out if self.config.prediction == "epsilon" else e_x * x_t + e_out * out
+        return Estimate(r_x * x_t + r_out * out, eps, v)
 
 
 def build_network(
@@ -148,11 +185,12 @@ def build_network(
 ) -> UNet:
     """The network with these weights, in evaluation mode, gradients off.
 
-    Raises CheckpointError for a tensor that is missing, unknown or of another shape.
+    Raises CheckpointError for a tensor that is missing, unknown, of another shape or not finite.
     """
     with torch.device("meta"):
         network = UNet(config.network)
     _check_fit(network.state_dict(), weights)
+    _check_finite(weights)
     network = network.to_empty(device=device)
     network.load_state_dict(weights, strict=True)
     return network.eval().requires_grad_(False)
@@ -169,3 +207,13 @@ def _check_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Non
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(f"weights do not fit the network: {problems[0]}{more}")
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if bad:
+        first, more = weights[bad[0]], f" (and {len(bad) - 1} more tensors)" * (len(bad) > 1)
+        raise CheckpointError(
+            f"weights: {bad[0]}: {int((~first.isfinite()).sum())} of its {first.numel()} numbers "
+            f"are NaN or infinite{more}: the training that wrote them had diverged"
+        )

@@ -62,9 +62,11 @@ def x_start_coefficients(schedule: Schedule, prediction: str) -> Coefficients:
         raise PredictionError(
             f"prediction = {prediction!r}: must be one of {', '.join(PREDICTIONS)}"
         )
-    if prediction == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+    # 1/√ᾱ_T must be a number in float32 too.
+    if prediction == "epsilon" and schedule.alphas_cumprod[-1] < np.finfo(np.float32).tiny:
         raise PredictionError(
-            "prediction = 'epsilon': no x̂_0 follows from ε where ᾱ_T = 0; must be sample, v or mean"
+            "prediction = 'epsilon': no x̂_0 follows from ε where x_T holds no signal "
+            f"(ᾱ_T = {schedule.alphas_cumprod[-1]:.3g}); must be sample, v or mean"
         )
     return _X_START_FROM[prediction](schedule)
 

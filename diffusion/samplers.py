@@ -1,9 +1,9 @@
 """Every sampler as a table: one row a network evaluation, one fused update for a mixed batch.
 
-A row evaluates the network at index t and then updates
+A row evaluates the network at index t, which gives x̂_0 and ε̂ (`Model.read`), and then updates
 
-    x̂_0 = clip(r_x·x + r_eps·ε_θ(x, t))
-    x   ← a·x̂_0 + b·x + d·x̂_0,prev + c·z
+    x̂_0 ← clip(x̂_0)
+    x   ← a·x̂_0 + b·x + d·x̂_0,prev + c·z + e·ε̂
 
 so rows of different samplers, at different timesteps, step together in one batch. A learned
 variance scales z first, by exp(spread·v) with v the second half of the network's output. Ancestral
@@ -26,10 +26,11 @@ from torch import Tensor
 from diffusion.noise import Purpose
 from diffusion.schedule import Float64, Schedule
 
-COLUMNS = ("r_x", "r_eps", "clip", "a", "b", "d", "c")
+COLUMNS = ("clip", "a", "b", "d", "c", "e")
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "langevin")
 SPACINGS = ("uniform", "quadratic", "leading", "trailing")
 VARIANCES = ("large", "small", "learned")
+LANDINGS = ("next", "stride")
 
 
 class SamplerError(ValueError):
@@ -41,20 +42,26 @@ class SamplingDefaults:
     """How a model is meant to be sampled: what holds where the caller says nothing.
 
     sampler, variance, clip, spacing: as in the functions below. A `learned` variance is that of
-    a network with `learned_variance`.
+    a network with `learned_variance`. Two conventions of ddim: rederive_eps, whether ε̂ is the one
+    that agrees with the clipped x̂_0, or the network's own as in diffusers; landing, whether a step
+    lands on the `next` timestep, or T // steps lower (`stride`) as in diffusers.
     """
 
     sampler: str = "ddpm"
     variance: str = "large"
     clip: bool = True
     spacing: str = "uniform"
+    rederive_eps: bool = True
+    landing: str = "next"
 
     def __post_init__(self) -> None:
         _check_name("sampler", self.sampler, SAMPLERS)
         _check_name("variance", self.variance, VARIANCES)
         _check_name("spacing", self.spacing, SPACINGS)
-        if not isinstance(self.clip, bool):
-            raise SamplerError(f"clip = {self.clip!r:.200}: must be true or false")
+        _check_name("landing", self.landing, LANDINGS)
+        for name in ("clip", "rederive_eps"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise SamplerError(f"{name} = {value!r:.200}: must be true or false")
 
 
 def _check_name(field: str, value: object, allowed: Sequence[str]) -> None:
@@ -66,7 +73,7 @@ def _check_name(field: str, value: object, allowed: Sequence[str]) -> None:
 class SamplerTable:
     """Rows of one sampler.
 
-    t: [R] int64, index 0..T−1 of each evaluation. coefficients: [R, 7] float64, see COLUMNS (clip
+    t: [R] int64, index 0..T−1 of each evaluation. coefficients: [R, 6] float64, see COLUMNS (clip
     is the bound on |x̂_0|, ∞ for none). purpose: [R], the stream of each row's noise, and noise:
     [R], its place there (default t; see `Purpose`). spread: [R], ¼ ln(β/β̃) of a row with a
     learned variance, else 0 (default). Raises SamplerError where two rows would draw the same.
@@ -104,23 +111,30 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "uniform") -> list[int]:
     """`steps` indices out of 0..T−1, descending.
 
     spacing: uniform, or quadratic (denser near the image): the first is T−1 and, if steps > 1,
-    the last 0. leading counts every (T // steps)-th from 0, trailing every (T/steps)-th from
-    T−1, as diffusers does: they leave out one of the two ends. Raises SamplerError.
+    the last 0. leading counts every (T // steps)-th from 0, trailing every (T/steps)-th from T−1:
+    they leave out one of the two ends. uniform (diffusers' linspace), leading and trailing are
+    rounded as in diffusers; not so its one step of linspace, at 0, and the row of index −1 that
+    its trailing adds where T, T − T/steps, … misses 0 by rounding. Raises SamplerError.
     """
     if not 1 <= steps <= T:
         raise SamplerError(f"steps = {steps}: must be 1..{T}")
     _check_name("spacing", spacing, SPACINGS)
-    u = np.linspace(0, 1, steps) if steps > 1 else np.ones(1)
     if spacing == "leading":
-        raw = np.arange(steps) * (T // steps)
-    elif spacing == "trailing":
-        raw = np.rint(T - np.arange(steps) * T / steps)[::-1].astype(int) - 1
-    else:
-        raw = np.rint((T - 1) * (u if spacing == "uniform" else u**2)).astype(int)
-    # Quadratic spacing can round several to one index: push them apart, keeping both ends.
+        return [i * (T // steps) for i in reversed(range(steps))]
+    if spacing == "trailing":
+        return [int(t) - 1 for t in np.arange(T, 0, -T / steps).round()[:steps]]
+    if steps == 1:
+        return [T - 1]
+    ts = np.linspace(0, T - 1, steps).round() if spacing == "uniform" else _quadratic(T, steps)
+    return [int(t) for t in ts[::-1]]
+
+
+def _quadratic(T: int, steps: int) -> Float64:
+    """(T−1)u² for even u; those that round to one index are pushed apart, keeping both ends."""
+    ts: Float64 = np.rint((T - 1) * np.linspace(0, 1, steps) ** 2)
     for i in range(1, steps):
-        raw[i] = max(raw[i], raw[i - 1] + 1)
-    return [int(t) for t in raw[::-1]]
+        ts[i] = max(ts[i], ts[i - 1] + 1)
+    return ts
 
 
 def checked_timesteps(T: int, timesteps: Sequence[int]) -> list[int]:
@@ -131,15 +145,10 @@ def checked_timesteps(T: int, timesteps: Sequence[int]) -> list[int]:
     return ts
 
 
-def rows_at(schedule: Schedule, ts: list[int], clip: bool) -> Float64:
-    """Rows with r_x, r_eps and clip filled in, and a = b = c = d = 0."""
-    rows = np.zeros((len(ts), len(COLUMNS)))
-    alpha_bar, rest = schedule.alphas_cumprod[ts], schedule.one_minus_alphas_cumprod[ts]
-    if alpha_bar[0] == 0:
-        raise SamplerError(f"timesteps: t = {ts[0]} holds no signal (ᾱ = 0), so no x̂_0 follows")
-    rows[:, 0] = 1 / np.sqrt(alpha_bar)
-    rows[:, 1] = -np.sqrt(rest / alpha_bar)
-    rows[:, 2] = 1.0 if clip else math.inf
+def empty_rows(n: int, clip: bool) -> Float64:
+    """Rows [n, 6] with clip filled in, and the rest 0."""
+    rows = np.zeros((n, len(COLUMNS)))
+    rows[:, 0] = 1.0 if clip else math.inf
     return rows
 
 
@@ -158,36 +167,49 @@ def ancestral(
     """
     _check_name("variance", variance, VARIANCES)
     ts = checked_timesteps(schedule.T, timesteps)
-    rows, spread = rows_at(schedule, ts, clip), np.zeros(len(ts))
+    rows, spread = empty_rows(len(ts), clip), np.zeros(len(ts))
     for i, (t, s) in enumerate(zip(ts, [*ts[1:], -1], strict=True)):
         jump = schedule.jump(t, s)
         # The learned σ = (β β̃)^¼ exp(spread·v) is their geometric mean at v = 0.
         middle = math.sqrt(jump.beta * jump.variance)
         sigma2 = {"large": jump.beta, "small": jump.variance, "learned": middle}[variance]
-        rows[i, 3:] = jump.coef_x_start, jump.coef_x_t, 0.0, math.sqrt(sigma2) if s >= 0 else 0.0
+        noise = math.sqrt(sigma2) if s >= 0 else 0.0
+        rows[i, 1:] = jump.coef_x_start, jump.coef_x_t, 0.0, noise, 0.0
         if variance == "learned" and s >= 0:
             spread[i] = 0.25 * math.log(jump.beta / jump.variance)
     return replace(_table(ts, rows), spread=spread)
 
 
 def ddim(
-    schedule: Schedule, timesteps: Sequence[int], *, eta: float = 0.0, clip: bool = True
+    schedule: Schedule,
+    timesteps: Sequence[int],
+    *,
+    eta: float = 0.0,
+    clip: bool = True,
+    rederive_eps: bool = True,
+    landings: Sequence[int] | None = None,
 ) -> SamplerTable:
     """DDIM: x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε̂ + σ z with σ² = η² β̃ of the jump.
 
-    ε̂ is the one that agrees with the clipped x̂_0. η = 1 is ancestral sampling with σ² small.
+    rederive_eps: ε̂ is the one that agrees with the clipped x̂_0, else the network's own. η = 1 with
+    the first is ancestral sampling with σ² small. landings: the s of each row; default, the t of
+    the next row, and −1 (the image) after the last.
     """
     if not 0 <= eta <= 1:
         raise SamplerError(f"eta = {eta}: must lie between 0 and 1")
     ts = checked_timesteps(schedule.T, timesteps)
-    rows = rows_at(schedule, ts, clip)
-    for i, (t, s) in enumerate(zip(ts, [*ts[1:], -1], strict=True)):
+    rows = empty_rows(len(ts), clip)
+    landings = [*ts[1:], -1] if landings is None else landings
+    for i, (t, s) in enumerate(zip(ts, landings, strict=True)):
         sigma2 = eta**2 * schedule.jump(t, s).variance
-        # ε̂ = (x − √ᾱ_t x̂_0)/√(1−ᾱ_t)
+        a = math.sqrt(schedule.alpha_bar(s))
         direction = math.sqrt(max(schedule.one_minus_alpha_bar(s) - sigma2, 0.0))
-        b = direction / math.sqrt(schedule.one_minus_alpha_bar(t))
-        a = math.sqrt(schedule.alpha_bar(s)) - b * math.sqrt(schedule.alpha_bar(t))
-        rows[i, 3:] = a, b, 0.0, math.sqrt(sigma2)
+        if rederive_eps:  # ε̂ = (x − √ᾱ_t x̂_0)/√(1−ᾱ_t)
+            b = direction / math.sqrt(schedule.one_minus_alpha_bar(t))
+            a -= b * math.sqrt(schedule.alpha_bar(t))
+            rows[i, 1:] = a, b, 0.0, math.sqrt(sigma2), 0.0
+        else:
+            rows[i, 1:] = a, 0.0, 0.0, math.sqrt(sigma2), direction
     return _table(ts, rows)
 
 
@@ -198,30 +220,30 @@ def dpmpp_2m(schedule: Schedule, timesteps: Sequence[int], *, clip: bool = True)
     x_s = √((1−ᾱ_s)/(1−ᾱ_t)) x_t − √ᾱ_s (e^{−h} − 1) ((1 + 1/2r) x̂_0 − x̂_0,prev/2r).
     """
     ts = checked_timesteps(schedule.T, timesteps)
-    rows = rows_at(schedule, ts, clip)
+    rows = empty_rows(len(ts), clip)
     h_prev = 0.0
     for i, (t, s) in enumerate(zip(ts, [*ts[1:], -1], strict=True)):
         if s == -1:  # λ = ∞: the step lands on x̂_0 itself
-            rows[i, 3:] = 1.0, 0.0, 0.0, 0.0
+            rows[i, 1:] = 1.0, 0.0, 0.0, 0.0, 0.0
             continue
         h = _half_log_snr(schedule, s) - _half_log_snr(schedule, t)
         gain = -math.sqrt(schedule.alpha_bar(s)) * math.expm1(-h)
-        half = h / (2 * h_prev) if i else 0.0  # 1/2r
+        half = h / (2 * h_prev) if i else 0.0  # 1/2r; 0 also after a row without signal, h = ∞
         b = math.sqrt(schedule.one_minus_alpha_bar(s) / schedule.one_minus_alpha_bar(t))
-        rows[i, 3:] = gain * (1 + half), b, -gain * half, 0.0
+        rows[i, 1:] = gain * (1 + half), b, -gain * half, 0.0, 0.0
         h_prev = h
     return _table(ts, rows)
 
 
 def _half_log_snr(schedule: Schedule, t: int) -> float:
-    return 0.5 * math.log(schedule.snr[t])
+    return 0.5 * math.log(schedule.snr[t]) if schedule.snr[t] else -math.inf
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceTable:
     """Tables laid end to end on a device: a row index is all a sample has to carry.
 
-    t, purpose, noise: [R] int64; coefficients: [R, 7] float32; spread: [R] float32.
+    t, purpose, noise: [R] int64; coefficients: [R, 6] float32; spread: [R] float32.
     """
 
     t: Tensor
@@ -246,10 +268,9 @@ class DeviceTable:
         )
 
 
-def predict_x_start(rows: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-    """x̂_0 of each sample, clipped as its row says. rows: [N, 7]; x, eps: [N, ...]."""
-    r_x, r_eps, bound = (_column(rows, i, x) for i in range(3))
-    x_start = r_x * x + r_eps * eps
+def clip_x_start(rows: Tensor, x_start: Tensor) -> Tensor:
+    """x̂_0 of each sample, clipped as its row says. rows: [N, 6]; x_start: [N, ...]."""
+    bound = _column(rows, "clip", x_start)
     return torch.maximum(torch.minimum(x_start, bound), -bound)
 
 
@@ -261,14 +282,16 @@ def scale_noise(spread: Tensor, v: Tensor, z: Tensor) -> Tensor:
     return z * torch.exp(spread.view(-1, *([1] * (z.ndim - 1))) * v)
 
 
-def update(rows: Tensor, x: Tensor, x_start: Tensor, x_start_prev: Tensor, z: Tensor) -> Tensor:
-    """The next x of each sample: a·x̂_0 + b·x + d·x̂_0,prev + c·z.
+def update(
+    rows: Tensor, x: Tensor, *, x_start: Tensor, eps: Tensor, x_start_prev: Tensor, z: Tensor
+) -> Tensor:
+    """The next x of each sample: a·x̂_0 + b·x + d·x̂_0,prev + c·z + e·ε̂.
 
-    rows: [N, 7], the table's coefficients gathered at each sample's row; the rest [N, ...].
+    rows: [N, 6], the table's coefficients gathered at each sample's row; the rest [N, ...].
     """
-    a, b, d, c = (_column(rows, i, x) for i in range(3, 7))
-    return a * x_start + b * x + d * x_start_prev + c * z
+    a, b, d, c, e = (_column(rows, name, x) for name in COLUMNS[1:])
+    return a * x_start + b * x + d * x_start_prev + c * z + e * eps
 
 
-def _column(rows: Tensor, i: int, like: Tensor) -> Tensor:
-    return rows[:, i].view(-1, *([1] * (like.ndim - 1)))
+def _column(rows: Tensor, name: str, like: Tensor) -> Tensor:
+    return rows[:, COLUMNS.index(name)].view(-1, *([1] * (like.ndim - 1)))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffusion.langevin import annealed_langevin, with_correctors
-from diffusion.model import Model
+from diffusion.model import Estimate, Model
 from diffusion.noise import Purpose, check_seed, image_normals, normals
 from diffusion.samplers import (
     COLUMNS,
@@ -18,9 +19,9 @@ from diffusion.samplers import (
     SamplerError,
     SamplerTable,
     ancestral,
+    clip_x_start,
     ddim,
     dpmpp_2m,
-    predict_x_start,
     scale_noise,
     spaced_timesteps,
     update,
@@ -29,6 +30,10 @@ from diffusion.schedule import Schedule
 from diffusion.speed import fast_dtype, prepare
 
 ClassLabel = int | Sequence[int] | Tensor | None
+
+
+class NotFiniteError(ArithmeticError):
+    """A network gave NaN or infinity; the message says at which t."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,14 @@ def build_table(
     eta: float = 0.0,
     variance: str = "large",
     clip: bool = True,
+    rederive_eps: bool = True,
+    landing: str = "next",
     corrector_steps: int | None = None,
     start: int | None = None,
 ) -> SamplerTable:
     """The table of a named sampler. Raises SamplerError naming the option.
+
+    rederive_eps and landing are of ddim: see `SamplingDefaults`.
 
     start: index of the x_t that is to enter the first row, for a chain that does not begin with
     noise: the `steps` timesteps then lie in start..0, and the first is `start` in any spacing.
@@ -81,7 +90,15 @@ def build_table(
     if sampler == "ddpm":
         table = ancestral(schedule, timesteps, variance=variance, clip=clip)
     elif sampler == "ddim":
-        table = ddim(schedule, timesteps, eta=eta, clip=clip)
+        stride = (schedule.T if start is None else start + 1) // steps
+        table = ddim(
+            schedule,
+            timesteps,
+            eta=eta,
+            clip=clip,
+            rederive_eps=rederive_eps,
+            landings=[max(t - stride, -1) for t in timesteps] if landing == "stride" else None,
+        )
     elif sampler == "dpmpp_2m":
         table = dpmpp_2m(schedule, timesteps, clip=clip)
     else:
@@ -89,30 +106,20 @@ def build_table(
     return with_correctors(table, schedule, steps=corrector_steps or 0)
 
 
-def guided_eps(
+def guided_estimate(
     model: Model, x: Tensor, t: Tensor, *, class_label: Tensor | None, guidance: float = 1.0
-) -> Tensor:
-    """ε_u + g(ε_c − ε_u), classifier-free guidance (Ho, Salimans 2022); g = 1 is ε_c alone."""
-    if class_label is None or guidance == 1.0:
-        return model.eps(x, t, class_label)
-    both = torch.cat([_null_labels(model, class_label, guidance), class_label])
-    eps_u, eps_c = model.eps(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-    return eps_u + guidance * (eps_c - eps_u)
+) -> Estimate:
+    """The model's estimate, with ε_u + g(ε_c − ε_u) for ε: classifier-free guidance.
 
-
-def guided_eps_and_v(
-    model: Model, x: Tensor, t: Tensor, *, class_label: Tensor | None, guidance: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """`guided_eps`, and v [N, C, H, W] of the learned variance, as with the label alone."""
-    channels = x.shape[1]
+    Ho, Salimans 2022; g = 1 is ε_c alone. x̂_0 follows, as all is linear in the network's output. v
+    of a learned variance is as with the label alone.
+    """
     if class_label is None or guidance == 1.0:
-        out = model.output(x, t, class_label)
-        return model.eps_from_output(out, x, t), out[:, channels:]
+        return model.estimate(x, t, class_label)
     both = torch.cat([_null_labels(model, class_label, guidance), class_label])
-    x2, t2 = torch.cat([x, x]), torch.cat([t, t])
-    out = model.output(x2, t2, both)
-    eps_u, eps_c = model.eps_from_output(out, x2, t2).chunk(2)
-    return eps_u + guidance * (eps_c - eps_u), out[len(x) :, channels:]
+    out_u, out_c = model.output(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    mixed = out_u + guidance * (out_c - out_u)
+    return replace(model.read(mixed, x, t), v=model.read(out_c, x, t).v)
 
 
 def _null_labels(model: Model, class_label: Tensor, guidance: float) -> Tensor:
@@ -137,7 +144,8 @@ def chain(
 
     indices: [N], the image index that keys each image's noise (default 0..N−1). The noise of a
     row is keyed by its t, so that a chain that goes on from the x_t of another, in a table with
-    that `start`, draws nothing that is in x_t already, the seed being the same or not.
+    that `start`, draws nothing that is in x_t already, the seed being the same or not. Raises
+    NotFiniteError after the last row: clipping would hide an infinite x̂_0.
     """
     n = x_t.shape[0]
     indices = torch.arange(n, device=x_t.device) if indices is None else indices
@@ -145,14 +153,13 @@ def chain(
     on_device = DeviceTable.of([table], x_t.device)
     noisy = on_device.coefficients[:, COLUMNS.index("c")] != 0
     x, x_start_prev = x_t, torch.zeros_like(x_t)
+    finite: list[Tensor] = []
     for row, noisy_row in enumerate(noisy.tolist()):
         rows = on_device.coefficients[row].expand(n, -1)
         t = on_device.t[row].expand(n)
-        if table.learned_variance:
-            eps, v = guided_eps_and_v(model, x, t, class_label=class_label, guidance=guidance)
-        else:
-            eps = guided_eps(model, x, t, class_label=class_label, guidance=guidance)
-        x_start = predict_x_start(rows, x, eps)
+        found = guided_estimate(model, x, t, class_label=class_label, guidance=guidance)
+        finite.append(found.finite.all())
+        x_start = clip_x_start(rows, found.x_start)
         z = torch.zeros_like(x)
         if noisy_row:
             z = normals(
@@ -162,11 +169,16 @@ def chain(
                 purpose=Purpose(int(table.purpose[row])),
                 shape=model.shape,
             )
-        if table.spread[row]:
-            z = scale_noise(on_device.spread[row].expand(n), v, z)
-        x_next = update(rows, x, x_start, x_start_prev, z)
-        yield Step(row, len(table), int(table.t[row]), x, x_start, eps, x_next)
+        if table.spread[row] and found.v is not None:
+            z = scale_noise(on_device.spread[row].expand(n), found.v, z)
+        x_next = update(rows, x, x_start=x_start, eps=found.eps, x_start_prev=x_start_prev, z=z)
+        yield Step(row, len(table), int(table.t[row]), x, x_start, found.eps, x_next)
         x, x_start_prev = x_next, x_start
+    # Asked once, at the end, so that a GPU need not wait for the host in each step.
+    was_finite = torch.stack(finite).tolist()
+    if not all(was_finite):
+        first = int(table.t[was_finite.index(False)]) + 1
+        raise NotFiniteError(f"t = {first}: the network's output is not finite (NaN or infinity)")
 
 
 def sample(
@@ -195,23 +207,18 @@ def sample(
     of the network (default: bfloat16 where a probe finds it faster, else float32). compile:
     through torch.compile (about a minute at first). on_step(first image of the batch, rows done,
     Step) is called after every evaluation.
-    Raises SamplerError or ValueError naming the bad argument.
+    Raises SamplerError or ValueError naming the bad argument, NotFiniteError.
     """
     for field, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:
             raise SamplerError(f"{field} = {value}: must be 1 or more")
     if guidance != 1.0 and class_label is None:
         raise SamplerError(f"guidance = {guidance}: needs a class_label to guide towards")
-    defaults = model.config.sampling
+    asked = {"sampler": sampler, "spacing": spacing, "variance": variance, "clip": clip}
+    given = {name: value for name, value in asked.items() if value is not None}
+    defaults = dataclasses.asdict(model.config.sampling) | given
     table = build_table(
-        model.schedule,
-        sampler=sampler or defaults.sampler,
-        steps=steps,
-        spacing=spacing or defaults.spacing,
-        eta=eta,
-        variance=variance or defaults.variance,
-        clip=defaults.clip if clip is None else clip,
-        corrector_steps=corrector_steps,
+        model.schedule, steps=steps, eta=eta, corrector_steps=corrector_steps, **defaults
     )
     if table.learned_variance and not model.config.network.learned_variance:
         raise SamplerError("variance = 'learned': this model has no learned variance")

@@ -101,12 +101,13 @@ def sample(**options: object) -> None:
     columns: what x_t (or x̂_0) was every N steps.
     """
     from diffusion.files import CheckpointError
+    from diffusion.sampling import NotFiniteError
     from training.sample import SampleOptions, draw
 
     options["model"] = _find_model(str(options["model"]))
     try:
         written, seed = draw(SampleOptions(**options))  # type: ignore[arg-type]
-    except (CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm sample: {error}")
     click.echo(f"{written} (seed {seed})")
 

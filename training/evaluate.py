@@ -6,6 +6,7 @@ network call, so that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,15 +265,9 @@ class Run:
         }
         first = real[self.splits[0]]
         labels = first.batch(np.arange(len(first)))[1]
-        default = self.model.config.sampling
-        table = build_table(
-            self.model.schedule,
-            sampler=options.sampler or default.sampler,
-            steps=options.steps,
-            spacing=default.spacing,
-            variance=default.variance,
-            clip=default.clip,
-        )
+        default = dataclasses.asdict(self.model.config.sampling)
+        asked = {} if options.sampler is None else {"sampler": options.sampler}
+        table = build_table(self.model.schedule, steps=options.steps, **default | asked)
         samples = sampled_features(
             features,
             Draw(self.model, table, len(first), options.seed, labels),

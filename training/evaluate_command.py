@@ -48,6 +48,7 @@ def evaluate(**options: Any) -> None:
     test of parquet files and hub datasets; with it, each is a folder in the folder of images.
     """
     from diffusion.files import CheckpointError
+    from diffusion.sampling import NotFiniteError
     from training.commands import _find_model
     from training.evaluate import EvaluateOptions
     from training.evaluate import evaluate as run
@@ -62,6 +63,6 @@ def evaluate(**options: Any) -> None:
         run(EvaluateOptions(model=model, out=out, splits=splits, **options), click.echo)
     except KeyboardInterrupt:
         sys.exit(f"ddpm evaluate: interrupted; {out} holds what was done, run it again to go on")
-    except (CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm evaluate: {error}")
     click.echo(f"\n{out}/results.json")

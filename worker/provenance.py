@@ -32,6 +32,9 @@ def provenance(served: Served, spec: JobSpec) -> dict[str, Any]:
     }
     if isinstance(spec, ChainSpec):
         made["clip"] = config.sampling.clip
+        if spec.sampler == "ddim":
+            made["rederive_eps"] = config.sampling.rederive_eps
+            made["landing"] = config.sampling.landing
     elif isinstance(spec, LikelihoodSpec):
         made |= {"clip": True, "dtype": "float32"}
     return made

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from diffusion.forward import gather
+from diffusion.model import Estimate
 from diffusion.noise import Purpose, image_normals
+from diffusion.parameterization import to_x_start
 from diffusion.samplers import SamplerTable
 from diffusion.sampling import chain
 from diffusion.schedule import Schedule
@@ -31,6 +33,11 @@ class GaussianDenoiser:
         gain = np.sqrt(rest) / (alpha_bar * self.variance + rest)
         return gather(gain, t, x_t) * (x_t - gather(np.sqrt(alpha_bar) * self.mean, t, x_t))
 
+    def estimate(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Estimate:
+        """ε̂ and the x̂_0 that goes with it."""
+        eps = self.eps(x_t, t)
+        return Estimate(to_x_start(self.schedule, "epsilon", x_t=x_t, t=t, out=eps), eps)
+
 
 def output_moments(table: SamplerTable, denoiser: GaussianDenoiser) -> tuple[float, float]:
     """Mean and variance of what an unclipped table makes of x_T ~ N(0, 1), in float64.
@@ -38,14 +45,15 @@ def output_moments(table: SamplerTable, denoiser: GaussianDenoiser) -> tuple[flo
     The pair (x, x̂_0 of the row before) is a linear-Gaussian Markov chain.
     """
     mean, covariance = np.zeros(2), np.diag([1.0, 0.0])
-    for t, (r_x, r_eps, _, a, b, d, c) in zip(table.t, table.coefficients, strict=True):
+    for t, (_, a, b, d, c, e) in zip(table.t, table.coefficients, strict=True):
         alpha_bar = denoiser.schedule.alphas_cumprod[t]
         rest = denoiser.schedule.one_minus_alphas_cumprod[t]
         slope = math.sqrt(rest) / (alpha_bar * denoiser.variance + rest)  # of ε̂ in x
-        k = r_x + r_eps * slope  # x̂_0 = k x + offset
-        offset = -r_eps * slope * math.sqrt(alpha_bar) * denoiser.mean
-        step = np.array([[a * k + b, d], [k, 0.0]])
-        mean = step @ mean + np.array([a * offset, offset])
+        shift = -slope * math.sqrt(alpha_bar) * denoiser.mean  # ε̂ = slope x + shift
+        k = (1 - math.sqrt(rest) * slope) / math.sqrt(alpha_bar)  # x̂_0 = k x + offset
+        offset = -math.sqrt(rest / alpha_bar) * shift
+        step = np.array([[a * k + b + e * slope, d], [k, 0.0]])
+        mean = step @ mean + np.array([a * offset + e * shift, offset])
         covariance = step @ covariance @ step.T + np.diag([c**2, 0.0])
     return float(mean[0]), float(covariance[0, 0])
 

@@ -14,6 +14,7 @@ from diffusion.checkpoint import convert
 from diffusion.diffusers.folder import export_diffusers
 from diffusion.samplers import SamplingDefaults
 from tests.diffusion.networks import build_model, randomize
+from tests.diffusion.steps import one_step
 
 
 def down(*attention: int) -> dict[str, Any]:
@@ -207,7 +208,6 @@ def test_half_precision_weights_are_read_as_floats(diffusers: ModuleType, tmp_pa
 @torch.inference_mode()
 def test_their_pipeline_draws_what_our_table_draws(diffusers: ModuleType, tmp_path: Path) -> None:
     """A whole picture: our export in their pipeline, the same noise through our table."""
-    from diffusion.samplers import DeviceTable, predict_x_start, update
     from diffusion.sampling import build_table
 
     model = build_model(
@@ -226,11 +226,9 @@ def test_their_pipeline_draws_what_our_table_draws(diffusers: ModuleType, tmp_pa
     )
     generator.manual_seed(0)
     x = torch.randn(2, 1, 8, 8, generator=generator)
-    columns = DeviceTable.of([table], "cpu").coefficients
     for row, t in enumerate(table.t.tolist()):
-        rows = columns[row].expand(2, -1)
-        x_start = predict_x_start(rows, x, model.eps(x, torch.tensor([t, t])))
+        eps = model.eps(x, torch.tensor([t, t]))
         z = torch.randn(2, 1, 8, 8, generator=generator) if t > 0 else torch.zeros_like(x)
-        x = update(rows, x, x_start, torch.zeros_like(x), z)
+        _, x = one_step(model.schedule, table, row, x, eps, z=z)
     found = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(found, torch.from_numpy(wanted), rtol=0, atol=1e-4)

@@ -20,11 +20,10 @@ from diffusion.samplers import (
     ancestral,
     ddim,
     dpmpp_2m,
-    predict_x_start,
     scale_noise,
-    update,
 )
 from diffusion.schedule import linear_schedule
+from tests.diffusion.steps import one_step
 
 SCHEDULE = linear_schedule()
 SHAPE = (2, 3, 4, 4)
@@ -70,14 +69,10 @@ def two_rows(
 
     The network's second half, where the table reads one, is `v(0)` and `v(1)`.
     """
-    columns, found = torch.from_numpy(table.coefficients).to(x.dtype), []
-    spread = torch.from_numpy(table.spread).to(x.dtype)
-    prev = torch.zeros_like(x) if prev is None else prev
+    spread, found = torch.from_numpy(table.spread).to(x.dtype), []
     for i in range(2):
-        rows = columns[start + i].expand(SHAPE[0], -1)
-        x_start = predict_x_start(rows, x, outs[i])
         z = scale_noise(spread[start + i].expand(SHAPE[0]), v(i, x.dtype), draw(i, x.dtype))
-        x, prev = update(rows, x, x_start, prev, z), x_start
+        prev, x = one_step(SCHEDULE, table, start + i, x, outs[i], z=z, x_start_prev=prev)
         found.append(x)
     return found
 

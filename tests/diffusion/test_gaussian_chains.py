@@ -102,10 +102,10 @@ def test_a_chain_is_replayed_element_for_element(name: str) -> None:
 
     x, x_start_prev = noise(0, Purpose.X_T), torch.zeros(2, *denoiser.shape, dtype=torch.float64)
     for t, columns in zip(table.t.tolist(), table.coefficients, strict=True):
-        r_x, r_eps, _, a, b, d, c = columns
-        x_start = r_x * x + r_eps * denoiser.eps(x, torch.tensor([t, t]))
-        x = a * x_start + b * x + d * x_start_prev + c * noise(t, Purpose.STEP)
-        x_start_prev = x_start
+        _, a, b, d, c, e = columns
+        found = denoiser.estimate(x, torch.tensor([t, t]))
+        x = a * found.x_start + b * x + d * x_start_prev + c * noise(t, Purpose.STEP)
+        x, x_start_prev = x + e * found.eps, found.x_start
     found = run_chain(denoiser, table, images=2, seed=3)
     torch.testing.assert_close(found.double(), x, rtol=0, atol=2e-5)
 

@@ -10,7 +10,7 @@ import torch
 
 from diffusion import Model, sample
 from diffusion.samplers import COLUMNS, SamplerError, ancestral, scale_noise
-from diffusion.sampling import guided_eps, guided_eps_and_v
+from diffusion.sampling import guided_estimate
 from diffusion.schedule import linear_schedule
 from tests.diffusion.networks import TINY, build_model
 
@@ -75,9 +75,11 @@ def test_guidance_leaves_v_alone() -> None:
     model = build_model(dataclasses.replace(TINY, learned_variance=True))
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     t, label = torch.tensor([5, 50, 90]), torch.tensor([0, 1, 2])
-    eps, v = guided_eps_and_v(model, x, t, class_label=label, guidance=3.0)
-    torch.testing.assert_close(eps, guided_eps(model, x, t, class_label=label, guidance=3.0))
-    torch.testing.assert_close(v, model.output(x, t, label)[:, 1:])
+    found = guided_estimate(model, x, t, class_label=label, guidance=3.0)
+    eps_u, eps_c = model.eps(x, t), model.eps(x, t, label)
+    torch.testing.assert_close(found.eps, eps_u + 3.0 * (eps_c - eps_u))
+    assert found.v is not None
+    torch.testing.assert_close(found.v, model.output(x, t, label)[:, 1:])
 
 
 def test_a_model_without_it_refuses() -> None:

@@ -18,15 +18,16 @@ from diffusion.samplers import (
     SamplingDefaults,
     ancestral,
     checked_timesteps,
+    clip_x_start,
     ddim,
     dpmpp_2m,
-    predict_x_start,
     spaced_timesteps,
     update,
 )
 from diffusion.sampling import chain
 from diffusion.schedule import Schedule, cosine_schedule, linear_schedule
 from tests.diffusion.gaussian import GaussianDenoiser
+from tests.diffusion.steps import one_step
 
 SCHEDULE = linear_schedule()
 SHORT = linear_schedule(40, 0.002, 0.3)
@@ -36,10 +37,6 @@ DETERMINISTIC = [lambda s, ts: ddim(s, ts, clip=False), lambda s, ts: dpmpp_2m(s
 
 def column(table: SamplerTable, name: str) -> np.ndarray:
     return table.coefficients[:, COLUMNS.index(name)]
-
-
-def rows_of(table: SamplerTable, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.from_numpy(table.coefficients).to(dtype)
 
 
 # Which timesteps
@@ -90,8 +87,7 @@ def test_timesteps_that_do_not_descend_within_the_schedule_are_refused(ts: list[
 def test_the_full_ancestral_chain_is_algorithm_2(variance: str) -> None:
     table = ancestral(SCHEDULE, range(999, -1, -1), variance=variance, clip=False)
     x, eps, z = torch.randn(3, 1000, 5, dtype=torch.float64).unbind(0)
-    rows = rows_of(table)
-    found = update(rows, x, predict_x_start(rows, x, eps), torch.zeros_like(x), z)
+    _, found = one_step(SCHEDULE, table, torch.arange(1000), x, eps, z=z)
     for i, t in enumerate(range(999, -1, -1)):
         beta, rest = SCHEDULE.betas[t], SCHEDULE.one_minus_alphas_cumprod[t]
         mean = (x[i] - beta / math.sqrt(rest) * eps[i]) / math.sqrt(1 - beta)
@@ -117,9 +113,9 @@ def test_ancestral_rows_are_posteriors_of_the_jumps(ts: list[int]) -> None:
 def test_every_last_row_lands_on_the_image_without_noise(ts: list[int]) -> None:
     tables = [ancestral(SCHEDULE, ts), ddim(SCHEDULE, ts, eta=1.0), dpmpp_2m(SCHEDULE, ts)]
     for table in tables:
-        a, b, d, c = table.coefficients[-1, 3:]
+        a, *others = table.coefficients[-1, 1:]
         assert a == pytest.approx(1, abs=1e-12)
-        assert (b, d, c) == pytest.approx((0, 0, 0), abs=1e-12)
+        assert others == pytest.approx([0, 0, 0, 0], abs=1e-12)
 
 
 def test_only_the_second_order_sampler_has_memory() -> None:
@@ -160,11 +156,11 @@ def test_dpm_solver_extrapolates_in_log_snr() -> None:
     lam = [math.log(math.sqrt(b) / math.sqrt(1 - b)) for b in bars]
     h, r = lam[2] - lam[1], (lam[1] - lam[0]) / (lam[2] - lam[1])
     gain = -math.sqrt(bars[2]) * (math.exp(-h) - 1)
-    a, b, d, c = dpmpp_2m(SCHEDULE, ts).coefficients[1, 3:]
+    a, b, d, c, e = dpmpp_2m(SCHEDULE, ts).coefficients[1, 1:]
     assert a == pytest.approx(gain * (1 + 1 / (2 * r)), rel=1e-9)
     assert d == pytest.approx(-gain / (2 * r), rel=1e-9)
     assert b == pytest.approx(math.sqrt((1 - bars[2]) / (1 - bars[1])), rel=1e-9)
-    assert c == 0
+    assert c == e == 0
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, cosine_schedule()], ids=["linear", "cosine"])
@@ -185,10 +181,7 @@ def test_deterministic_samplers_are_exact_for_a_single_image(
 
     x, x_start_prev = on_path(ts[0]), torch.zeros_like(x_0)
     for i, s in enumerate([*ts[1:], -1]):
-        rows = rows_of(table)[i : i + 1]
-        x_start = predict_x_start(rows, x, eps)
-        x = update(rows, x, x_start, x_start_prev, torch.zeros_like(x))
-        x_start_prev = x_start
+        x_start_prev, x = one_step(schedule, table, i, x, eps, x_start_prev=x_start_prev)
         torch.testing.assert_close(x, on_path(s), rtol=1e-7, atol=1e-7)
 
 
@@ -203,29 +196,43 @@ def test_unknown_variances_are_refused() -> None:
         ancestral(SCHEDULE, [5, 0], variance="medium")
 
 
-def test_a_timestep_without_signal_is_refused() -> None:
-    schedule = Schedule(np.array([0.1, 0.5, 1.0]))
-    with pytest.raises(SamplerError, match="t = 2 holds no signal"):
-        ddim(schedule, [2, 0])
-    assert len(ddim(schedule, [1, 0])) == 2
-
-
 # Clipping
 
 
 def test_clipping_bounds_the_image_and_redirects_ddim() -> None:
     ts = [600, 300]
     x, eps = torch.tensor([[1.5, -0.2]]), torch.tensor([[-2.0, 0.1]])
-    rows = rows_of(ddim(SCHEDULE, ts), dtype=torch.float32)[:1]
-    free = rows_of(ddim(SCHEDULE, ts, clip=False), dtype=torch.float32)[:1]
-    x_start, unclipped = predict_x_start(rows, x, eps), predict_x_start(free, x, eps)
+    x_start, found = one_step(SCHEDULE, ddim(SCHEDULE, ts), 0, x, eps)
+    unclipped, _ = one_step(SCHEDULE, ddim(SCHEDULE, ts, clip=False), 0, x, eps)
     assert unclipped[0, 0] > 1
     assert torch.equal(x_start, unclipped.clamp(-1, 1))
     bar_t, bar_s = SCHEDULE.alphas_cumprod[ts]
     eps_clipped = (x - math.sqrt(bar_t) * x_start) / math.sqrt(1 - bar_t)
     wanted = math.sqrt(bar_s) * x_start + math.sqrt(1 - bar_s) * eps_clipped
-    found = update(rows, x, x_start, torch.zeros_like(x), torch.zeros_like(x))
     torch.testing.assert_close(found, wanted)
+    # By diffusers' convention ε̂ stays the network's own.
+    x_start, found = one_step(SCHEDULE, ddim(SCHEDULE, ts, rederive_eps=False), 0, x, eps)
+    wanted = math.sqrt(bar_s) * x_start + math.sqrt(1 - bar_s) * eps
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_without_clipping_the_two_conventions_of_ddim_agree(eta: float) -> None:
+    ts = [900, 600, 300, 0]
+    x, eps = torch.randn(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tables = [ddim(SCHEDULE, ts, eta=eta, clip=False, rederive_eps=r) for r in (True, False)]
+    for row in range(4):
+        found = [one_step(SCHEDULE, table, row, x, eps, z=x)[1] for table in tables]
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_a_ddim_step_lands_where_it_is_told() -> None:
+    table = ddim(SCHEDULE, [900, 600, 300], clip=False, landings=[650, 350, 50])
+    x_0, eps = torch.randn(2, 1, 6, dtype=torch.float64).unbind(0)
+    for row, (t, s) in enumerate([(900, 650), (600, 350), (300, 50)]):
+        bars = [SCHEDULE.alphas_cumprod[k] for k in (t, s)]
+        x, wanted = (math.sqrt(bar) * x_0 + math.sqrt(1 - bar) * eps for bar in bars)
+        torch.testing.assert_close(one_step(SCHEDULE, table, row, x, eps)[1], wanted)
 
 
 # One fused update for a mixed batch
@@ -266,7 +273,7 @@ def test_a_mixed_batch_steps_like_separate_chains() -> None:
             continue
         in_table = torch.from_numpy(starts[:-1])[at] + row[at]
         rows = device.coefficients[in_table]
-        eps = denoiser.eps(x[at], device.t[in_table])
+        found = denoiser.estimate(x[at], device.t[in_table])
         z = normals(
             torch.tensor(seeds)[at],
             torch.full((len(at),), 2),
@@ -274,8 +281,10 @@ def test_a_mixed_batch_steps_like_separate_chains() -> None:
             purpose=device.purpose[in_table],
             shape=(1, 4, 4),
         )
-        x_start = predict_x_start(rows, x[at], eps)
-        x[at] = update(rows, x[at], x_start, x_start_prev[at], z)
+        x_start = clip_x_start(rows, found.x_start)
+        x[at] = update(
+            rows, x[at], x_start=x_start, eps=found.eps, x_start_prev=x_start_prev[at], z=z
+        )
         x_start_prev[at] = x_start
         row[at] += 1
     assert torch.equal(row, lengths)
@@ -291,8 +300,11 @@ def test_a_mixed_batch_steps_like_separate_chains() -> None:
         ({"sampler": "euler"}, "sampler = 'euler': must be one of ddpm, ddim, dpmpp_2m"),
         ({"variance": "medium"}, "variance = 'medium': must be one of large, small, learned"),
         ({"spacing": "log"}, "spacing = 'log': must be one of uniform, quadratic"),
+        ({"landing": "far"}, "landing = 'far': must be one of next, stride"),
+        ({"clip": "no"}, "clip = 'no': must be true or false"),
+        ({"rederive_eps": 1}, "rederive_eps = 1: must be true or false"),
     ],
 )
-def test_unknown_defaults_are_refused(fields: dict[str, str], message: str) -> None:
+def test_unknown_defaults_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(SamplerError, match=message):
         SamplingDefaults(**fields)  # type: ignore[arg-type]

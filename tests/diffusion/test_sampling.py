@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion import Model, sample
 from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import SamplingDefaults
-from diffusion.sampling import Step, build_table, chain, guided_eps
+from diffusion.sampling import Step, build_table, chain, guided_estimate
 from diffusion.speed import prepare
 from tests.diffusion.networks import TINY, build_model
 
@@ -69,7 +69,7 @@ def test_guidance_extrapolates_from_no_label_to_the_label(model: Model) -> None:
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([10, 90]), torch.tensor([0, 2])
     eps_u, eps_c = model.eps(x, t), model.eps(x, t, labels)
     for guidance in (0.0, 1.0, 2.5):
-        found = guided_eps(model, x, t, class_label=labels, guidance=guidance)
+        found = guided_estimate(model, x, t, class_label=labels, guidance=guidance).eps
         torch.testing.assert_close(found, eps_u + guidance * (eps_c - eps_u), rtol=1e-4, atol=1e-5)
 
 

@@ -186,5 +186,5 @@ def test_contradictory_configs_are_refused(fields: dict[str, object], message: s
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_a_schedule_has_at_least_one_step(kind: str) -> None:
-    with pytest.raises(ScheduleError, match="T = 0: must be an integer 1..10000"):
+    with pytest.raises(ScheduleError, match=r"T = 0: must be an integer 1\.\.10000"):
         dataclasses.replace(ScheduleConfig(kind), T=0).build()

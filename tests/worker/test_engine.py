@@ -12,6 +12,7 @@ from torch import Tensor
 import diffusion
 from diffusion import Model
 from diffusion.sampling import build_table
+from tests.diffusion.steps import one_step
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
 from worker.engine.tasks import (
@@ -289,8 +290,7 @@ def test_snapshots_hold_what_entered_the_step_and_what_was_found(
     for row, snapshot in snapshots.items():
         assert snapshot.t == one.table.t[row]
         assert set(snapshot.indices) == {0, 1}
-        coefficients = torch.from_numpy(one.table.coefficients[row]).float().expand(2, -1)
-        found = diffusion.samplers.predict_x_start(coefficients, snapshot.x_t, snapshot.eps)
+        found, _ = one_step(model.schedule, one.table, row, snapshot.x_t, snapshot.eps)
         torch.testing.assert_close(snapshot.x_start, found)
     order = snapshots[9].indices
     images = torch.stack([harness.images("a")[i] for i in order])

@@ -21,7 +21,7 @@ from diffusion.samplers import (
     COLUMNS,
     DeviceTable,
     SamplerTable,
-    predict_x_start,
+    clip_x_start,
     scale_noise,
     update,
 )
@@ -246,13 +246,16 @@ class Pool:
         x, x_start_prev = self.x[packed[0]], self.x_start[packed[0]]
         t, coefficients = self.bank.rows.t[packed[1]], self.bank.rows.coefficients[packed[1]]
         inputs = Inputs(x, t, batch.labels, batch.guided, batch.guidance)
-        eps, v = self.network.evaluate(inputs, shape)
-        x_start = predict_x_start(coefficients, x, eps)
+        found = self.network.evaluate(inputs, shape)
+        x_start = clip_x_start(coefficients, found.x_start)
         z = self._noise(packed, self.bank.noisy[table_rows], like=x)
-        if v is not None and self.bank.learned[table_rows].any():
-            z = scale_noise(self.bank.rows.spread[packed[1]], v, z)
-        x_next = update(coefficients, x, x_start, x_start_prev, z)
-        finite = torch.isfinite(x_next).flatten(1).all(dim=1)
+        if found.v is not None and self.bank.learned[table_rows].any():
+            z = scale_noise(self.bank.rows.spread[packed[1]], found.v, z)
+        x_next = update(
+            coefficients, x, x_start=x_start, eps=found.eps, x_start_prev=x_start_prev, z=z
+        )
+        # Of ε̂ as well, since clipping hides an infinite x̂_0.
+        finite = found.finite & torch.isfinite(x_next).flatten(1).all(dim=1)
         self.x.index_copy_(0, packed[0], x_next)
         self.x_start.index_copy_(0, packed[0], x_start)
         self._row[slots] += 1
@@ -261,7 +264,7 @@ class Pool:
             sample = batch.samples[i]
             self._due[sample.slot] = sample.run.next_due(int(rows[i]) + 1)
         t_of = self.bank.t[table_rows]
-        return ChainStep(batch, rows, t_of, finite, due, x, x_start, eps, x_next)
+        return ChainStep(batch, rows, t_of, finite, due, x, x_start, found.eps, x_next)
 
     def _noise(self, packed: Tensor, noisy: NDArray[np.bool_], like: Tensor) -> Tensor:
         """z of every sample; drawn only where its row uses it."""

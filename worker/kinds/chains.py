@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 
 import numpy as np
@@ -120,8 +120,8 @@ def spec_table(served: Served, spec: ChainSpec) -> SamplerTable:
 
 @lru_cache(maxsize=256)
 def _table(served: Served, options: tuple[tuple[str, object], ...]) -> SamplerTable:
-    clip = served.model.config.sampling.clip
-    return build_table(served.model.schedule, clip=clip, **dict(options))  # type: ignore[arg-type]
+    defaults = asdict(served.model.config.sampling) | dict(options)
+    return build_table(served.model.schedule, **defaults)
 
 
 def snapshot_rows(table: SamplerTable, wanted: Snapshots | None) -> frozenset[int]:

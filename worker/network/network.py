@@ -7,12 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.model import Model
-from diffusion.parameterization import eps_coefficients
+from diffusion.model import Estimate, Model
 from diffusion.speed import fast_dtype, prepare
 from worker.engine.tasks import TaskError
 from worker.network.costs import CostModel, Shape
@@ -65,20 +63,11 @@ class Network:
         self._fast = prepare(model, dtype=self.dtype)
         self._compiled: dict[int, Forward] = {}
         self.uses: Counter[int] = Counter()  # steps by their rows
-        self._e_x, self._e_out = self._conversion()
         self.exact = exact
         sizes = tuple(size for size in EAGER_SIZES if size <= max_rows)
         self._sizes = (self._exact_size(),) if exact else sizes
         self.costs = CostModel()
         self._warm_up()
-
-    def _conversion(self) -> tuple[Tensor, Tensor]:
-        tables = eps_coefficients(self.model.schedule, self.model.config.prediction)
-        e_x, e_out = (
-            torch.from_numpy(np.ascontiguousarray(table)).to(torch.float32).to(self.model.device)
-            for table in tables
-        )
-        return e_x, e_out
 
     @property
     def shapes(self) -> list[Shape]:
@@ -96,24 +85,26 @@ class Network:
         """Offer compiled code (x, t, labels) → raw output for batches of `rows`. Any thread."""
         self._compiled = {**self._compiled, rows: forward}  # the engine may be reading the old one
 
-    def evaluate(self, inputs: Inputs, shape: Shape) -> tuple[Tensor, Tensor | None]:
-        """ε̂, or ε_u + g(ε_c − ε_u) where guided, and v of a learned variance: [M, C, H, W].
+    def evaluate(self, inputs: Inputs, shape: Shape) -> Estimate:
+        """What the network finds in each sample; with ε_u + g(ε_c − ε_u) for ε where guided.
 
-        Raises TaskError if the rows do not fit the shape, and whatever the network raises.
+        v of a learned variance is as with the label alone. Raises TaskError if the rows do not fit
+        the shape, and whatever the network raises.
         """
         x, t = inputs.x, inputs.t
-        samples, channels = x.shape[:2]
         if inputs.guided is not None:
             x, t = torch.cat([x, x[inputs.guided]]), torch.cat([t, t[inputs.guided]])
         out = self.output(x, t, inputs.labels, shape)
-        eps = self._eps_from_output(out[:, :channels], x, t)
-        v = out[:samples, channels:] if out.shape[1] > channels else None
         if inputs.guided is None or inputs.guidance is None:
-            return eps, v
-        conditional, unconditional = eps[:samples], eps[samples:]
+            return self.model.read(out, x, t)
+        samples, channels = inputs.x.shape[:2]
+        conditional, unconditional = out[:samples], out[samples:, :channels]
         g = inputs.guidance.view(-1, 1, 1, 1)
-        mixed = unconditional + g * (conditional[inputs.guided] - unconditional)
-        return conditional.index_copy(0, inputs.guided, mixed), v
+        labelled = conditional[inputs.guided, :channels]
+        # All is linear in the output, so the mixed one stands for the mixed ε̂ and x̂_0.
+        mixed = conditional.clone()
+        mixed[inputs.guided, :channels] = unconditional + g * (labelled - unconditional)
+        return self.model.read(mixed, inputs.x, inputs.t)
 
     def output(self, x: Tensor, t: Tensor, labels: Tensor | None, shape: Shape) -> Tensor:
         """The raw output, float32 [N, C or 2C, H, W], of a batch padded to the shape."""
@@ -127,12 +118,6 @@ class Network:
             labels = None if labels is None else _pad(labels, padding)
         forward = self._compiled[shape.rows] if shape.compiled else self.eager
         return forward(x.to(self.dtype), t, labels).to(torch.float32)[:rows]
-
-    def _eps_from_output(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        if self.model.config.prediction == "epsilon":
-            return out
-        e_x, e_out = self._e_x[t].view(-1, 1, 1, 1), self._e_out[t].view(-1, 1, 1, 1)
-        return e_x * x + e_out * out
 
     def eager(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The raw output, uncompiled, of a batch in the network's own data type."""
