@@ -155,6 +155,13 @@ def timestamp(unix: float | None) -> str | None:
     return datetime.fromtimestamp(unix, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
+def _request(record: JobRecord) -> dict[str, Any]:
+    """The spec; as it stands in the store where this version cannot read all of it."""
+    if record.unread is not None and record.unread.request is not None:
+        return record.unread.request
+    return record.spec.model_dump(mode="json")
+
+
 def manifest(record: JobRecord, *, index: int | None = None) -> dict[str, Any]:
     """What makes these images again: the request, the model's digest, the versions used.
 
@@ -162,6 +169,9 @@ def manifest(record: JobRecord, *, index: int | None = None) -> dict[str, Any]:
     """
     private = {"webhook_url", "ttl_s", "priority", "format", "model_digest"}
     request = record.spec.model_dump(mode="json", exclude=private, exclude_none=True)
+    if record.unread is not None and record.unread.request is not None:
+        asked = record.unread.request
+        request = {name: asked[name] for name in asked if name not in private}
     provenance = dict(record.provenance or {})
     if index is not None:
         provenance["index"] = index
@@ -181,7 +191,7 @@ def job_view(state: JobState, *, full: bool = True) -> JobView:
         queue_position=state.queue_position,
         eta_s=state.eta_s,
         progress=_progress(record),
-        request=record.spec.model_dump(mode="json"),
+        request=_request(record),
         created_at=timestamp(record.created_at) or "",
         started_at=timestamp(record.started_at),
         completed_at=timestamp(record.completed_at),

@@ -15,7 +15,7 @@ SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 class Sampling(BaseModel):
     """How a model is meant to be sampled: what holds where a request says nothing."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     sampler: str = "ddpm"
     variance: str = "small"
@@ -32,7 +32,7 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(
         frozen=True,
-        extra="forbid",
+        extra="ignore",  # of a newer worker
         json_schema_extra={
             "example": {
                 "name": "mnist",
@@ -64,6 +64,11 @@ class ModelCard(BaseModel):
     parameters: int | None = None
     schedule_kind: str = "betas"
     description: str = ""
+
+    def stored(self) -> str:
+        """The JSON for the store. What is None goes unsaid: older versions know no field that is
+        newer than they are, so such a field is None unless it matters."""
+        return self.model_dump_json(exclude_none=True)
 
     @property
     def T(self) -> int:

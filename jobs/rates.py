@@ -14,13 +14,22 @@ def combined_rate(entries: Iterable[bytes], now: float) -> float | None:
 
     Workers heard of lately add up; if there is none, the last one known. None: never measured.
     """
-    measured = [json.loads(entry) for entry in entries]
-    fresh = [float(rate) for rate, at in measured if now - float(at) <= FRESH_S]
+    measured = [found for entry in entries if (found := parse_rate(entry)) is not None]
+    fresh = [rate for rate, at in measured if now - at <= FRESH_S]
     if fresh:
         return sum(fresh) or None
     if not measured:
         return None
-    return float(max(measured, key=lambda entry: float(entry[1]))[0]) or None
+    return max(measured, key=lambda entry: entry[1])[0] or None
+
+
+def parse_rate(entry: bytes) -> tuple[float, float] | None:
+    """(image-steps/s, Unix time of the measurement); None for what is no such entry."""
+    try:
+        rate, at = (float(value) for value in json.loads(entry))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return (rate, at) if math.isfinite(rate) and math.isfinite(at) and rate >= 0 else None
 
 
 def eta_s(work: float, rate: float | None) -> float | None:

@@ -34,6 +34,7 @@ class Ending(Enum):
     STOPPED = "stopped"
     RELEASED = "released"
     LOST = "lost"
+    UNREAD = "unread"  # not begun: another version must run it
 
 
 @dataclass(frozen=True)

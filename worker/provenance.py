@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from jobs.kinds.chain import ChainSpec
+from jobs.kinds.common import CommonSpec
 from jobs.kinds.likelihood import LikelihoodSpec
-from jobs.kinds.table import JobSpec
 from jobs.version import VERSION
 from worker.models import Served
 
 
-def provenance(served: Served, spec: JobSpec) -> dict[str, Any]:
+def provenance(served: Served, spec: CommonSpec) -> dict[str, Any]:
     """Beside the request: model, schedule, software, device."""
     model = served.model
     config = model.config

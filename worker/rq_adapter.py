@@ -44,6 +44,7 @@ from rq.worker import BaseWorker, WorkerStatus
 from jobs.store.rq_queue import JOB_FUNCTION
 from worker.engine.tasks import EngineStopped
 from worker.flights import Ending, Flight, Intent, Outcome
+from worker.patience import Patience
 from worker.runtime import Runtime
 
 log = logging.getLogger("ddpm.worker")
@@ -117,13 +118,17 @@ def check_rq() -> None:
 
 @dataclass(eq=False)
 class Boarded:
-    """RQ's side of a flight. left: RQ has taken the job from us: it is not ours to end."""
+    """RQ's side of a flight. left: RQ has taken the job from us: it is not ours to end.
+
+    unread: held for a while, then put back for a worker of another version.
+    """
 
     job: Job
     queue: Queue
     execution: Execution
     flight: Flight | None = None
     left: bool = False
+    unread: bool = False
 
 
 class EngineWorker(BaseWorker):
@@ -151,6 +156,7 @@ class EngineWorker(BaseWorker):
         self._released_at: float | None = None
         self._heartbeat_at = self._poll_at = 0.0
         self._suspended = False
+        self._patience = Patience()
 
     # Idle
 
@@ -227,7 +233,7 @@ class EngineWorker(BaseWorker):
                 log.exception("a fault of this worker; handing the jobs on")
                 self._abandon()
                 raise
-            if not self._boarded:
+            if not self._boarded and not self._patience.pausing:
                 return
             work = self._busy_round
 
@@ -245,7 +251,7 @@ class EngineWorker(BaseWorker):
         self._check_engine()
         if self._stop_requested:
             self._drain()
-        elif not self._suspended:
+        elif not self._suspended and not self._patience.pausing:
             self._join()
 
     def _join(self) -> None:
@@ -253,7 +259,7 @@ class EngineWorker(BaseWorker):
         options = self.runtime.engine.options
         full = self.runtime.engine.waiting_rows >= options.max_rows
         for _ in range(1 if full else AT_ONCE):
-            if len(self._boarded) >= options.capacity:
+            if len(self._boarded) - len(self._unread()) >= options.capacity:
                 return
             found = self._dequeue(None)
             if found is None:
@@ -283,8 +289,23 @@ class EngineWorker(BaseWorker):
             return
         if isinstance(begun, Flight):
             boarded.flight = begun
+        elif begun is Ending.UNREAD:
+            boarded.unread = True
+            self._patience.hold()
         elif begun is not None:
             self._land(boarded, Outcome(job_id, boarded.execution.id, begun))
+
+    def _unread(self) -> list[Boarded]:
+        return [b for b in self._boarded.values() if b.unread]
+
+    def _put_back(self) -> None:
+        """Leave what cannot be read here to other workers, when its time has come."""
+        unread = self._unread()
+        if self._patience.over(len(unread)):
+            for boarded, ours in zip(unread, self._ours(unread), strict=True):
+                if ours:
+                    self._requeue(boarded, at_front=False)
+                self._boarded.pop(boarded.execution.id, None)
 
     def _is_to_run(self, job: Job, queue: Queue) -> bool:
         """Whether a popped job is waiting; two cleaners may have put it into the queue twice."""
@@ -354,13 +375,13 @@ class EngineWorker(BaseWorker):
             job, boarded.queue, exc_string="Job stopped by user.", execution=boarded.execution
         )
 
-    def _requeue(self, boarded: Boarded) -> None:
+    def _requeue(self, boarded: Boarded, *, at_front: bool = True) -> None:
         job = boarded.job
         job.worker_name = None
         job.started_at = None
         with self.connection.pipeline() as pipeline:
             # First: it may read, and a pipeline that holds a command no longer can.
-            boarded.queue.enqueue_job(job, pipeline=pipeline, at_front=True)
+            boarded.queue.enqueue_job(job, pipeline=pipeline, at_front=at_front)
             self.cleanup_execution(job, pipeline, boarded.execution)
             pipeline.execute()
 
@@ -398,10 +419,13 @@ class EngineWorker(BaseWorker):
                 self._end(b, Intent.CANCEL)
             elif status != JobStatus.STARTED:
                 self._leave(b)
+            elif b.unread:
+                continue
             elif b.flight is None:
                 self._begin(b, _job_id(b.job))
             elif time.monotonic() > b.flight.deadline:
                 self._end(b, Intent.TIME_OUT)
+        self._put_back()
         self.runtime.look_for_cancels()
 
     def _leave(self, boarded: Boarded) -> None:

@@ -6,24 +6,31 @@ loads its model itself; the images are the same.
 
 from __future__ import annotations
 
+import time
 import uuid
 
-from rq import get_current_job
+from rq import Retry, get_current_job
 
 from jobs.settings import Settings
 from jobs.store.writer import JobStore
 from worker.flights import Ending, Flight
 from worker.models import ModelFolder
 from worker.network.device import pick_device
+from worker.patience import SHORTEST_S
 from worker.runtime import Runtime
+
+_FOR_EVER = 1_000_000_000
 
 
 class JobFailed(RuntimeError):
     """The job ended badly; its record in the store says why."""
 
 
-def run_job(job_id: str) -> None:
-    """Run one job to its end. Raises JobFailed, after which RQ will not try it again."""
+def run_job(job_id: str) -> Retry | None:
+    """Run one job to its end. Raises JobFailed, after which RQ will not try it again.
+
+    Returns what makes RQ hand out a job again that only another version of us can run.
+    """
     settings = Settings()
     store = JobStore.connect(settings)
     record = store.record(job_id)
@@ -37,12 +44,16 @@ def run_job(job_id: str) -> None:
         if isinstance(begun, Flight):
             outcome = runtime.run_to_end(begun)
             begun, error = outcome.ending, outcome.error
+        if begun is Ending.UNREAD:
+            time.sleep(SHORTEST_S)  # such a worker has nothing else to do, and must not spin
+            return Retry(max=_FOR_EVER)
         if begun is Ending.FAILED:
             _do_not_retry()
             raise JobFailed(str(error or "see the job's record"))
     finally:
         runtime.close()
         store.redis.close()
+    return None
 
 
 def _execution_id() -> str:

@@ -19,8 +19,9 @@ from jobs.kinds.chain import ChainSpec
 from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.kinds.noise import NoiseSpec
 from jobs.settings import Settings
-from jobs.states import Status
+from jobs.states import ACTIVE, Status
 from jobs.store.records import JobRecord
+from jobs.store.tolerance import is_data_fault, tell_once
 from jobs.store.writer import MAX_ATTEMPTS, JobStore, Started, WorkerInfo
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
@@ -155,19 +156,48 @@ class Runtime:
     def begin(self, job_id: str, execution: str, worker: str) -> Flight | Ending | None:
         """Start a job, or say how it stands already where there is nothing to run.
 
-        None: its model is being loaded; ask again soon (only with threads).
+        None: its model is being loaded; ask again soon (only with threads). One job must not end
+        the worker, whatever its record holds.
         """
         record = self.store.record(job_id)
+        if record is not None and _is_unread(record):
+            return self._unread(record)
+        try:
+            return self._begin(record, job_id, execution, worker)
+        except redis.exceptions.ResponseError as error:
+            if not is_data_fault(error):
+                raise
+            self.store.refuse(job_id, str(error))
+            return Ending.FAILED
+
+    def _unread(self, record: JobRecord) -> Ending:
+        """What becomes of a job that cannot be read here: another version's is for another."""
+        unread = record.unread
+        assert unread is not None
+        if record.cancel_requested:
+            self.store.finish(record.id, "", Status.CANCELED)
+            return Ending.CANCELED
+        if unread.newer:
+            tell_once(f"the record of job {record.id}", f"{unread.why}; left for a newer worker")
+            return Ending.UNREAD
+        self.store.refuse(record.id, unread.why)
+        return Ending.FAILED
+
+    def _begin(
+        self, record: JobRecord | None, job_id: str, execution: str, worker: str
+    ) -> Flight | Ending | None:
         if record is not None and self._threads and not self._loader.is_ready(record):
             return None
         served = None if record is None else self.folder.served.get(record.model)
-        made = None if record is None or served is None else provenance(served, record.spec)
         digest = "" if served is None else served.model.digest
-        started = self.store.start(job_id, execution, worker=worker, digest=digest, provenance=made)
-        if started is None or record is None:
-            now = self.store.record(job_id)
-            return Ending.LOST if now is None else _ENDINGS.get(now.status, Ending.LOST)
         try:
+            made = None if record is None or served is None else provenance(served, record.spec)
+            started = self.store.start(
+                job_id, execution, worker=worker, digest=digest, provenance=made
+            )
+            if started is None or record is None:
+                now = self.store.record(job_id)
+                return Ending.LOST if now is None else _ENDINGS.get(now.status, Ending.LOST)
             return self._launch(started, execution, served)
         except redis.exceptions.RedisError:
             raise
@@ -266,6 +296,12 @@ class Runtime:
             planes = (found.x_t, x_start, found.eps)
             self.outputs.handle([Snapshot(flight.execution, indices, 0, found.t, *planes)])
         self.outputs.handle([Finished(flight.execution)])
+
+
+def _is_unread(record: JobRecord) -> bool:
+    """Whether a job has to be told of; one that has ended well, with another version, has not."""
+    unread = record.unread
+    return unread is not None and (record.status in ACTIVE or not unread.newer)
 
 
 def _runnable(started: Started, served: Served | None) -> Served:

@@ -45,6 +45,7 @@ class Strict(BaseModel):
 class CommonSpec(Strict):
     """Fields of every kind of job."""
 
+    kind: str
     model: str | None = Field(None, description="a name from GET /models")
     model_digest: str | None = Field(
         None, description="run only with exactly this model (SHA-256 from a job's manifest)"

@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
-from jobs.kinds.common import Plan
+from jobs.kinds.common import CommonSpec, Plan
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.interpolate import InterpolateSpec
 from jobs.kinds.likelihood import LikelihoodSpec
@@ -18,6 +18,13 @@ from jobs.settings import Settings
 
 # A new kind is one more class, and one more case in the worker.
 JobSpec = GenerateSpec | NoiseSpec | ReconstructSpec | InterpolateSpec | LikelihoodSpec
+KINDS: dict[str, type[CommonSpec]] = {
+    "generate": GenerateSpec,
+    "noise": NoiseSpec,
+    "reconstruct": ReconstructSpec,
+    "interpolate": InterpolateSpec,
+    "likelihood": LikelihoodSpec,
+}
 _adapter: TypeAdapter[JobSpec] = TypeAdapter(Annotated[JobSpec, Field(discriminator="kind")])
 
 

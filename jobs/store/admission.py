@@ -22,12 +22,14 @@ from jobs.store.orders import Admitted, Idempotency, Order, idempotency_key, new
 from jobs.store.records import JobRecord
 from jobs.store.room import Room
 from jobs.store.rq_queue import Queues
+from jobs.store.tolerance import each
 from jobs.store.writer import JobStore
 
 __all__ = ["Admission", "Admitted", "Idempotency", "Order"]
 
 _ATTEMPTS = 200
 Outcome = Admitted | Refused | SpecError
+Made = tuple[str, str]  # a job that came with an Idempotency-Key: its id, the request's fingerprint
 
 
 class Admission:
@@ -43,8 +45,8 @@ class Admission:
 
         Raises Refused (idempotency_conflict) if it came with another request.
         """
-        found: Any = self._redis.get(idempotency_key(client, idempotency))
-        return _replayed(found, idempotency) if found else None
+        made = self._known([idempotency_key(client, idempotency)])
+        return next((_replayed(earlier, idempotency) for earlier in made.values()), None)
 
     def admit(self, order: Order) -> Admitted:
         """Take one job in, or raise Refused or SpecError (it could never fit)."""
@@ -79,13 +81,14 @@ class Admission:
             pipe.execute()
         return outcomes
 
-    def _known(self, idem_keys: Sequence[str]) -> dict[str, bytes]:
+    def _known(self, idem_keys: Sequence[str]) -> dict[str, Made]:
         asked = [key for key in idem_keys if key]
         found: Any = self._redis.mget(asked) if asked else []
-        return {key: value for key, value in zip(asked, found, strict=True) if value}
+        there = [(key, value) for key, value in zip(asked, found, strict=True) if value]
+        return each("idempotency record", there, _parse_made)
 
     def _one(
-        self, order: Order, idem_key: str, known: dict[str, bytes], *, room: Room, pipe: Any
+        self, order: Order, idem_key: str, known: dict[str, Made], *, room: Room, pipe: Any
     ) -> Outcome:
         """Decide about one order; where it is taken in, put its commands into the pipeline."""
         idem = order.idempotency
@@ -97,9 +100,10 @@ class Admission:
             return refusal
         lane = room.take(order)
         record = new_record(order, lane.admitted, self._settings)
-        made = "" if idem is None else json.dumps([record.id, idem.fingerprint])
+        made = ""
         if idem is not None:
-            known[idem_key] = made.encode()
+            known[idem_key] = (record.id, idem.fingerprint)
+            made = json.dumps(known[idem_key])
         self._write(order, record, (idem_key, made), pipe)
         place = 0 if order.at_front else lane.listed - 1
         ahead = max(lane.admitted - lane.completed, record.work)
@@ -142,9 +146,14 @@ def _key_of(order: Order) -> str:
     return "" if idem is None else idempotency_key(order.client, idem)
 
 
-def _replayed(found: bytes, idempotency: Idempotency) -> str:
-    job_id, fingerprint = json.loads(found)
+def _parse_made(raw: bytes) -> Made:
+    job_id, fingerprint = json.loads(raw)
+    return str(job_id), str(fingerprint)
+
+
+def _replayed(made: Made, idempotency: Idempotency) -> str:
+    job_id, fingerprint = made
     if fingerprint != idempotency.fingerprint:
         detail = f"Idempotency-Key {idempotency.key!r} came with another request before"
         raise Refused("idempotency_conflict", detail)
-    return str(job_id)
+    return job_id

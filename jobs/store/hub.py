@@ -12,13 +12,14 @@ import contextlib
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any, NamedTuple
 
 import redis.asyncio as aioredis
 from redis.exceptions import RedisError
 
 from jobs.store import keys
+from jobs.store.tolerance import is_data_fault, text
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class EventHub:
             try:
                 reply = await self._blocked.xread(asked, count=_PAGE, block=BLOCK_MS)
             except RedisError as error:
+                if is_data_fault(error):
+                    await self._drop_strangers(asked)
                 log.warning("event reader: %s; trying again", error)
                 await asyncio.sleep(0.5)
                 continue
@@ -100,6 +103,12 @@ class EventHub:
                     self._deliver(name, entries)
             if reply:
                 await asyncio.sleep(_GATHER_S)
+
+    async def _drop_strangers(self, streams: Iterable[str]) -> None:
+        """Stop reading keys that hold no stream: one of them would fail every read of all."""
+        for stream in streams:
+            if await self._redis.type(stream) not in (b"stream", b"none"):
+                self._cursors.pop(stream, None)
 
     def _deliver(self, stream: str, raw: list[Any]) -> None:
         entries = _entries(raw)
@@ -182,4 +191,12 @@ class EventHub:
 
 
 def _entries(raw: list[Any]) -> list[Entry]:
-    return [Entry(i.decode(), f[b"event"].decode(), f[b"data"].decode()) for i, f in raw]
+    return [_entry(entry_id.decode(), fields or {}) for entry_id, fields in raw]
+
+
+def _entry(entry_id: str, fields: dict[bytes, bytes]) -> Entry:
+    """An event; what is none, or would break the stream's lines, is passed on without a word."""
+    name, data = text(fields.get(b"event", b"")), text(fields.get(b"data", b""))
+    if not name or not data or len(f"{name}{data}".splitlines()) > 1:
+        return Entry(entry_id, "unknown", "{}")
+    return Entry(entry_id, name, data)

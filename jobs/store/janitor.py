@@ -8,16 +8,23 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import redis
+
+from jobs.rates import parse_rate
 from jobs.states import Status
 from jobs.store import events, keys, scripts
 from jobs.store.events import JobFault
 from jobs.store.rq_queue import ENDED, Queues
+from jobs.store.tolerance import is_data_fault, text
 from jobs.store.writer import JobStore
 
+log = logging.getLogger(__name__)
 _SWEEP_AT_ONCE = 500
 _CONFIRM_S = 5.0  # two looks this far apart: a worker ends a job with us first, then with RQ
 _WORKER_FORGET_S = 3600.0
@@ -42,12 +49,12 @@ class Janitor:
             if not ours:
                 return
             for queue in self._queue_names():
-                self.clean_registries(queue)
-                self.reconcile(queue)
-            self.sweep()
-            self.forget_workers()
+                _alone(f"cleaning queue {queue}", partial(self.clean_registries, queue))
+                _alone(f"comparing queue {queue}", partial(self.reconcile, queue))
+            _alone("the sweep", self.sweep)
+            _alone("forgetting workers", self.forget_workers)
             if time.monotonic() - self._recounted >= _RECOUNT_S:
-                self.recount()
+                _alone("the recount", self.recount)
 
     def clean_registries(self, queue: str) -> None:
         """RQ's cleaning under the lock that workers take too."""
@@ -59,14 +66,14 @@ class Janitor:
         """Follow RQ where the two records disagree for longer than a moment."""
         for status in (Status.RUNNING, Status.QUEUED):
             members: Any = self._redis.zrange(keys.in_queue(queue, status), 0, -1)
-            ids = [member.decode() for member in members]
+            ids = [text(member) for member in members]
             pairs = list(zip(ids, self.queues.statuses(ids), strict=True))
             agreed = [job_id for job_id, theirs in pairs if not _disagree(status, theirs)]
             if agreed and self._redis.exists(keys.SUSPECTS):
                 self._redis.hdel(keys.SUSPECTS, *agreed)
             for job_id, theirs in pairs:
                 if _disagree(status, theirs) and self._confirmed(job_id):
-                    self._follow(job_id, theirs)
+                    _alone(f"job {job_id}", partial(self._follow, job_id, theirs))
 
     def _follow(self, job_id: str, theirs: str | None) -> None:
         if theirs == "queued":
@@ -82,7 +89,11 @@ class Janitor:
         now = time.time()
         self._redis.hsetnx(keys.SUSPECTS, job_id, str(now))
         since: Any = self._redis.hget(keys.SUSPECTS, job_id)
-        return since is not None and now - float(since) >= _CONFIRM_S
+        try:
+            return since is not None and now - float(since) >= _CONFIRM_S
+        except ValueError:
+            self._redis.hdel(keys.SUSPECTS, job_id)
+            return False
 
     def _take_back(self, job_id: str) -> None:
         """Its worker died and RQ has queued it again."""
@@ -114,14 +125,27 @@ class Janitor:
             self._redis.hdel(keys.WORKERS, *gone)
         for model in self._store.cards():
             entries: Any = self._redis.hgetall(keys.rates(model))
-            by_age = sorted(entries, key=lambda name: json.loads(entries[name])[1])
-            stale = [name for name in by_age[:-1] if json.loads(entries[name])[1] < limit]
+            # An entry that cannot be read is no measurement: the oldest of all.
+            ages = {name: (parse_rate(entry) or (0.0, 0.0))[1] for name, entry in entries.items()}
+            stale = [name for name in sorted(ages, key=ages.__getitem__)[:-1] if ages[name] < limit]
             if stale:
                 self._redis.hdel(keys.rates(model), *stale)
 
     def _queue_names(self) -> list[str]:
         members: Any = self._redis.smembers(keys.QUEUES)
-        return sorted(member.decode() for member in members)
+        return sorted(text(member) for member in members)
+
+
+def _alone(what: str, work: Callable[[], object]) -> None:
+    """One part of a round: what is wrong with the data it meets holds up no other part."""
+    try:
+        work()
+    except redis.RedisError as error:
+        if not is_data_fault(error):
+            raise
+        log.error("maintenance: %s: %s", what, error)
+    except Exception:
+        log.exception("maintenance: %s", what)
 
 
 def _disagree(status: Status, theirs: str | None) -> bool:

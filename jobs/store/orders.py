@@ -11,11 +11,12 @@ from typing import Any
 from jobs.cards import ModelCard, schedule_tables
 from jobs.kinds.common import Plan
 from jobs.kinds.noise import NoiseSpec
+from jobs.kinds.stored import stored
 from jobs.kinds.table import JobSpec
 from jobs.settings import Settings
 from jobs.states import Status
 from jobs.store import keys
-from jobs.store.records import JobRecord, new_id
+from jobs.store.records import FORMAT, JobRecord, new_id
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def to_hash(record: JobRecord, order: Order, settings: Settings) -> dict[str, An
     return {
         "id": record.id,
         "status": record.status,
-        "kind": record.spec.kind,
-        "spec": record.spec.model_dump_json(),
+        "kind": order.spec.kind,
+        "format": FORMAT,
+        "spec": stored(order.spec),
         "model": record.model,
         "digest": record.digest,
         "queue": record.queue,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import redis.asyncio as aioredis
+from redis.exceptions import ResponseError
 
 from jobs.cards import ModelCard
 from jobs.rates import combined_rate, eta_s
 from jobs.settings import Settings
 from jobs.states import ACTIVE, Status
 from jobs.store import keys, scripts
-from jobs.store.records import JobRecord, parse_record
+from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.rq_queue import queue_key
+from jobs.store.tolerance import UNREADABLE, count, each, items, text
 from jobs.store.writer import WorkerInfo
 
 _CARDS_S = 1.0  # how long cards and rates are remembered
@@ -79,7 +82,7 @@ class JobReader:
         at, cards = self._cards
         if time.monotonic() - at >= _CARDS_S:
             raw = await self._redis.hgetall(keys.MODELS)
-            cards = {k.decode(): ModelCard.model_validate_json(v) for k, v in raw.items()}
+            cards = each("model card", items(raw), ModelCard.model_validate_json)
             self._cards = (time.monotonic(), cards)
         return cards
 
@@ -93,20 +96,28 @@ class JobReader:
 
     async def record(self, job_id: str) -> JobRecord | None:
         """The record alone."""
-        raw = await self._redis.hgetall(keys.job(job_id))
-        return parse_record(raw).as_of(time.time()) if raw else None
+        try:
+            reply = await self._redis.hgetall(keys.job(job_id))
+        except ResponseError as error:
+            reply = error
+        record = parse_reply(job_id, reply)
+        return None if record is None else record.as_of(time.time())
 
     async def job(self, job_id: str) -> JobState | None:
         """A job with its outputs, place in the queue and estimate; None if unknown."""
-        found = await self._view(args=[job_id, queue_key("")])
+        try:
+            found = await self._view(args=[job_id, queue_key("")])
+        except ResponseError as error:
+            broken = parse_reply(job_id, error)
+            return None if broken is None else JobState(broken, {}, ())
         if not found:
             return None
         raw, index, place, completed = found
-        record = parse_record(_pairs(raw)).as_of(time.time())
+        record = parse_record(job_id, _pairs(raw)).as_of(time.time())
         images, snapshots = _parse_index({} if record.outputs_gone else _pairs(index))
         if record.status not in ACTIVE:
             return JobState(record, images, snapshots)
-        eta = await self._eta(record, int(completed))
+        eta = await self._eta(record, count(completed))
         return JobState(record, images, snapshots, None if place < 0 else place, eta)
 
     async def _eta(self, record: JobRecord, completed: int) -> float | None:
@@ -130,10 +141,12 @@ class JobReader:
         found: list[JobState] = []
         for _ in range(_MOST_SCANNED // _SCAN):
             ids = await self._ids(index, cursor, max(limit + 1, _SCAN))
-            for record in await self._records(ids):
+            for job_id, record in await self._records(ids):
                 if len(found) == limit:
                     return Page(found, found[-1].record.id)
-                cursor = record.id
+                cursor = job_id
+                if record is None:
+                    continue
                 if status in (None, record.status) and model in (None, record.model):
                     found.append(JobState(record, {}, ()))
             if len(ids) < max(limit + 1, _SCAN):
@@ -143,15 +156,16 @@ class JobReader:
     async def _ids(self, index: str, cursor: str | None, count: int) -> list[str]:
         top = "+" if cursor is None else f"({cursor}"
         members = await self._redis.zrevrangebylex(index, top, "-", start=0, num=count)
-        return [member.decode() for member in members]
+        return [text(member) for member in members]
 
-    async def _records(self, ids: list[str]) -> list[JobRecord]:
+    async def _records(self, ids: list[str]) -> list[tuple[str, JobRecord | None]]:
         async with self._redis.pipeline(transaction=False) as pipe:
             for job_id in ids:
                 pipe.hgetall(keys.job(job_id))
-            rows = await pipe.execute()
+            replies = await pipe.execute(raise_on_error=False)
         now = time.time()
-        return [parse_record(raw).as_of(now) for raw in rows if raw]
+        records = [parse_reply(i, reply) for i, reply in zip(ids, replies, strict=True)]
+        return [(i, r and r.as_of(now)) for i, r in zip(ids, records, strict=True)]
 
     async def planes(self, job_id: str, fields: list[str]) -> list[bytes | None]:
         """Output planes (float32 bytes) of `image_field`s and `snapshot_field`s."""
@@ -160,7 +174,7 @@ class JobReader:
 
     async def queues(self) -> list[QueueState]:
         """Every queue that was ever used."""
-        names = sorted(name.decode() for name in await self._redis.smembers(keys.QUEUES))
+        names = sorted(text(name) for name in await self._redis.smembers(keys.QUEUES))
         async with self._redis.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.zcard(keys.in_queue(name, Status.QUEUED))
@@ -175,13 +189,14 @@ class JobReader:
     async def workers(self) -> list[WorkerInfo]:
         """Workers that spoke lately."""
         now = time.time()
-        infos = [WorkerInfo.parse(raw) for raw in await self._redis.hvals(keys.WORKERS)]
-        return sorted((i for i in infos if i.alive(now)), key=lambda info: info.name)
+        raw = await self._redis.hgetall(keys.WORKERS)
+        infos = each("heartbeat of worker", items(raw), WorkerInfo.parse)
+        return sorted((i for i in infos.values() if i.alive(now)), key=lambda info: info.name)
 
     async def totals(self) -> dict[str, int]:
         """Counters since the store began, and the bytes that outputs hold."""
         raw = await self._redis.hgetall(keys.TOTALS)
-        return {name.decode(): int(value) for name, value in raw.items()}
+        return {name: count(value) for name, value in items(raw)}
 
 
 def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
@@ -189,7 +204,7 @@ def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
 
 
 def _difference(pair: list[bytes | None]) -> int:
-    admitted, completed = (int(value or 0) for value in pair)
+    admitted, completed = (count(value) for value in pair)
     return max(admitted - completed, 0)
 
 
@@ -199,10 +214,11 @@ def _parse_index(
     images: dict[int, str] = {}
     snapshots: list[tuple[int, str, int]] = []
     for field, meta in raw.items():
-        what, *rest = field.decode().split(":")
-        if what == "i":
-            images[int(rest[0])] = json.loads(meta)["sha256"]
-        else:
-            snapshots.append((int(rest[0]), rest[1], int(rest[2])))
+        with contextlib.suppress(*UNREADABLE):  # of a newer version
+            match text(field).split(":"):
+                case ["i", index]:
+                    images[int(index)] = str(json.loads(meta)["sha256"])
+                case ["s", t, kind, index]:
+                    snapshots.append((int(t), kind, int(index)))
     snapshots.sort(key=lambda s: (-s[0], s[1], s[2]))
     return dict(sorted(images.items())), tuple(snapshots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import secrets
 import threading
 import time
@@ -11,9 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jobs.kinds.table import JobSpec, parse
+from jobs.kinds.common import CommonSpec
+from jobs.kinds.stored import Unread, read
 from jobs.states import Status
 from jobs.store.events import JobFault
+from jobs.store.tolerance import Fields, is_data_fault, json_object, number
+
+# The number of the form that records have. It goes up when an older version would misread what
+# is written here; until then, new fields of the hash are such that one may ignore them.
+FORMAT = 1
+ID = re.compile(r"[0-9a-f]{28}")
+_MOST_IMAGES = 100_000  # far above any limit: a number beyond it is nonsense
 
 _lock = threading.Lock()
 _last = (0, itertools.count())
@@ -38,11 +47,12 @@ class JobRecord:
 
     work, done: image-steps in all and so far. unit: bytes of one output plane. digest: the model
     at admission; run_digest: the model that ran. levels: t → (ᾱ_t, SNR_t) of a noise job.
+    unread: why this version cannot run it, and must not judge it by what it could read.
     """
 
     id: str
     status: Status
-    spec: JobSpec
+    spec: CommonSpec
     model: str
     digest: str
     queue: str
@@ -69,6 +79,7 @@ class JobRecord:
     provenance: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
     levels: dict[str, tuple[float, float]] | None = None
+    unread: Unread | None = None
 
     def as_of(self, now: float) -> JobRecord:
         """The record with outputs that have lapsed reported as such, swept or not."""
@@ -83,47 +94,87 @@ class JobRecord:
         return self.expires_at is not None and time.time() >= self.expires_at
 
 
-def _number(raw: str | None) -> float | None:
-    return float(raw) if raw else None
+def parse_record(job_id: str, raw: Mapping[bytes, bytes]) -> JobRecord:
+    """A record from its hash, as much of it as can be read; `unread` says where that is not all.
 
-
-def _json(raw: str | None) -> Any:
-    return json.loads(raw) if raw else None
-
-
-def parse_record(raw: Mapping[bytes, bytes]) -> JobRecord:
-    """A record from its hash."""
-    f = {name.decode(): value.decode() for name, value in raw.items()}
-    c, h, w = json.loads(f["shape"])
-    fault = f.get("error")
-    return JobRecord(
-        id=f["id"],
-        status=Status(f["status"]),
-        spec=parse(f["spec"]),
-        model=f["model"],
-        digest=f["digest"],
-        queue=f["queue"],
-        shape=(c, h, w),
-        images=int(f["images"]),
-        work=int(f["work"]),
-        done=int(f.get("done", 0)),
-        bytes=int(f["bytes"]),
-        created_at=float(f["created_at"]),
-        ttl_s=int(f["ttl_s"]),
-        events=int(f.get("events", 0)),
-        position=int(f.get("position", 0)),
-        started_at=_number(f.get("started_at")),
-        completed_at=_number(f.get("completed_at")),
-        expires_at=_number(f.get("expires_at")),
-        t=int(f["t"]) if f.get("t") else None,
-        eta_s=_number(f.get("eta_s")),
-        execution=f.get("execution"),
-        worker=f.get("worker"),
-        run_digest=f.get("run_digest") or None,
-        attempts=int(f.get("attempts", 0)),
-        cancel_requested=f.get("cancel") == "1",
-        fault=JobFault.model_validate_json(fault) if fault else None,
-        provenance=_json(f.get("provenance")),
-        result=_json(f.get("result")),
-        levels=_json(f.get("levels")),
+    A field of the hash that is not known here is none that matters: what would matter is in the
+    spec, or comes with a higher FORMAT.
+    """
+    f = Fields(raw)
+    version = f.find("format", int, FORMAT)
+    spec, unread = f.need("spec", read, read("{}"))
+    record = JobRecord(
+        id=job_id,
+        status=f.need("status", Status, Status.FAILED),
+        spec=spec,
+        model=f.need("model", str, ""),
+        digest=f.need("digest", str, ""),
+        queue=f.need("queue", str, ""),
+        shape=f.need("shape", _shape, (0, 0, 0)),
+        images=f.need("images", _images, 0),
+        work=f.need("work", int, 0),
+        done=f.find("done", int, 0),
+        bytes=f.need("bytes", int, 0),
+        created_at=f.need("created_at", number, _made_at(job_id)),
+        ttl_s=f.need("ttl_s", int, 0),
+        events=f.find("events", int, 0),
+        position=f.find("position", int, 0),
+        started_at=f.find("started_at", number, None),
+        completed_at=f.find("completed_at", number, None),
+        expires_at=f.find("expires_at", number, None),
+        t=f.find("t", int, None),
+        eta_s=f.find("eta_s", number, None),
+        execution=f.find("execution", str, None),
+        worker=f.find("worker", str, None),
+        run_digest=f.find("run_digest", str, None),
+        attempts=f.find("attempts", int, 0),
+        cancel_requested=f.find("cancel", str, "") == "1",
+        fault=f.find("error", JobFault.model_validate_json, None),
+        provenance=f.find("provenance", json_object, None),
+        result=f.find("result", json_object, None),
+        levels=f.find("levels", _levels, None),
     )
+    if version > FORMAT:
+        why = f"its format is {version}, and this version reads up to {FORMAT}"
+        unread = Unread(True, why, unread.request if unread else None)
+    elif f.faults:
+        why = "; ".join(f.faults[:3] + ([unread.why] if unread else []))
+        unread = Unread(False, why, unread.request if unread else None)
+    return record if unread is None else _with(record, unread)
+
+
+def _with(record: JobRecord, unread: Unread) -> JobRecord:
+    fault = record.fault
+    if not unread.newer and fault is None:
+        fault = JobFault(code="broken_record", detail=unread.why)
+    return replace(record, unread=unread, fault=fault)
+
+
+def parse_reply(job_id: str, reply: Any) -> JobRecord | None:
+    """A record from HGETALL's reply, an error among them; None where there is none."""
+    if isinstance(reply, Exception):
+        if not is_data_fault(reply):
+            raise reply
+        return parse_record(job_id, {})  # something else stands under the key
+    return parse_record(job_id, reply) if reply else None
+
+
+def _made_at(job_id: str) -> float:
+    return int(job_id[:12], 16) / 1000 if ID.fullmatch(job_id) else 0.0
+
+
+def _shape(raw: str) -> tuple[int, int, int]:
+    c, h, w = (int(n) for n in json.loads(raw))
+    if min(c, h, w) < 1:
+        raise ValueError(raw)
+    return c, h, w
+
+
+def _images(raw: str) -> int:
+    if not 0 <= int(raw) <= _MOST_IMAGES:
+        raise ValueError(raw)
+    return int(raw)
+
+
+def _levels(raw: str) -> dict[str, tuple[float, float]]:
+    return {t: (float(bar), float(snr)) for t, (bar, snr) in json_object(raw).items()}

@@ -18,6 +18,7 @@ from jobs.states import Status
 from jobs.store import keys
 from jobs.store.orders import Order
 from jobs.store.rq_queue import queue_key
+from jobs.store.tolerance import count
 
 
 @dataclass
@@ -52,10 +53,10 @@ class Room:
                 pipe.llen(queue_key(name))
                 pipe.hmget(keys.queue(name), ["admitted", "completed"])
             held, outstanding, *rows = pipe.execute()
-        self._held = int(held or 0)
-        self._outstanding = {c: int(n or 0) for c, n in zip(clients, outstanding, strict=True)}
+        self._held = count(held)
+        self._outstanding = {c: count(n) for c, n in zip(clients, outstanding, strict=True)}
         self.lanes = {
-            name: Lane(rows[3 * i], rows[3 * i + 1], *(int(n or 0) for n in rows[3 * i + 2]))
+            name: Lane(rows[3 * i], rows[3 * i + 1], *(count(n) for n in rows[3 * i + 2]))
             for i, name in enumerate(queues)
         }
 

@@ -18,6 +18,7 @@ _LEGAL = ", ".join(
     for source, targets in TRANSITIONS.items()
     for target in sorted(targets)
 )
+_STATES = ", ".join(f"{status} = true" for status in TRANSITIONS)
 _PREFIX = f"local P = '{PREFIX}'\n"
 
 
@@ -25,7 +26,8 @@ def _text(name: str) -> str:
     return (_FOLDER / f"{name}.lua").read_text(encoding="utf-8")
 
 
-_PRELUDE = _PREFIX + f"local LEGAL = {{{_LEGAL}}}\n" + _text("prelude")
+_TABLES = f"local STATES = {{{_STATES}}}\nlocal LEGAL = {{{_LEGAL}}}\n"
+_PRELUDE = _PREFIX + _TABLES + _text("prelude")
 _FORGET = _PRELUDE + _text("forget")
 
 ADMIT = _PREFIX + _text("admit")

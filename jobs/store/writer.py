@@ -47,7 +47,8 @@ from jobs.states import Status
 from jobs.store import events, keys, scripts
 from jobs.store.batch import WriteBatch
 from jobs.store.events import JobFault
-from jobs.store.records import JobRecord, parse_record
+from jobs.store.records import JobRecord, parse_record, parse_reply
+from jobs.store.tolerance import each, is_data_fault, items, number, tell_once
 
 MAX_ATTEMPTS = 5  # starts without any progress between them, before a job is given up
 WORKER_TTL_S = 30  # a worker unheard of for so long is not counted as alive
@@ -85,9 +86,16 @@ class WorkerInfo:
 
     @classmethod
     def parse(cls, text: bytes) -> Self:
-        """From the JSON of a heartbeat."""
+        """From the JSON of a heartbeat, a newer version's too. Raises ValueError and the like."""
         fields = json.loads(text)
-        return cls(**{**fields, "models": tuple(fields["models"])})
+        return cls(
+            name=str(fields["name"]),
+            queue=str(fields["queue"]),
+            models=tuple(str(name) for name in fields["models"]),
+            device=str(fields.get("device", "cpu")),
+            active=int(fields.get("active", 0)),
+            at=number(fields["at"]),
+        )
 
     def alive(self, now: float) -> bool:
         """Whether it spoke lately."""
@@ -147,7 +155,7 @@ class JobStore:
             raw, inputs, states, fields = pipe.execute()
         if not raw:
             return None
-        record = parse_record(raw)
+        record = parse_record(job_id, raw)
         from_x_t = isinstance(record.spec, ReconstructSpec) and record.spec.from_x_t
         return Started(
             record=record,
@@ -176,8 +184,23 @@ class JobStore:
         with self.redis.pipeline(transaction=False) as pipe:
             for args in calls:
                 pipe.evalsha(self._write.sha, 0, *args)
-            replies: list[int] = pipe.execute()
-        return replies
+            replies = pipe.execute(raise_on_error=False)
+        return [self._fate(args[0], reply) for args, reply in zip(calls, replies, strict=True)]
+
+    def _fate(self, job_id: str, reply: Any) -> int:
+        """A script's reply; a job whose data do not let it be written fails, and is lost to us."""
+        if isinstance(reply, Exception):
+            if not is_data_fault(reply):
+                raise reply
+            self.refuse(job_id, str(reply))
+            return 0
+        return int(reply)
+
+    def refuse(self, job_id: str, why: str) -> bool:
+        """End an active job whose record is broken: no worker can do anything with it."""
+        tell_once(f"the record of job {job_id}", why)
+        fault = JobFault(code="broken_record", detail=f"the job's data are broken: {why}")
+        return self.finish(job_id, "", Status.FAILED, fault=fault)
 
     def succeed(
         self, job_id: str, execution: str, *, result: Mapping[str, Any] | None = None
@@ -240,12 +263,15 @@ class JobStore:
 
     def record(self, job_id: str) -> JobRecord | None:
         """The record, or None."""
-        raw: Any = self.redis.hgetall(keys.job(job_id))
-        return parse_record(raw) if raw else None
+        try:
+            reply: Any = self.redis.hgetall(keys.job(job_id))
+        except redis.exceptions.ResponseError as error:
+            reply = error
+        return parse_reply(job_id, reply)
 
     def publish_card(self, card: ModelCard) -> None:
         """Make a model known. Cards persist: jobs are accepted while no worker lives."""
-        self.redis.hset(keys.MODELS, card.name, card.model_dump_json())
+        self.redis.hset(keys.MODELS, card.name, card.stored())
         self.redis.sadd(keys.QUEUES, card.queue)
 
     def retire_card(self, name: str) -> None:
@@ -263,7 +289,7 @@ class JobStore:
     def cards(self) -> dict[str, ModelCard]:
         """Every known model by name."""
         raw: Any = self.redis.hgetall(keys.MODELS)
-        return {name.decode(): ModelCard.model_validate_json(text) for name, text in raw.items()}
+        return each("model card", items(raw), ModelCard.model_validate_json)
 
     def heartbeat(self, info: WorkerInfo, rates: Mapping[str, float]) -> None:
         """Say that a worker lives, and how fast each model runs here (image-steps/s)."""
@@ -279,8 +305,8 @@ class JobStore:
 
     def workers(self) -> list[WorkerInfo]:
         """Every worker that has not said goodbye, alive or not."""
-        raw: Any = self.redis.hvals(keys.WORKERS)
-        return [WorkerInfo.parse(text) for text in raw]
+        raw: Any = self.redis.hgetall(keys.WORKERS)
+        return list(each("heartbeat of worker", items(raw), WorkerInfo.parse).values())
 
     @contextmanager
     def lock(self, name: str, *, seconds: float = 30.0) -> Iterator[bool]:

@@ -1,6 +1,7 @@
 -- ARGV: id, now, status data, final data. Returns missing, canceled, requested or ended.
-local id, status = ARGV[1], get(ARGV[1], 'status')
-if not status then return 'missing' end
+local id = ARGV[1]
+if not mend(id) then return 'missing' end
+local status = get(id, 'status')
 if status == 'queued' then
   finish(id, 'canceled', tonumber(ARGV[2]), ARGV[3], 'done', ARGV[4])
   return 'canceled'

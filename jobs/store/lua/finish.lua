@@ -1,6 +1,7 @@
 -- ARGV: id, execution ('' for the janitor: any active job), status, now, status data,
 -- name and data of the last event, error, result. Returns 1 or 0 (lost).
 local id = ARGV[1]
+if not mend(id) then return 0 end
 if ARGV[2] == '' then
   if not active(get(id, 'status')) then return 0 end
 elseif not held(id, ARGV[2]) then return 0 end

@@ -1,7 +1,8 @@
--- What the scripts share. Above it stand P, the prefix of all keys, and LEGAL, the moves there are.
+-- What the scripts share. Above it stand P, the prefix of all keys, STATES, and LEGAL, the moves
+-- there are.
 local function key(id) return P .. 'job:' .. id end
 local function get(id, field) return redis.call('HGET', key(id), field) end
-local function number(id, field) return tonumber(get(id, field) or '0') end
+local function number(id, field) return tonumber(get(id, field) or '0') or 0 end
 
 local function emit(id, name, data)
   local maxlen = get(id, 'maxlen')
@@ -66,4 +67,37 @@ end
 local function active(status) return status == 'queued' or status == 'running' end
 local function held(id, execution)
   return get(id, 'status') == 'running' and get(id, 'execution') == execution
+end
+
+local PARTS = {
+  [''] = 'hash', [':outputs'] = 'hash', [':index'] = 'hash', [':state'] = 'hash',
+  [':inputs'] = 'string', [':events'] = 'stream'}
+local COUNTS = {
+  work = 0, done = 0, bytes = 0, unit = 0, ttl_s = 0, events = 0, attempts = 0, maxlen = 10000}
+
+-- Whether there is a record; of one that was damaged or never was ours, whatever would stop the
+-- scripts is put right, so that it can be ended and cleared away like any other.
+local function mend(id)
+  if redis.call('EXISTS', key(id)) == 0 then return false end
+  for part, kind in pairs(PARTS) do
+    local found = redis.call('TYPE', key(id) .. part).ok
+    if found ~= 'none' and found ~= kind then redis.call('DEL', key(id) .. part) end
+  end
+  for _, field in ipairs({'queue', 'model', 'client'}) do
+    redis.call('HSETNX', key(id), field, '')
+  end
+  for field, value in pairs(COUNTS) do
+    local found = get(id, field)
+    local whole = found and #found < 16 and string.match(found, '^%-?%d+$')
+    if not whole and (found or value > 0) then redis.call('HSET', key(id), field, value) end
+  end
+  if not STATES[get(id, 'status')] then
+    local queues = redis.call('SMEMBERS', P .. 'queues')
+    for state in pairs(STATES) do
+      redis.call('ZREM', P .. 'jobs:status:' .. state, id)
+      for _, queue in ipairs(queues) do redis.call('ZREM', P .. 'queue:' .. queue .. ':' .. state, id) end
+    end
+    redis.call('HSET', key(id), 'status', 'queued')
+  end
+  return true
 end

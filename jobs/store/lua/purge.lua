@@ -1,5 +1,4 @@
--- ARGV: id. Returns the queue's name, or '' where there was no such job.
-local queue = get(ARGV[1], 'queue')
-if not queue then return '' end
+-- ARGV: id. Returns 1, or 0 where there was no such job.
+if not mend(ARGV[1]) then return 0 end
 forget(ARGV[1])
-return queue
+return 1

@@ -5,13 +5,14 @@ for _, queue in ipairs(ARGV) do
   for _, status in ipairs({'queued', 'running'}) do
     local set = P .. 'queue:' .. queue .. ':' .. status
     for _, id in ipairs(redis.call('ZRANGE', set, 0, -1)) do
-      local job = redis.call('HMGET', key(id), 'status', 'work', 'done', 'client')
-      if job[1] ~= status then
+      local job = redis.pcall('HMGET', key(id), 'status', 'work', 'done', 'client')
+      if job.err or job[1] ~= status then
         redis.call('ZREM', set, id)
       else
-        local left = tonumber(job[2]) - tonumber(job[3] or '0')
+        local left = (tonumber(job[2]) or 0) - (tonumber(job[3]) or 0)
         outstanding = outstanding + left
-        if left > 0 then clients[job[4]] = (clients[job[4]] or 0) + left end
+        local client = job[4] or ''
+        if left > 0 then clients[client] = (clients[client] or 0) + left end
       end
     end
   end
@@ -22,7 +23,8 @@ redis.call('DEL', P .. 'clients')
 for client, left in pairs(clients) do redis.call('HSET', P .. 'clients', client, left) end
 local bytes = 0
 for _, id in ipairs(redis.call('ZRANGE', P .. 'jobs', 0, -1)) do
-  bytes = bytes + number(id, 'bytes')
+  local held = redis.pcall('HGET', key(id), 'bytes')
+  bytes = bytes + (type(held) == 'string' and tonumber(held) or 0)
 end
 redis.call('HSET', P .. 'totals', 'output_bytes', bytes)
 return bytes

@@ -1,13 +1,12 @@
 -- ARGV: now, seconds a record outlives its outputs, most entries to handle. Returns how many.
 local now, record_ttl = tonumber(ARGV[1]), tonumber(ARGV[2])
 local due = redis.call('ZRANGEBYSCORE', P .. 'due', '-inf', now, 'LIMIT', 0, ARGV[3])
-for _, entry in ipairs(due) do
-  redis.call('ZREM', P .. 'due', entry)
-  local what, id = string.match(entry, '^(%a+):(.*)$')
+local function handle(what, id)
+  if not mend(id) then return end
   local status = get(id, 'status')
-  if status and what == 'forget' then
+  if what == 'forget' then
     forget(id)
-  elseif status and not active(status) then
+  elseif not active(status) then
     for _, part in ipairs({':outputs', ':index', ':inputs', ':events'}) do
       redis.call('DEL', key(id) .. part)
     end
@@ -15,5 +14,10 @@ for _, entry in ipairs(due) do
     if status ~= 'failed' then move(id, 'expired') end
     redis.call('ZADD', P .. 'due', now + record_ttl, 'forget:' .. id)
   end
+end
+for _, entry in ipairs(due) do
+  redis.call('ZREM', P .. 'due', entry)
+  local what, id = string.match(entry, '^(%a+):(.*)$')
+  if id then pcall(handle, what, id) end  -- an entry that cannot be handled holds up no other
 end
 return #due
