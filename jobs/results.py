@@ -24,7 +24,7 @@ class Bits(BaseModel):
 
 
 class ImageBits(Bits):
-    """The bound of one image. standard_error: of a Monte Carlo estimate's draws of t."""
+    """The bound of one image. standard_error: of a Monte Carlo estimate, L_0 included."""
 
     index: int
     terms: TermValues | None = None

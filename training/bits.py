@@ -91,12 +91,21 @@ def mean_and_error(values: Float64) -> tuple[float, float]:
     return float(values.mean()), error
 
 
-def plan_for(table: BoundTable, chosen: Chosen, *, seed: int, samples: int | None) -> Plan:
+def plan_for(
+    table: BoundTable,
+    chosen: Chosen,
+    *,
+    seed: int,
+    samples: int | None,
+    decoder_draws: int | None = None,
+) -> Plan:
     """The full sum (samples = None), or `samples` evaluations an image."""
     if samples is None:
         return full_plan(table, len(chosen))
     indices = torch.from_numpy(chosen.indices)
-    return monte_carlo_plan(table, seed=seed, indices=indices, samples=samples)
+    return monte_carlo_plan(
+        table, seed=seed, indices=indices, samples=samples, decoder_draws=decoder_draws
+    )
 
 
 @torch.inference_mode()
@@ -109,17 +118,22 @@ def measure(
     samples: int | None,
     path: Path,
     key: dict[str, Any],
+    decoder_draws: int | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Measured:
     """Evaluate the planned terms of the chosen images, keeping what is done in `path`.
 
-    sigmas: choices of σ², all computed from the same network calls; samples: as in `plan_for`;
-    key: what else the numbers depend on. Raises PartialError if `path` is of another run.
+    sigmas: choices of σ², all computed from the same network calls; samples, decoder_draws: as in
+    `plan_for`; key: what else the numbers depend on. Raises PartialError if `path` is of another
+    run.
     """
     table = bound_table(model.schedule)
-    plan = plan_for(table, chosen, seed=seed, samples=samples)
+    plan = plan_for(table, chosen, seed=seed, samples=samples, decoder_draws=decoder_draws)
     own = {"seed": seed, "samples": samples, "images": len(chosen), "sigmas": list(sigmas)}
+    at_zero = int((plan.row[0] == 0).sum())
+    if at_zero > 1:  # there is no such entry in what was kept when it was always one
+        own["decoder_draws"] = at_zero
     shapes = dict.fromkeys((*sigmas, "squared_error"), plan.row.shape)
     partial = PartialArrays(path, shapes, key | own)
     left, columns = partial.missing(), plan.row.shape[1]

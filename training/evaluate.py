@@ -52,6 +52,7 @@ class EvaluateOptions:
     images: int
     monte_carlo: int
     samples: int
+    decoder_draws: int | None
     sigma: str | None
     labelled: bool
     seed: int
@@ -191,6 +192,7 @@ class Run:
                 sigmas=self.sigmas,
                 seed=options.seed,
                 samples=samples,
+                decoder_draws=options.decoder_draws,
                 path=options.out / "partial" / f"{split}-{name}.npz",
                 key=self.key | {"split": split},
                 batch_size=options.batch_size,

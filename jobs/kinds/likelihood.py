@@ -26,8 +26,8 @@ class LikelihoodSpec(CommonSpec):
         None,
         ge=2,
         le=100_000,
-        description="monte_carlo only: evaluations an image, L_0 and samples − 1 draws of t; "
-        f"default {DEFAULT_SAMPLES}",
+        description="monte_carlo only: evaluations an image, a sixth for L_0 and the rest for "
+        f"draws of t; default {DEFAULT_SAMPLES}",
     )
     variance: Literal["large", "small", "learned"] | None = Field(
         None,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from diffusion import Model, ScheduleConfig
+from diffusion import Model, ModelConfig, Schedule, ScheduleConfig
 from diffusion.bound import BoundError, bound_table
 from diffusion.likelihood import likelihood, likelihood_x_t
 from diffusion.noise import Purpose, image_normals
+from diffusion.schedule import linear_schedule
 from diffusion.term_plan import (
     full_plan,
     measured_proposal,
@@ -20,6 +22,7 @@ from diffusion.term_plan import (
     pairs,
     schedule_proposal,
 )
+from tests.diffusion.gaussian import GaussianDenoiser
 from tests.diffusion.networks import TINY, build_model
 
 N = 6
@@ -104,20 +107,37 @@ def test_full_plan_visits_every_term_and_repeats_with_new_noise() -> None:
 
 def test_monte_carlo_plan_is_unbiased_and_stratified() -> None:
     table = bound_table(build_model().schedule)
-    n, samples = 2000, 9
-    plan = monte_carlo_plan(table, seed=1, indices=torch.arange(n), samples=samples)
-    assert np.all(plan.row[:, 0] == 0) and np.all(plan.weight[:, 0] == 1)
-    assert np.all(np.diff(plan.row[:, 1:], axis=1) >= 0)
+    n, samples, m = 2000, 12, 3
+    plan = monte_carlo_plan(
+        table, seed=1, indices=torch.arange(n), samples=samples, decoder_draws=m
+    )
+    assert np.all(plan.row[:, :m] == 0) and np.all(plan.weight[:, :m] == 1 / m)
+    assert np.all(np.diff(plan.row[:, m:], axis=1) >= 0) and np.all(plan.row[:, m:] > 0)
     # The expected weight of each row is 1: that is what makes every estimate unbiased.
     totals = np.zeros((n, len(table)))
     np.add.at(totals, (np.arange(n)[:, None], plan.row), plan.weight)
     error = totals.std(0)[1:] / math.sqrt(n)
     assert np.all(np.abs(totals.mean(0)[1:] - 1) < 5 * error)
-    again = monte_carlo_plan(table, seed=1, indices=torch.arange(5, 8), samples=samples)
+    again = monte_carlo_plan(
+        table, seed=1, indices=torch.arange(5, 8), samples=samples, decoder_draws=m
+    )
     np.testing.assert_array_equal(again.row, plan.row[5:8])
     # Draws of one row by one image differ in `repeat`.
     keyed = np.stack([plan.row, plan.repeat], -1)
     assert all(len({tuple(pair) for pair in line}) == samples for line in keyed[:50].tolist())
+
+
+@pytest.mark.parametrize(
+    ("samples", "draws"), [(2, 1), (3, 2), (9, 2), (18, 3), (20, 3), (60, 10), (200, 33)]
+)
+def test_a_sixth_of_the_evaluations_is_of_the_decoder(samples: int, draws: int) -> None:
+    table = bound_table(build_model().schedule)
+    plan = monte_carlo_plan(table, seed=1, indices=torch.arange(3), samples=samples)
+    assert np.all((plan.row == 0).sum(1) == draws)
+    with pytest.raises(BoundError, match=f"decoder_draws = {samples}: must be 1..{samples - 1}"):
+        monte_carlo_plan(
+            table, seed=1, indices=torch.arange(3), samples=samples, decoder_draws=samples
+        )
 
 
 def test_proposals_follow_the_terms() -> None:
@@ -198,3 +218,33 @@ def test_the_error_of_an_estimate_is_told_by_its_own_draws(images: torch.Tensor)
     ratio = told / spread
     assert ((ratio > 0.8) & (ratio < 1.5)).all(), ratio
     assert likelihood(model, images[:2], samples=2).transitions_error.isnan().all()
+    assert likelihood(model, images[:2], samples=2).decoder_error.isnan().all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """The denoiser of independent Gaussian pixels, as `likelihood` wants its models."""
+
+    denoiser: GaussianDenoiser
+    config = ModelConfig()
+    device = torch.device("cpu")
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoiser.schedule
+
+    def output(self, x_t: torch.Tensor, t: torch.Tensor, label: None = None) -> torch.Tensor:
+        return self.denoiser.eps(x_t, t)
+
+
+@pytest.mark.parametrize("samples", [20, 60, 200])
+def test_the_standard_error_of_an_image_covers_its_bits_per_dim(samples: int) -> None:
+    """Of 400 estimates of one image, 95 % lie within 1.96 standard errors of its bound."""
+    levels = 127.5 + 40 * torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    image = (levels.round() / 127.5 - 1).expand(1600, -1, -1, -1)
+    model: Any = Exact(GaussianDenoiser(linear_schedule(), variance=0.1))
+    many = likelihood(model, image, samples=100, seed=1, batch_size=4000).bits_per_dim
+    drawn = likelihood(model, image[:400], samples=samples, seed=3, batch_size=4000)
+    assert float(many.std()) / 1600**0.5 < 0.05 * float(drawn.standard_error.mean())
+    close = (drawn.bits_per_dim - many.mean()).abs() < 1.96 * drawn.standard_error
+    assert 0.93 <= float(close.double().mean()) <= 0.97

@@ -24,6 +24,8 @@ from worker.engine.terms import TermTask
 from worker.kinds.noising import uploaded
 from worker.models import Served
 
+_MAGIC = b"terms-2\0"  # of the saved numbers: those of another plan are of other terms
+
 
 class Numbers:
     """Nats and squared errors of a job's terms, NaN where not yet evaluated.
@@ -74,7 +76,8 @@ class Numbers:
         """image → what is known of it, if that changed, and it is time: seconds since `saved`."""
         if time.monotonic() < self._saved_at + every:
             return {}
-        return {image: self._found[:, image].astype("<f8").tobytes() for image in self._unsaved}
+        found = self._found.astype("<f8")
+        return {image: _MAGIC + found[:, image].tobytes() for image in self._unsaved}
 
     def saved(self, images: Iterable[int]) -> None:
         """These are in the store, as `unsaved` gave them."""
@@ -84,8 +87,9 @@ class Numbers:
     def _unpack(self, image: int, raw: bytes) -> None:
         """What `unsaved` gave. Anything else is left out: those terms are evaluated again."""
         known = self._found[:, image] if image < self._found.shape[1] else np.zeros(0)
-        if len(raw) == known.nbytes:
-            self._found[:, image] = np.frombuffer(raw, "<f8").reshape(known.shape)
+        if raw.startswith(_MAGIC) and len(raw) == len(_MAGIC) + known.nbytes:
+            numbers = np.frombuffer(raw, "<f8", offset=len(_MAGIC))
+            self._found[:, image] = numbers.reshape(known.shape)
 
     def result(self) -> dict[str, Any]:
         """The job's result, JSON. All terms must be there."""
@@ -111,7 +115,7 @@ class Numbers:
     def _image(self, bound: Likelihood, i: int) -> ImageBits:
         error = None
         if self._spec.mode == "monte_carlo":
-            error = float(bits_per_dim(bound.transitions_error[i], bound.dims))
+            error = float(bound.standard_error[i])
         terms = None
         if self._spec.terms is not None:
             at = [t - 1 for t in self._spec.terms]
