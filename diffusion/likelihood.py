@@ -90,7 +90,7 @@ class Likelihood:
         draws = self.nats[:, : self._decoder_draws]
         if draws.shape[1] < 2:
             return torch.full((len(draws),), math.nan, dtype=draws.dtype)
-        return draws.std(1) / draws.shape[1] ** 0.5
+        return draws.std(1) / math.sqrt(draws.shape[1])
 
     @property
     def standard_error(self) -> Tensor:
