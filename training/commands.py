@@ -14,7 +14,7 @@ PATH = click.Path(path_type=Path)
 @click.argument("config", type=PATH)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 @click.option("--out", type=PATH, help="Run folder; default runs/ and the name of CONFIG.")
-@click.option("--resume", is_flag=True, help="Go on from the run folder's last checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint; CONFIG may be RUN.")
 @click.option("--init", type=PATH, help="Start from the weights of this checkpoint folder.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def train(
@@ -28,18 +28,25 @@ def train(
     """Train a model as CONFIG (a TOML file) says.
 
     Any key can be overridden: `ddpm train mnist.toml steps=2000 optimizer.learning_rate=1e-3`.
-    Several processes: `accelerate launch --num_processes 2 -m ddpm train CONFIG`.
+    `ddpm train --resume RUN` goes on with the run in a folder. Several processes:
+    `accelerate launch --num_processes 2 -m ddpm train CONFIG`.
     """
     from diffusion.files import CheckpointError
     from training.config import ConfigError, load_config
+    from training.resuming import check_resumable, stored_config
     from training.sources import DataError
     from training.state import StateError, find_state
     from training.trainer import Trainer
 
-    folder = out or Path("runs") / config.stem
+    going_on = resume and config.is_dir()
+    folder = out or (config if going_on else Path("runs") / config.stem)
     try:
-        settings = load_config(config, overrides)
-        if find_state(folder) and not resume:
+        if resume and init is not None:
+            raise StateError("--init starts a run and --resume goes on with one: give one of them")
+        settings = (stored_config if going_on else load_config)(config, overrides)
+        if resume:
+            check_resumable(folder, settings)
+        elif find_state(folder):
             raise StateError(
                 f"{folder}: holds a run already; --resume goes on with it, --out starts another"
             )
@@ -84,7 +91,7 @@ def _find_model(name: str) -> Path:
 @click.option("--variance", help="σ² of ddpm: large, small or learned; default: the model's.")
 @click.option("--corrector-steps", type=int, help="Langevin steps after each step; default 0.")
 @click.option("--seed", type=int, help="Default: drawn, and printed.")
-@click.option("--out", type=PATH, default=Path("grid.png"), show_default=True, help="See below.")
+@click.option("--out", default="grid.png", show_default=True, help="See below.")
 @click.option("--snapshots", "every", type=click.IntRange(min=1), help="A row every N steps.")
 @click.option("--kind", type=click.Choice(["x_t", "x_start"]), default="x_start", show_default=True)
 @click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
@@ -96,15 +103,18 @@ def sample(**options: object) -> None:
     """Draw images from a trained model, without a server.
 
     --out decides what is written: FILE.png (or .webp) is the picture, a grid for several images;
-    a folder (no suffix, or a final /) gets 00000.png, 00001.png, …; FILE.gif is a film of the
-    chain (as is FILE.webp with --snapshots). With --snapshots N, FILE.png shows the chain as
-    columns: what x_t (or x̂_0) was every N steps.
+    a folder (no suffix, a final /, or one that is there) gets 00000.png, 00001.png, …; FILE.gif is
+    a film of the chain (as is FILE.webp with --snapshots). With --snapshots N, FILE.png shows the
+    chain as columns: what x_t (or x̂_0) was every N steps.
     """
     from diffusion.files import CheckpointError
     from diffusion.sampling import NotFiniteError
     from training.sample import SampleOptions, draw
 
     options["model"] = _find_model(str(options["model"]))
+    out = str(options["out"])
+    options["out"] = Path(out)
+    options["folder"] = out.endswith("/") or Path(out).is_dir() or not Path(out).suffix
     try:
         written, seed = draw(SampleOptions(**options))  # type: ignore[arg-type]
     except (CheckpointError, NotFiniteError, OSError, ValueError) as error:

@@ -196,8 +196,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    for override in overrides:
-        _apply(raw, override)
+    apply_overrides(raw, overrides)
     return parse_config(raw, str(path))
 
 
@@ -219,6 +218,12 @@ def _explain(problem: Any) -> str:
         return f"{key}: unknown key"
     shown = problem.get("input")
     return f"{key}: {message}" if isinstance(shown, dict) else f"{key} = {shown!r}: {message}"
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put `key.sub=value` words into a decoded configuration. Raises ConfigError."""
+    for override in overrides:
+        _apply(raw, override)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -40,6 +40,14 @@ class Meter:
         return {"loss": loss, "images_s": rate}
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for one that was cut off or damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (KeyError, TypeError, ValueError):
+        return float("inf")
+
+
 class RunLog:
     """metrics.jsonl and TensorBoard scalars; lines past the resumed step are dropped."""
 
@@ -49,8 +57,8 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
             self.path.write_text("".join(line + "\n" for line in kept))
         self.file = self.path.open("a", buffering=1)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -26,7 +26,7 @@ class OutputError(ValueError):
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What the command line asks for; `every` is --snapshots."""
+    """What the command line asks for; `every` is --snapshots, `folder` whether `out` is one."""
 
     model: Path
     num_images: int
@@ -40,6 +40,7 @@ class SampleOptions:
     corrector_steps: int | None
     seed: int | None
     out: Path
+    folder: bool
     every: int | None
     kind: str
     device: str | None
@@ -49,17 +50,24 @@ class SampleOptions:
     quiet: bool
 
     @property
+    def suffix(self) -> str:
+        """Of the file to write, in lower case; empty for a folder."""
+        return "" if self.folder else self.out.suffix.lower()
+
+    @property
     def film(self) -> bool:
         """Whether the output is an animation."""
-        suffix = self.out.suffix.lower()
+        suffix = self.suffix
         return suffix == ".gif" or (suffix == ".webp" and self.every is not None)
 
 
 def draw(options: SampleOptions) -> tuple[Path, int]:
     """Sample and write; returns what was written and the seed. Raises ValueError, OSError."""
-    suffix = options.out.suffix.lower()
+    suffix = options.suffix
     if suffix and suffix not in (*PICTURES, *FILMS):
-        raise OutputError(f"--out {options.out}: must end in .png, .webp or .gif, or be a folder")
+        raise OutputError(
+            f"--out {options.out}: must end in .png, .webp or .gif, or be a folder: DIR/"
+        )
     if not suffix and options.every is not None:
         raise OutputError("--snapshots: needs --out FILE.png, .webp or .gif")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,7 +139,7 @@ class Snapshots:
 def write(options: SampleOptions, images: Tensor, snapshots: Snapshots) -> Path:
     """Write what --out names and return it."""
     out = options.out
-    if not out.suffix:
+    if options.folder:
         out.mkdir(parents=True, exist_ok=True)
         for i, pixels in enumerate(to_uint8(images)):
             to_picture(pixels).save(out / f"{i:05d}.png")

@@ -1,7 +1,7 @@
 """What a run keeps on disk: the model (averaged weights) and the state to resume from.
 
     RUN/config.json, model.safetensors   a checkpoint like any other: `ddpm sample --model RUN`
-    RUN/train.toml.json                  the training configuration
+    RUN/train.json                       the training configuration
     RUN/state/                           weights, averages and Adam's moments (safetensors), step
     RUN/metrics.jsonl, samples/, tensorboard/
 
@@ -14,8 +14,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,22 +26,17 @@ from training.ema import EMA
 from training.timesteps import Timesteps
 
 STATE_FILE, PROGRESS_FILE = "state.safetensors", "progress.json"
+CONFIG_FILE = "train.json"
 
 
 class StateError(ValueError):
     """A run folder that cannot be written or resumed; the message says why."""
 
 
-def save_state(
-    folder: Path,
-    *,
-    network: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.Adam,
-    step: int,
-    timesteps: Timesteps,
-) -> None:
-    """Write the state after `step` optimizer steps. Raises StateError on a full disk."""
+def state_tensors(
+    network: nn.Module, ema: EMA, optimizer: torch.optim.Adam, timesteps: Timesteps
+) -> dict[str, Tensor]:
+    """All that a state keeps: weights, averages, Adam's moments, and what timesteps go by."""
     tensors = timesteps.state()
     for i, (name, p) in enumerate(network.named_parameters()):
         moments = optimizer.state.get(p, {})
@@ -50,6 +45,16 @@ def save_state(
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in moments:
                 tensors[f"{moment}.{name}"] = moments[moment]
+    return tensors
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds NaN or infinity, if one does."""
+    return next((name for name, v in tensors.items() if not bool(v.isfinite().all())), None)
+
+
+def save_state(folder: Path, tensors: Mapping[str, Tensor], *, step: int) -> None:
+    """Write the state after `step` optimizer steps. Raises StateError on a full disk."""
     fresh, old = folder / "state.new", folder / "state.old"
     try:
         for stale in (fresh, old):
@@ -87,6 +92,19 @@ def find_state(folder: Path) -> Path | None:
     return None
 
 
+def read_step(state: Path) -> int:
+    """Optimizer steps behind a state. Raises StateError if its file is damaged."""
+    path = state / PROGRESS_FILE
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StateError(f"{path}: damaged: {error}") from error
+    step = progress.get("step") if isinstance(progress, dict) else None
+    if type(step) is not int or step < 0:
+        raise StateError(f"{path}: damaged: must be a table with step = 0, 1, …")
+    return step
+
+
 def load_state(
     folder: Path,
     *,
@@ -99,11 +117,10 @@ def load_state(
     where = find_state(folder)
     if where is None:
         raise StateError(f"{folder}: holds no state to resume from")
+    step = read_step(where)
     try:
-        progress: dict[str, Any] = json.loads((where / PROGRESS_FILE).read_text())
-        step = int(progress["step"])
         tensors = load_file(where / STATE_FILE)
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise StateError(f"{where}: broken state: {error}") from error
     wanted = {
         f"{kind}.{name}" for kind in ("weights", "ema") for name, _ in network.named_parameters()

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.checkpoint import save
 from diffusion.model import Model, ModelConfig, build_network
 from diffusion.sampling import sample
 from diffusion.speed import fast_dtype
@@ -25,13 +20,13 @@ from training.batches import Batch, Batches
 from training.config import ConfigError, OptimizerConfig, TrainConfig
 from training.data import load_images
 from training.ema import EMA
+from training.keeper import Keeper
 from training.loss import FORWARD_PROCESS, Loss, attach_process, split_process
 from training.pictures import grid
 from training.runlog import Meter, RunLog
-from training.state import StateError, load_state, save_state, write_failure
+from training.state import StateError
+from training.stop import Stop
 from training.timesteps import ImportanceTimesteps, Timesteps, UniformTimesteps
-
-CONFIG_FILE = "train.json"
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -104,7 +99,10 @@ class Trainer:
         self.ema = EMA(self.network.parameters(), config.ema_decay)
         self.step = 0
         self.dtype = self._precision()
-        self._stop = False
+        self._stop = Stop()
+        self.keeper = Keeper(
+            folder, config, self.network, self.ema, self.optimizer, self.timesteps, self.is_main
+        )
 
     def _check_batch(self) -> None:
         parts = self.accelerator.num_processes * self.config.accumulate
@@ -145,13 +143,7 @@ class Trainer:
 
     def resume(self) -> int:
         """Continue from the folder's state; returns its step."""
-        self.step = load_state(
-            self.folder,
-            network=self.network,
-            ema=self.ema,
-            optimizer=self.optimizer,
-            timesteps=self.timesteps,
-        )
+        self.step = self.keeper.load()
         return self.step
 
     def loss(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:
@@ -164,8 +156,12 @@ class Trainer:
         return weighted
 
     def run(self) -> None:
-        """Train to config.steps, or until interrupted: either way the last step is on disk."""
+        """Train to config.steps, or until interrupted: either way the last step is on disk.
+
+        Raises StateError if the run diverges: the last good checkpoint is on disk.
+        """
         config = self.config
+        self.keeper.save_config()
         network, optimizer = self._prepare()
         bar = tqdm(
             total=config.steps,
@@ -174,7 +170,7 @@ class Trainer:
             unit="step",
             disable=not (self.progress and self.is_main),
         )
-        with self._stoppable(), bar, RunLog.at(self.folder, self.step, self.is_main) as log:
+        with self._stop.listening(), bar, RunLog.at(self.folder, self.step, self.is_main) as log:
             meter = Meter(config.batch_size)
             while self.step < config.steps and not self._asked_to_stop():
                 rate = learning_rate(config.optimizer, self.step, config.steps)
@@ -182,17 +178,20 @@ class Trainer:
                 self.step += 1
                 self.ema.update(self.step)
                 meter.add(loss)
+                self.keeper.add(loss)
                 bar.update()
                 if self.step % config.log_every == 0:
                     values = meter.read() | {"learning_rate": rate, "grad_norm": float(norm)}
+                    self.keeper.check_losses(self.step)
                     bar.set_postfix(loss=f"{values['loss']:.4f}", im_s=f"{values['images_s']:.0f}")
                     if log is not None:
                         log.write(self.step, values)
-                    self._check_finite(values["loss"])
                 if self._due(config.checkpoint_every):
                     self.save()
-                if config.sample_every and self._due(config.sample_every) and self.is_main:
-                    self.save_samples(log)
+                if config.sample_every and self._due(config.sample_every):
+                    self.keeper.check(self.step)
+                    if self.is_main:
+                        self.save_samples(log)
                     meter.restart()
         self.save()
         self.accelerator.end_training()
@@ -217,8 +216,8 @@ class Trainer:
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal: all must leave the loop at the same step."""
         if self.accelerator.num_processes == 1:
-            return self._stop
-        flag = torch.tensor(float(self._stop), device=self.device)
+            return self._stop.asked
+        flag = torch.tensor(float(self._stop.asked), device=self.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def _optimize(
@@ -228,8 +227,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         for group in optimizer.param_groups:
             group["lr"] = rate
-        micro = config.batch_size // (config.accumulate * accelerator.num_processes)
-        first = self.step * config.batch_size + accelerator.process_index * micro
+        micro, first = self._micro(), self._first()
         total = torch.zeros((), device=self.device)
         norm = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
@@ -248,15 +246,18 @@ class Trainer:
             total += loss.detach() / config.accumulate
         return accelerator.reduce(total, "mean"), norm
 
+    def _micro(self) -> int:
+        """Images a backward pass of one process."""
+        parts = self.config.accumulate * self.accelerator.num_processes
+        return self.config.batch_size // int(parts)
+
+    def _first(self) -> int:
+        """Position of this process' first image of the next step."""
+        done = self.step * self.config.batch_size
+        return done + int(self.accelerator.process_index) * self._micro()
+
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or (self.step == self.config.steps)
-
-    def _check_finite(self, loss: float) -> None:
-        if not loss < float("inf"):
-            raise StateError(
-                f"step {self.step}: the loss is {loss}; lower optimizer.learning_rate = "
-                f"{self.config.optimizer.learning_rate} and resume from the last checkpoint"
-            )
 
     def averaged_model(self) -> Model:
         """The model with the averaged weights."""
@@ -266,23 +267,16 @@ class Trainer:
 
     def save(self) -> None:
         """Write the model and the state. Raises StateError; what was there before stays whole."""
-        if not self.is_main:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = self.config.model_dump_json(indent=2)
-            (self.folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-            save(self.averaged_model(), self.folder)
-        except (OSError, SafetensorError) as error:
-            raise StateError(write_failure(self.folder, error)) from error
-        save_state(
-            self.folder,
-            network=self.network,
-            ema=self.ema,
-            optimizer=self.optimizer,
-            step=self.step,
-            timesteps=self.timesteps,
-        )
+        self.keeper.add(self._trial())  # all others are of the weights before the last update
+        self.keeper.save(self.averaged_model, self.step)
+
+    @torch.no_grad()
+    def _trial(self) -> Tensor:
+        """The loss of the weights as they are, on the images that come next."""
+        first, micro = self._first(), self._micro()
+        losses = self.objective(self.network, self.batches.at(first, micro), dtype=self.dtype)
+        loss: Tensor = self.accelerator.reduce(losses.mean(), "mean")
+        return loss
 
     def save_samples(self, log: RunLog | None) -> Path:
         """A grid of DDIM samples of the averaged weights, one class a column where there are."""
@@ -304,18 +298,3 @@ class Trainer:
         if log is not None:
             log.picture(self.step, picture)
         return path
-
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the loop after the step in hand; a second one kills."""
-
-        def stop(signum: int, frame: FrameType | None) -> None:
-            self._stop = True
-            signal.signal(signum, signal.SIG_DFL)
-
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

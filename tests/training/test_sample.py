@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(model: Path, out: Path, *arguments: str) -> str:
+def call(model: Path, out: Path | str, *arguments: str) -> str:
     options = ["--model", str(model), "--out", str(out), "--steps", "5", "--quiet"]
     result = CliRunner().invoke(sample, [*options, "--dtype", "fp32", *arguments])
     return f"{result.output}{result.exit_code}"
@@ -56,6 +56,11 @@ def test_a_folder_films_and_a_chain_in_columns(model: Path, tmp_path: Path) -> N
         "00001.png",
         "00002.png",
     ]
+    for name in ("v1.0/", "old.png"):  # a folder by its slash, and one that is there
+        if not name.endswith("/"):
+            (tmp_path / name).mkdir()
+        printed = call(model, f"{tmp_path}/{name}", "-n", "1")
+        assert (tmp_path / name / "00000.png").is_file(), printed
     for name, options in (("chain.gif", []), ("chain.webp", ["--snapshots", "1"])):
         call(model, tmp_path / name, "-n", "2", *options)
         with Image.open(tmp_path / name) as film:

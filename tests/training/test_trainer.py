@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -118,14 +119,144 @@ def test_starting_from_a_checkpoint_keeps_its_weights(config_file: Path, tmp_pat
         )
 
 
+WILD = ["optimizer.learning_rate=1e20", "optimizer.warmup_steps=0"]
+
+
 def test_a_diverged_loss_stops_the_run(config_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(StateError, match=r"the loss is nan; lower optimizer\.learning_rate"):
-        run(
-            config_file,
-            tmp_path / "run",
-            "optimizer.learning_rate=1e20",
-            "optimizer.warmup_steps=0",
-        )
+    with pytest.raises(StateError, match=r"the loss is nan: the run has diverged; .* Lower "):
+        run(config_file, tmp_path / "run", *WILD, "checkpoint_every=100")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "metrics.jsonl",
+        "tensorboard",
+        "train.json",
+    ]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(math.isfinite(json.loads(line)["loss"]) for line in lines)
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
+    config_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(config_file, folder, "steps=4")
+    kept = {name: (folder / name).read_bytes() for name in KEPT}
+    rarely = ["log_every=1000", "checkpoint_every=1", "sample_every=1", "steps=40"]
+    out, err = ended(start(config_file, folder, "--resume", *WILD, *rarely), code=1)
+    assert "the run has diverged; the checkpoint of step" in err
+    assert "Lower optimizer.learning_rate = 1e+20, raise optimizer.warmup_steps = 0" in err
+    assert "and go on with --resume" in err and "Traceback" not in err
+    # Step 5 was made of a finite loss, and left finite weights of 1e20: no checkpoint either.
+    assert "the checkpoint of step 4 is kept" in err
+    assert kept == {name: (folder / name).read_bytes() for name in KEPT}
+    calm = ["optimizer.learning_rate=1e-4", "optimizer.warmup_steps=0", "steps=6"]
+    out, err = ended(start(config_file, folder, "--resume", *calm), code=0)
+    assert "at step 4 of 6" in err and "step 6 of 6" in out
+
+
+KEPT = ["model.safetensors", "config.json", "state/state.safetensors", "state/progress.json"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("weights", "the loss is inf"),
+        ("ema", r"ema\.\S+ is not finite"),
+        ("exp_avg_sq", r"exp_avg_sq\.\S+ is not finite"),
+    ],
+)
+def test_nothing_is_saved_while_any_part_is_not_finite(
+    config_file: Path, tmp_path: Path, kind: str, says: str
+) -> None:
+    folder = tmp_path / "run"
+    trainer = run(config_file, folder, "steps=2")
+    kept = {name: (folder / name).read_bytes() for name in KEPT}
+    p = trainer.network.conv_out.bias
+    moment = trainer.optimizer.state[p]["exp_avg_sq"]
+    parts = {"weights": p, "ema": trainer.ema.shadow[-1], "exp_avg_sq": moment}
+    with torch.no_grad():
+        parts[kind].view(-1)[0] = float("inf")
+    trainer.step = 3
+    with pytest.raises(StateError, match=rf"{says}: .* of step 2 is kept"):
+        trainer.save()
+    assert kept == {name: (folder / name).read_bytes() for name in KEPT}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("prediction=v", "prediction = 'v' (was 'epsilon')"),
+        ("schedule.T=30", "schedule.T = 30 (was 20)"),
+        ("schedule.beta_end=0.1", "schedule.beta_end = 0.1 (was 0.02)"),
+        ("objective=vlb", "objective = 'vlb' (was 'simple')"),
+        ("batch_size=2", "batch_size = 2 (was 4)"),
+        ("seed=1", "seed = 1 (was 0)"),
+        ("data.source=other", "data.source = 'other' (was '"),
+        ("network.num_classes=3", "network.num_classes = 3 (was 2)"),
+        ("network.channels=[8,16]", "network.channels = [8, 16] (was [8, 8])"),
+    ],
+)
+def test_another_configuration_is_not_resumed(
+    config_file: Path, tmp_path: Path, override: str, says: str
+) -> None:
+    folder = tmp_path / "run"
+    Trainer(load_config(config_file), folder, progress=False).save()
+    before = (folder / "train.json").read_bytes()
+    for first in (str(config_file), str(folder)):  # a configuration, or the run itself
+        arguments = [first, "--resume", "--quiet", "--out", str(folder), override, "steps=9"]
+        result = CliRunner().invoke(train, arguments)
+        assert result.exit_code == 1 and says in result.output, result.output
+        assert "what may change is accumulate, checkpoint_every" in result.output
+        assert "steps = 9" not in result.output
+    assert (folder / "train.json").read_bytes() == before
+
+
+def test_a_run_folder_is_all_that_resuming_needs(config_file: Path, tmp_path: Path) -> None:
+    run(config_file, tmp_path / "whole")
+    run(config_file, tmp_path / "cut", "steps=3")
+    result = CliRunner().invoke(train, ["--resume", str(tmp_path / "cut"), "steps=6", "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert f"resuming {tmp_path / 'cut'} at step 3 of 6" in result.stderr
+    assert same(state(tmp_path / "whole"), state(tmp_path / "cut"))
+    assert json.loads((tmp_path / "cut" / "train.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("state/progress.json", b"{", "state/progress.json: damaged: "),
+        ("state/progress.json", b"[]", "state/progress.json: damaged: must be a table with step"),
+        ("state/progress.json", b'{"step": "4"}', "damaged: must be a table with step"),
+        ("state/progress.json", b'{"step": null}', "damaged: must be a table with step"),
+        ("state/progress.json", b"\xff", "state/progress.json: damaged: "),
+        ("state/state.safetensors", b"", "state: broken state: "),
+        ("train.json", b"{", "train.json: damaged: "),
+        ("train.json", b"[]", "train.json: damaged: not a table"),
+        ("train.json", b"{}", "train.json: data: missing; this version cannot go on with the run"),
+        ("train.json", None, "no run to resume"),
+    ],
+)
+def test_a_damaged_run_is_one_sentence(
+    config_file: Path, tmp_path: Path, file: str, content: bytes | None, says: str
+) -> None:
+    folder = tmp_path / "run"
+    Trainer(load_config(config_file), folder, progress=False).save()
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    result = CliRunner().invoke(train, ["--resume", str(folder), "--quiet"])
+    assert result.exit_code == 1 and says in result.output
+    assert "Traceback" not in result.output and len(result.output.strip().splitlines()) == 1
+
+
+def test_a_log_that_was_cut_off_is_no_obstacle(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(config_file, folder, "steps=2")
+    with (folder / "metrics.jsonl").open("ab") as log:
+        log.write(b'{"step": 3, "loss"\n{}\nnull\n\xff}\n')
+    run(config_file, folder, "steps=4", resume=True)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
 def start(config_file: Path, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -133,6 +264,13 @@ def start(config_file: Path, folder: Path, *arguments: str) -> "subprocess.Popen
     return subprocess.Popen(
         [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def ended(process: "subprocess.Popen[str]", code: int) -> tuple[str, str]:
+    """What a process printed, once it has ended with this code."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    return out, err
 
 
 def saved_step(folder: Path) -> int:
