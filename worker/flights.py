@@ -58,6 +58,7 @@ class Flight:
     table: SamplerTable | None = None
     numbers: Numbers | None = None  # of a likelihood job
     done_before: int = 0  # image-steps of earlier executions
+    best: int = 0  # the most image-steps that earlier executions ever came to
     intent: Intent = Intent.RUN
     began: float = field(default_factory=time.monotonic)
 

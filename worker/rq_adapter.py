@@ -152,7 +152,7 @@ class EngineWorker(BaseWorker):
         self._boarded: dict[str, Boarded] = {}  # by execution
         self._orders: deque[dict[str, Any]] = deque()  # from the pub/sub thread
         self._stop_at: float | None = None
-        self._impatient = False
+        self._impatient = self._excused = False
         self._released_at: float | None = None
         self._heartbeat_at = self._poll_at = 0.0
         self._suspended = False
@@ -240,6 +240,7 @@ class EngineWorker(BaseWorker):
     def _busy_round(self) -> None:
         self._land_ended()
         self._obey_orders()
+        self.runtime.roster.turn()
         if self._late(self._poll_at, POLL_S):
             self._poll_at = time.monotonic()
             self._poll()
@@ -259,7 +260,8 @@ class EngineWorker(BaseWorker):
         options = self.runtime.engine.options
         full = self.runtime.engine.waiting_rows >= options.max_rows
         for _ in range(1 if full else AT_ONCE):
-            if len(self._boarded) - len(self._unread()) >= options.capacity:
+            aboard = len(self._boarded) - len(self._unread())
+            if aboard >= options.capacity or self.runtime.roster.busy:
                 return
             found = self._dequeue(None)
             if found is None:
@@ -485,6 +487,9 @@ class EngineWorker(BaseWorker):
     def _drain(self) -> None:
         """Let short work end; then give the rest back to the front of the queue, with its state."""
         assert self._stop_at is not None
+        if not self._excused:
+            self.runtime.excuse(self.name)
+            self._excused = True
         if self._released_at is None:
             if not self._impatient and not self._late(self._stop_at, self.runtime.settings.drain_s):
                 return
@@ -511,8 +516,8 @@ class EngineWorker(BaseWorker):
             raise SystemExit(1)
 
     def _abandon(self) -> None:
-        """Requeue everything as its last checkpoint left it. This counts as an attempt, so that a
-        job that breaks workers does not do so for ever."""
+        """Requeue everything as its last checkpoint left it. To the store that is a death: those in
+        the batch are suspects, so that a job that breaks workers does not do so for ever."""
         for boarded in list(self._boarded.values()):
             if not boarded.left and self._ours([boarded])[0]:
                 self._requeue(boarded)

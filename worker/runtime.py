@@ -10,6 +10,7 @@ import logging
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import redis
 import torch
@@ -20,12 +21,21 @@ from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.kinds.noise import NoiseSpec
 from jobs.settings import Settings
 from jobs.states import ACTIVE, Status
+from jobs.store.batch import InBatch
 from jobs.store.records import JobRecord
 from jobs.store.tolerance import is_data_fault, tell_once
-from jobs.store.writer import MAX_ATTEMPTS, JobStore, Started, WorkerInfo
+from jobs.store.writer import MAX_LONE_CRASHES, JobStore, Started, WorkerInfo
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
-from worker.engine.tasks import Canceled, EngineError, EngineStopped, Failed, Finished, Snapshot
+from worker.engine.tasks import (
+    Canceled,
+    EngineError,
+    EngineStopped,
+    Event,
+    Failed,
+    Finished,
+    Snapshot,
+)
 from worker.flights import Ending, Flight, Intent, Outcome
 from worker.kinds.chains import chain_task
 from worker.kinds.likelihoods import Numbers
@@ -36,6 +46,7 @@ from worker.network.compiling import Compiler
 from worker.network.threads import keep_to_one
 from worker.outputs import Outputs, OutputsThread
 from worker.provenance import provenance
+from worker.roster import Roster
 
 log = logging.getLogger("ddpm.worker")
 DUTIES_S = 3.0  # between two looks at the model folder
@@ -81,7 +92,9 @@ class Runtime:
             dtype=DTYPES[settings.dtype],
             checkpoint_every=settings.checkpoint_s,
         )
-        self.engine = Engine(self._writer.put if self._writer else self.outputs.handle, options)
+        self.roster = Roster(store, threads=threads)
+        self.engine = Engine(self._tell, options, book=self.roster)
+        self.roster.engine = self.engine
         self._compiler = Compiler(
             self.engine.networks,
             settings.cache_dir.expanduser() / "compiled",
@@ -97,6 +110,7 @@ class Runtime:
         self.rescan()
         if self._writer is not None:
             self._writer.start()
+            self.roster.start()
             self.engine.start()
 
     def close(self) -> None:
@@ -106,13 +120,23 @@ class Runtime:
         self._loader.close()
         self._noise.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
+        self.roster.stop()
         if self._writer is not None:
             self._writer.stop()
 
     @property
     def failure(self) -> BaseException | None:
         """What broke the engine or the outputs down, if anything did."""
-        return self.engine.failure or (self._writer.failure if self._writer else None)
+        writing = self._writer.failure if self._writer else None
+        return self.engine.failure or self.roster.failure or writing
+
+    def _tell(self, events: list[Event]) -> None:
+        """Hand on what the engine says."""
+        if self._writer is not None:
+            self._writer.put(events)
+        else:
+            self.outputs.handle(events)
+        self.roster.see(events)
 
     # Models
 
@@ -189,16 +213,20 @@ class Runtime:
         if record is not None and self._threads and not self._loader.is_ready(record):
             return None
         served = None if record is None else self.folder.served.get(record.model)
-        digest = "" if served is None else served.model.digest
         try:
             made = None if record is None or served is None else provenance(served, record.spec)
             started = self.store.start(
-                job_id, execution, worker=worker, digest=digest, provenance=made
+                job_id,
+                execution,
+                worker=worker,
+                digest="" if served is None else served.model.digest,
+                provenance=made,
+                in_batch=self.roster.at_start(room=record is not None and self._has_room(record)),
             )
             if started is None or record is None:
                 now = self.store.record(job_id)
                 return Ending.LOST if now is None else _ENDINGS.get(now.status, Ending.LOST)
-            return self._launch(started, execution, served)
+            return self._fly(started, execution, served)
         except redis.exceptions.RedisError:
             raise
         except JobRefused as error:
@@ -210,36 +238,67 @@ class Runtime:
             self.store.fail(job_id, execution, code="worker_error", detail=str(error))
         return Ending.FAILED
 
-    def _launch(self, started: Started, execution: str, served: Served | None) -> Flight:
-        record = started.record
-        served = _runnable(started, served)
+    def _has_room(self, record: JobRecord) -> bool:
+        """Whether a job would be stepped at once."""
+        if isinstance(record.spec, NoiseSpec):  # beside the engine
+            return True
+        rows = self.engine.options.max_rows
+        images = sum(flight.record.images for flight in list(self.flights.values()))
+        return self.engine.waiting_rows < rows and images < rows
+
+    def _fly(self, started: Started, execution: str, served: Served | None) -> Flight:
         deadline = time.monotonic() + self.settings.job_deadline_s
-        flight = Flight(record, execution, served, deadline)
+        served = _runnable(started, served)
+        flight = Flight(started.record, execution, served, deadline, best=started.best)
+        if started.crashes and self._threads:
+            self._register(flight)
+            self.roster.isolate(flight, lambda: self._launch_suspect(flight, started))
+        else:
+            self._launch(flight, started)
+        return flight
+
+    def _launch(self, flight: Flight, started: Started) -> None:
+        record, served, execution = started.record, flight.served, flight.execution
+        held = started.in_batch is InBatch.NO
         match record.spec:
             case ChainSpec():
                 task, flight.done_before = chain_task(served, started, execution)
                 flight.table = task.table
                 self._register(flight)
-                self.engine.submit(task)
+                self.engine.submit(task, held=held)
             case LikelihoodSpec():
                 flight.numbers = Numbers(served, started)
                 terms = flight.numbers.task(execution)
                 flight.done_before = record.work - terms.evaluations
                 self._register(flight)
-                self.engine.submit(terms)
+                self.engine.submit(terms, held=held)
             case NoiseSpec() as spec:
                 x_start = uploaded(started)
                 self._register(flight)
-                self._noise.submit(self._run_noise, flight, spec, x_start)
-        return flight
+                run = self._run_noise
+                self.roster.beside(flight, lambda: self._noise.submit(run, flight, spec, x_start))
+
+    def _launch_suspect(self, flight: Flight, started: Started) -> None:
+        """Once it is alone; on the roster's thread."""
+        try:
+            self._launch(flight, replace(started, in_batch=InBatch.ALONE))
+        except EngineStopped:
+            raise
+        except Exception as error:  # one job must not end the worker
+            log.exception("job %s cannot be started", flight.id)
+            self._tell([Failed(flight.execution, error)])
 
     def _register(self, flight: Flight) -> None:
         self.flights[flight.execution] = flight
+        self.roster.add(flight)
         self.outputs.add(flight)
 
     def landed(self, outcome: Outcome) -> Flight | None:
         """Take the flight of an outcome off the list."""
-        return self.flights.pop(outcome.execution, None)
+        flight = self.flights.pop(outcome.execution, None)
+        if flight is not None:
+            self.roster.landed(flight)
+        return flight
 
     def end(self, flight: Flight, intent: Intent) -> None:
         """Ask a flight to end; it is answered by an outcome."""
@@ -247,7 +306,15 @@ class Runtime:
             flight.intent = intent
             if intent is Intent.LOSE:
                 self.outputs.drop(flight)
-            self._cancel_task(flight.execution)
+            if self.roster.forget(flight):
+                self._tell([Canceled(flight.execution, None)])
+            else:
+                self._cancel_task(flight.execution)
+
+    def excuse(self, worker: str) -> None:
+        """This worker is being ended from outside: should it be killed, no job is to blame."""
+        self.roster.excuse()
+        self.store.excuse(worker)
 
     def look_for_cancels(self) -> None:
         """End the flights that users have canceled, where no write has said so yet."""
@@ -307,9 +374,9 @@ def _is_unread(record: JobRecord) -> bool:
 def _runnable(started: Started, served: Served | None) -> Served:
     """The model, or JobRefused with the reason why the job cannot run."""
     record: JobRecord = started.record
-    if started.attempts > MAX_ATTEMPTS:
+    if started.lone_crashes >= MAX_LONE_CRASHES:
         raise JobRefused(
-            "gave_up", f"{MAX_ATTEMPTS} workers in a row ended without any progress of this job"
+            "gave_up", f"{started.lone_crashes} workers died while they ran this job and no other"
         )
     if served is None:
         raise JobRefused("model_unavailable", f"no model {record.model} in this worker's folder")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,15 @@ class Fate(IntEnum):
     LOST = 0
     OK = 1
     CANCEL = 2
+
+
+class InBatch(StrEnum):
+    """Whether a job is in the batch that its worker steps: what a worker's death says of it."""
+
+    NO = ""
+    SHARED = "shared"
+    ALONE = "alone"
+    CLEARED = "cleared"  # shared again, and no longer suspected of what happened before
 
 
 class WriteBatch:
@@ -66,6 +75,10 @@ class WriteBatch:
     def checkpoint(self, record: JobRecord, execution: str, *, index: int, state: bytes) -> None:
         """The chain state of one image, in whatever form the engine reads back."""
         self._ops(record.id, execution).extend(["c", index, state])
+
+    def in_batch(self, job_id: str, execution: str, how: InBatch) -> None:
+        """Said before the first step for which it holds."""
+        self._ops(job_id, execution).extend(["b", how.value])
 
     def send(self) -> dict[str, Fate]:
         """Write everything. Returns what became of each job; the batch is empty afterwards."""

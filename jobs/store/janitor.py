@@ -123,6 +123,7 @@ class Janitor:
         gone = [info.name for info in self._store.workers() if info.at < limit]
         if gone:
             self._redis.hdel(keys.WORKERS, *gone)
+            self._redis.hdel(keys.BEGUN, *gone)
         for model in self._store.cards():
             entries: Any = self._redis.hgetall(keys.rates(model))
             # An entry that cannot be read is no measurement: the oldest of all.

@@ -17,6 +17,7 @@ ddpm:webhook_attempts    hash    id → attempts made
 ddpm:models              hash    name → model card
 ddpm:rates:{model}       hash    worker → measured image-steps/s
 ddpm:workers             hash    name → what the worker last said of itself
+ddpm:begun               hash    worker → the job that it began last
 ddpm:suspects            hash    id → since when our record and RQ's disagree
 """
 
@@ -33,6 +34,7 @@ WEBHOOKS = PREFIX + "webhooks"
 WEBHOOK_ATTEMPTS = PREFIX + "webhook_attempts"
 MODELS = PREFIX + "models"
 WORKERS = PREFIX + "workers"
+BEGUN = PREFIX + "begun"
 SUSPECTS = PREFIX + "suspects"
 
 

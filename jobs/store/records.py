@@ -73,7 +73,7 @@ class JobRecord:
     execution: str | None = None
     worker: str | None = None
     run_digest: str | None = None
-    attempts: int = 0
+    crashes: int = 0  # workers that died with the job in their batch since it was cleared
     cancel_requested: bool = False
     fault: JobFault | None = None
     provenance: dict[str, Any] | None = None
@@ -127,7 +127,7 @@ def parse_record(job_id: str, raw: Mapping[bytes, bytes]) -> JobRecord:
         execution=f.find("execution", str, None),
         worker=f.find("worker", str, None),
         run_digest=f.find("run_digest", str, None),
-        attempts=f.find("attempts", int, 0),
+        crashes=f.find("crashes", int, 0),
         cancel_requested=f.find("cancel", str, "") == "1",
         fault=f.find("error", JobFault.model_validate_json, None),
         provenance=f.find("provenance", json_object, None),

@@ -9,7 +9,9 @@ every few s     store.heartbeat(WorkerInfo(...), rates={model: image-steps/s})
 a job popped    started = store.start(job_id, execution, worker=…, digest=…, provenance=…)
                 None: drop it (canceled, ended or deleted; the store has written what is due).
                 Else run started.record.spec, skip the images in `started.finished`, resume the
-                others from `started.states`; refuse if `started.attempts` > MAX_ATTEMPTS.
+                others from `started.states`. If `started.crashes`, let nothing else be in the
+                batch until it has made progress; refuse if `started.lone_crashes` has come to
+                MAX_LONE_CRASHES.
 each tick       batch = store.batch(); batch.progress / image / snapshot / checkpoint for any
                 number of jobs; fates = batch.send(): one round trip, one Lua script a job.
                 LOST: not ours any more, drop it without another word. CANCEL: stop it, then
@@ -45,12 +47,12 @@ from jobs.pictures import Float32, UInt8, from_bytes
 from jobs.settings import Settings
 from jobs.states import Status
 from jobs.store import events, keys, scripts
-from jobs.store.batch import WriteBatch
+from jobs.store.batch import InBatch, WriteBatch
 from jobs.store.events import JobFault
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.tolerance import each, is_data_fault, items, number, tell_once
 
-MAX_ATTEMPTS = 5  # starts without any progress between them, before a job is given up
+MAX_LONE_CRASHES = 3  # deaths of workers that ran nothing else, before a job is given up
 WORKER_TTL_S = 30  # a worker unheard of for so long is not counted as alive
 
 
@@ -60,12 +62,17 @@ class Started:
 
     inputs: uploaded images, uint8 [N,H,W,C], or None. x_t: where a chain that was given one
     starts, float32 [C,H,W]. states: image index → what `checkpoint`
-    saved. finished: indices of images already stored. attempts: starts since the last progress,
-    this one included. earlier_digest: the model of the attempt that left `states`.
+    saved. finished: indices of images already stored. crashes: workers that died with the job in
+    their batch since it was last cleared; lone_crashes: with nothing else in it. best: the most
+    image-steps that were ever done. in_batch: as it is marked now. earlier_digest: the model of
+    the attempt that left `states`.
     """
 
     record: JobRecord
-    attempts: int
+    crashes: int
+    lone_crashes: int
+    best: int
+    in_batch: InBatch
     inputs: UInt8 | None
     x_t: Float32 | None
     states: dict[int, bytes]
@@ -134,17 +141,20 @@ class JobStore:
         worker: str,
         digest: str,
         provenance: Mapping[str, Any] | None = None,
+        in_batch: InBatch = InBatch.NO,
     ) -> Started | None:
         """Take a job. None: there is nothing to run (it ended, was canceled, or is gone).
 
         provenance: library versions, device, schedule: JSON. It is there before the first image,
-        which carries it.
+        which carries it. in_batch: SHARED if it is to be stepped at once; not heeded for a job
+        with crashes.
         """
         earlier = self.redis.hget(keys.job(job_id), "run_digest")
         done = events.last_event(Status.CANCELED, None)[1]
         queued, canceled = (events.status_data(s) for s in (Status.RUNNING, Status.CANCELED))
         entered = [job_id, execution, worker, str(time.time()), digest]
-        what, attempts = self._start(args=[*entered, queued, canceled, done, _dump(provenance)])
+        said = [queued, canceled, done, _dump(provenance), in_batch.value]
+        what, crashes, lone_crashes, best = self._start(args=[*entered, *said])
         if what != b"run":
             return None
         with self.redis.pipeline(transaction=False) as pipe:
@@ -159,7 +169,10 @@ class JobStore:
         from_x_t = isinstance(record.spec, ReconstructSpec) and record.spec.from_x_t
         return Started(
             record=record,
-            attempts=int(attempts),
+            crashes=int(crashes),
+            lone_crashes=int(lone_crashes),
+            best=int(best),
+            in_batch=InBatch.NO if crashes and in_batch is InBatch.SHARED else in_batch,
             inputs=None if inputs is None or from_x_t else inputs_array(inputs, record.shape),
             x_t=from_bytes(inputs, record.shape) if from_x_t and inputs is not None else None,
             states={int(index): value for index, value in states.items()},
@@ -233,7 +246,7 @@ class JobStore:
         return bool(self._finish(args=[*entered, name, data, error, _dump(result)]))
 
     def requeue(self, job_id: str, execution: str) -> bool:
-        """Running → queued, given back by its worker: this does not count as an attempt."""
+        """Running → queued, given back by its worker, which so has not died of it."""
         return bool(self._requeue(args=[job_id, execution, events.status_data(Status.QUEUED)]))
 
     def cancel_requested(self, job_ids: Iterable[str]) -> set[str]:
@@ -301,7 +314,14 @@ class JobStore:
 
     def goodbye(self, worker: str) -> None:
         """Say that a worker is gone. Its measured rates stay until newer ones come."""
-        self.redis.hdel(keys.WORKERS, worker)
+        with self.redis.pipeline() as pipe:
+            pipe.hdel(keys.WORKERS, worker)
+            pipe.hdel(keys.BEGUN, worker)
+            pipe.execute()
+
+    def excuse(self, worker: str) -> None:
+        """The job that a worker began last has not ended it."""
+        self.redis.hdel(keys.BEGUN, worker)
 
     def workers(self) -> list[WorkerInfo]:
         """Every worker that has not said goodbye, alive or not."""

@@ -9,9 +9,9 @@ from redis.exceptions import ResponseError
 
 from jobs.states import TRANSITIONS, Status
 from jobs.store import keys
-from jobs.store.batch import Fate
+from jobs.store.batch import Fate, InBatch
 from jobs.store.janitor import Janitor
-from jobs.store.writer import JobStore, WorkerInfo
+from jobs.store.writer import JobStore, Started, WorkerInfo
 
 Submit = Callable[..., str]
 X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
@@ -34,7 +34,7 @@ def test_a_job_from_admission_to_success(store: JobStore, submit: Submit) -> Non
     assert totals(store) == (20, 20, 2 * 256)
     made = {"torch": "2"}
     started = store.start(job_id, "e1", worker="w", digest="d1", provenance=made)
-    assert started is not None and started.attempts == 1 and started.inputs is None
+    assert started is not None and started.crashes == 0 and started.inputs is None
     record = started.record
     assert record.provenance == made  # the first image is about to carry it
     assert record.status is Status.RUNNING and record.spec.seed == 5 and record.work == 20
@@ -79,21 +79,53 @@ def test_a_fenced_worker_writes_nothing(store: JobStore, submit: Submit) -> None
     assert record is not None and record.worker == "b" and record.status is Status.RUNNING
 
 
-def test_attempts_count_starts_without_progress(store: JobStore, submit: Submit) -> None:
+def test_a_death_is_charged_to_what_was_in_the_batch(store: JobStore, submit: Submit) -> None:
+    shared, waiting, begun = submit(), submit(), submit()
+    for job_id, how in ((shared, InBatch.SHARED), (waiting, InBatch.NO), (begun, InBatch.NO)):
+        assert store.start(job_id, "e", worker="dead", digest="d", in_batch=how) is not None
+    found = [store.start(i, "f", worker="w", digest="d") for i in (shared, waiting, begun)]
+    assert [started and started.crashes for started in found] == [1, 0, 1]
+    assert store.start("other", "e", worker="w", digest="d") is None
+    again = store.start(waiting, "g", worker="v", digest="d", in_batch=InBatch.SHARED)
+    assert again is not None and again.crashes == 0 and again.in_batch is InBatch.SHARED
+
+
+def test_a_suspect_is_alone_until_it_is_cleared(store: JobStore, submit: Submit) -> None:
     job_id = submit(steps=10)
-    for attempt in (1, 2):
-        started = store.start(job_id, f"e{attempt}", worker="w", digest="d")
-        assert started is not None and started.attempts == attempt
+
+    def start(worker: str, how: InBatch = InBatch.SHARED) -> Started:
+        found = store.start(job_id, f"e-{worker}", worker=worker, digest="d", in_batch=how)
+        assert found is not None
+        return found
+
+    start("a")
+    suspect = start("b")
+    assert suspect.crashes == 1 and suspect.in_batch is InBatch.NO
     batch = store.batch()
-    batch.progress(started.record, "e2", done=3, t=700)
+    batch.progress(suspect.record, "e-b", done=3, t=700)
+    batch.in_batch(job_id, "e-b", InBatch.ALONE)
+    assert batch.send() == {job_id: Fate.OK}
+    suspect = start("c")
+    assert (suspect.crashes, suspect.lone_crashes, suspect.best) == (2, 1, 3)
+    batch.in_batch(job_id, "e-b", InBatch.CLEARED)  # of a worker that has lost it
+    assert batch.send() == {job_id: Fate.LOST}
+    batch.in_batch(job_id, "e-c", InBatch.CLEARED)
     batch.send()
-    again = store.start(job_id, "e3", worker="w", digest="d")
-    assert again is not None and again.attempts == 1
-    batch.progress(started.record, "e3", done=3, t=700)  # only what had been done before
-    batch.send()
-    assert store.requeue(job_id, "e3")  # given back: not an attempt
-    last = store.start(job_id, "e4", worker="w", digest="d")
-    assert last is not None and last.attempts == 1
+    assert (start("d").crashes, start("e").lone_crashes) == (1, 0)
+
+
+def test_who_gives_a_job_back_or_lives_on_blames_nobody(store: JobStore, submit: Submit) -> None:
+    job_id = submit()
+    how = {"digest": "d", "in_batch": InBatch.SHARED}
+    store.start(job_id, "e1", worker="a", **how)
+    assert store.requeue(job_id, "e1")
+    again = store.start(job_id, "e2", worker="b", **how)
+    assert again is not None and again.crashes == 0
+    same = store.start(job_id, "e3", worker="b", **how)  # it was only thought dead
+    assert same is not None and same.crashes == 0
+    assert store.requeue(job_id, "")  # by the janitor, which knows of no reason
+    last = store.start(job_id, "e4", worker="c", **how)
+    assert last is not None and last.crashes == 1
 
 
 def test_cancel_reaches_a_running_job_between_writes(store: JobStore, submit: Submit) -> None:

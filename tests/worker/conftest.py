@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -106,6 +107,99 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     diffusion.save(random_model(T=1000), root / "tiny")
     return root
+
+
+# Forks workers of a process that has imported all they need: many can be killed in a short test.
+NURSERY = """
+import json, os, signal, sys
+import worker.commands
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+for line in sys.stdin:
+    order = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.environ.update(order["environment"])
+        log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        exec(order["fault"], {})
+        status = 0
+        try:
+            worker.commands.worker(["--verbose"])
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        os._exit(status)
+    print(pid, flush=True)
+"""
+
+
+class Child:
+    """A forked worker."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def alive(self) -> bool:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Signal it and wait for its end."""
+        deadline = time.monotonic() + 60
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signum)
+        while self.alive():
+            assert time.monotonic() < deadline, "a worker did not end"
+            time.sleep(0.01)
+
+
+class Nursery:
+    """Starts workers in a moment."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        )  # fmt: skip
+        self.children: list[Child] = []
+
+    def worker(self, service: Service, *, fault: str = "", **environment: str) -> Child:
+        """A worker that has said that it lives, or died of `fault` before it could."""
+        before = {info.name for info in service.store.workers()}
+        made = {**service.environment(**environment)}
+        order = {"environment": made, "log": str(service.log), "fault": fault}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+        child = Child(int(self._process.stdout.readline()))
+        self.children.append(child)
+        service.until(
+            lambda: not child.alive() or {info.name for info in service.store.workers()} - before
+        )
+        return child
+
+    def close(self) -> None:
+        for child in self.children:
+            child.kill()
+        self.children.clear()
+
+
+@pytest.fixture(scope="session")
+def started_nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery._process.kill()
+    nursery._process.communicate()
+
+
+@pytest.fixture
+def nursery(started_nursery: Nursery) -> Iterator[Nursery]:
+    yield started_nursery
+    started_nursery.close()
 
 
 class Service:

@@ -13,7 +13,8 @@ import pytest
 import diffusion
 from diffusion import Model
 from jobs.settings import Settings
-from jobs.store.writer import MAX_ATTEMPTS
+from jobs.store.batch import InBatch
+from jobs.store.writer import MAX_LONE_CRASHES
 from worker.flights import Ending, Flight, Intent, Outcome
 from worker.kinds.chain_state import pack
 from worker.models import ModelFolder
@@ -72,12 +73,21 @@ def test_a_job_that_ended_is_not_run_again(service: Service, runtime: Runtime) -
     assert run(runtime, "unknown", "e3") is Ending.LOST
 
 
-def test_a_job_that_makes_no_progress_is_given_up(service: Service, runtime: Runtime) -> None:
+@pytest.mark.parametrize("how", [InBatch.ALONE, InBatch.SHARED, InBatch.NO])
+def test_only_a_job_that_kills_workers_alone_is_given_up(
+    service: Service, runtime: Runtime, how: InBatch
+) -> None:
     job_id = service.admit(steps=2)
-    for attempt in range(MAX_ATTEMPTS):
-        assert service.store.start(job_id, f"e{attempt}", worker="w", digest="") is not None
-    assert run(runtime, job_id, "last") is Ending.FAILED
-    assert service.record(job_id).fault.code == "gave_up"
+    for attempt in range(2 * MAX_LONE_CRASHES):
+        named = {"worker": f"w{attempt}", "digest": "", "in_batch": how}
+        assert service.store.start(job_id, f"e{attempt}", **named) is not None
+        service.store.start("another", "e", worker=f"w{attempt}", digest="")
+    ending = run(runtime, job_id, "last")
+    if how is InBatch.ALONE:
+        assert ending is Ending.FAILED
+        assert service.record(job_id).fault.code == "gave_up"
+    else:
+        assert ending is Ending.SUCCEEDED
 
 
 def test_a_pinned_model_that_changed_is_refused(service: Service, runtime: Runtime) -> None:

@@ -14,6 +14,10 @@ from worker.engine.terms import TermTask
 from worker.network.costs import RateMeter, Shape
 from worker.network.network import EXACT_SIZES
 
+SOON = 8  # steps: a task that ends within so many makes room for which others can be called
+CALL_EVERY = 4  # turns between two looks at who comes next
+LOOK_EVERY = 16  # turns between two looks at who is in the batch no more
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -49,11 +53,17 @@ class Lane:
         self.runs: dict[str, Run] = {}
         self.rate = RateMeter()
         self.waiting_rows = 0  # network rows that could run now
+        self.ready_rows = 0  # of these, rows of tasks that are admitted to the batch
         self.weight = 0.0  # images that wait, against those of other lanes
         self._need = 1  # rows of the most demanding sample
         self._max_rows = options.max_rows
-        self._turn = 0
+        self._turn = self._call_at = 0
         self._batches: dict[tuple[bool, int], Batch] = {}
+
+    @property
+    def turn(self) -> int:
+        """How many batches were asked for."""
+        return self._turn
 
     def join(self, run: Run) -> None:
         """Take a task in."""
@@ -80,13 +90,15 @@ class Lane:
         self._batches.clear()
         costs = [sample.cost for run in self.runs.values() for sample in run.samples]
         self.waiting_rows = sum(costs)
+        self.ready_rows = sum(run.rows for run in self.runs.values() if run.admitted)
+        self._call_at = self._turn
         # The strands of a likelihood are there to fill a batch: its images count, as others do.
         self.weight = float(sum(_images(run) for run in self.runs.values()))
         self._need = max(costs, default=1)
 
     def next_batch(self) -> tuple[Batch, Shape]:
         """The samples to step next, and the shape to do it in. There must be some."""
-        rows = min(self.waiting_rows, self._max_rows)
+        rows = min(self.ready_rows, self._max_rows)
         shape = self.pool.network.costs.best(rows, self.pool.network.shapes, at_least=self._need)
         key = (is_patient(self._turn), shape.rows)
         self._turn += 1
@@ -95,12 +107,56 @@ class Lane:
             self._batches[key] = batch
         return self._batches[key], shape
 
+    # The book: tasks are stepped only after it is written that they are in the batch
+
+    def to_call(self) -> list[Run]:
+        """Tasks that come into the batch now or within a few steps, and were not yet called."""
+        if self._turn < self._call_at:
+            return []
+        self._call_at = self._turn + CALL_EVERY
+        if all(run.admitted or run.called for run in self.runs.values()):
+            return []
+        soon = [r for r in self.runs.values() if r.admitted and r.remaining <= SOON * r.rows]
+        room = self._max_rows + sum(run.rows for run in soon)
+        found: dict[Run, None] = {}
+        for order in (shortest_first, oldest_first):
+            left = room
+            for run in order(self.runs.values()):
+                if left <= 0:
+                    break
+                left -= run.rows
+                if not run.admitted and not run.called:
+                    found[run] = None
+        for run in found:
+            run.called = True
+        return list(found)
+
+    def admit(self, run: Run) -> None:
+        """The book holds a task: it may be stepped."""
+        run.admitted, run.called, run.turn = True, False, self._turn
+        self.changed()
+
+    def dismiss(self, runs: list[Run]) -> None:
+        """These tasks are not to be stepped before they are called again."""
+        for run in runs:
+            run.admitted = run.called = False
+        if runs:
+            self.changed()
+
+    def displaced(self) -> list[Run]:
+        """Tasks that others have displaced from the batch for many turns."""
+        if self._turn % LOOK_EVERY:
+            return []
+        runs = self.runs.values()
+        return [run for run in runs if run.admitted and self._turn - run.turn > LOOK_EVERY]
+
     def _choose(self, patient: bool, rows: int) -> Batch:
         order = oldest_first if patient else shortest_first
-        runs = order(self.runs.values())
+        runs = order(run for run in self.runs.values() if run.admitted)
         samples = fill((s for run in runs for s in run.samples), rows, lambda s: s.cost)
         chosen = set(samples)
-        last_first = (s for run in reversed(runs) for s in reversed(run.samples))
+        everyone = order(self.runs.values())
+        last_first = (s for run in reversed(everyone) for s in reversed(run.samples))
         if self.pool.seat(samples, (s for s in last_first if s.slot >= 0 and s not in chosen)):
             self._batches.clear()  # an older choice may have lost a slot
         return self.pool.batch(samples)

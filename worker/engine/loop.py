@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -46,6 +47,20 @@ log = logging.getLogger("ddpm.worker")
 Sink = Callable[[list[Event]], None]
 
 
+class Book(Protocol):
+    """Notes which tasks are in the batch, before they are stepped. Its methods run on the engine's
+    thread and must only hand on."""
+
+    def called(self, task_ids: list[str]) -> None:
+        """These are to be stepped soon: note it, then call `Engine.admit`."""
+
+    def left(self, task_ids: list[str]) -> None:
+        """These are not being stepped any more."""
+
+    def alone(self, task_id: str) -> None:
+        """From now on nothing but this task, submitted or yet to come, is stepped."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pending:
     """A step that is under way on the device."""
@@ -61,10 +76,13 @@ class Engine:
     """Runs tasks of any number of models on one device.
 
     sink receives the events of each step, in order, on the engine's thread: it must only hand
-    them on. `submit`, `cancel` and `keep_only` may be called from any thread.
+    them on. `submit`, `cancel` and their like may be called from any thread. book: is asked before
+    a task that was submitted with `held` is stepped.
     """
 
-    def __init__(self, sink: Sink, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self, sink: Sink, options: EngineOptions | None = None, *, book: Book | None = None
+    ) -> None:
         self.options = options or EngineOptions()
         self.failure: BaseException | None = None
         self.tick_began: float | None = None  # time.monotonic() within a tick, for a watchdog
@@ -72,6 +90,8 @@ class Engine:
         self.lanes: dict[LaneKey, Lane] = {}
         self.networks = Networks(self.options.dtype, self.options.max_rows)
         self._sink = sink
+        self._book = book
+        self._only: str | None = None  # the one task that is stepped, where others are not
         self._turns = Turns()
         self._arrivals = itertools.count()
         self._commands: deque[Callable[[], None]] = deque()
@@ -84,14 +104,23 @@ class Engine:
 
     # Any thread
 
-    def submit(self, task: Work) -> None:
+    def submit(self, task: Work, *, held: bool = False) -> None:
         """Run a task. Raises EngineStopped; a task that cannot run is answered by Failed.
 
-        The first task of a model prepares its network here, so that running ones do not wait.
+        held: step it only once it is admitted. The first task of a model prepares its network
+        here, so that running ones do not wait.
         """
         terms = isinstance(task, TermTask)
         network = self.networks.prepare(task.model, exact=task.deterministic, terms=terms)
-        self._command(lambda: self._admit(task, network))
+        self._command(lambda: self._take(task, network, admitted=not held))
+
+    def admit(self, task_ids: Collection[str]) -> None:
+        """Let tasks that were called into the batch; those that have ended are no matter."""
+        self._command(lambda: self._let_in(task_ids))
+
+    def only(self, task_id: str | None) -> None:
+        """Step nothing but this task, and tell the book when that holds; None: step all again."""
+        self._command(lambda: self._set_apart(task_id))
 
     def cancel(self, task_id: str) -> None:
         """Take a task out between two steps; answered by Canceled, or not at all if it ended."""
@@ -156,7 +185,9 @@ class Engine:
             self._settle_all_but(0)  # so that nothing a step found is lost by a cancel
             while self._commands:
                 self._commands.popleft()()
-        ready = {lane: lane.weight for lane in self.lanes.values() if lane.waiting_rows}
+        if self._book is not None:
+            self._keep(self._book)
+        ready = {lane: lane.weight for lane in self.lanes.values() if lane.ready_rows}
         if ready:
             self._step(self._turns.next(ready))
         self._settle_all_but(self._steps_behind() if ready else 0)
@@ -172,13 +203,44 @@ class Engine:
             return self.options.steps_behind
         return int(any(pending.lane.pool.device.type == "cuda" for pending in self._pending))
 
-    def _admit(self, task: Work, network: Network) -> None:
+    def _keep(self, book: Book) -> None:
+        """Say who comes into the batch soon, before the step, and who has left it."""
+        if self._only is not None:
+            return
+        for lane in self.lanes.values():
+            if called := lane.to_call():
+                book.called([run.task.id for run in called])
+            if displaced := lane.displaced():
+                lane.dismiss(displaced)
+                book.left([run.task.id for run in displaced])
+
+    def _let_in(self, task_ids: Collection[str]) -> None:
+        for lane in self.lanes.values():
+            for run in [run for run in lane.runs.values() if run.task.id in task_ids]:
+                if run.called:  # else it has been dismissed meanwhile
+                    lane.admit(run)
+
+    def _set_apart(self, task_id: str | None) -> None:
+        self._only = task_id
+        if task_id is None:
+            return
+        left = []
+        for lane in self.lanes.values():
+            others = [run for run in lane.runs.values() if run.task.id != task_id]
+            left += [run.task.id for run in others if run.admitted or run.called]
+            lane.dismiss(others)
+        if self._book is not None:
+            self._book.left(left)
+            self._book.alone(task_id)
+
+    def _take(self, task: Work, network: Network, *, admitted: bool) -> None:
         try:
             task.check()
         except TaskError as error:
             self._events.append(Failed(task.id, error))
             return
-        run = Run(task, next(self._arrivals))
+        admitted = admitted and self._only in (None, task.id)
+        run = Run(task, next(self._arrivals), admitted=admitted)
         run.checkpoint_at = time.monotonic() + self.options.checkpoint_every
         terms = isinstance(task, TermTask)
         key = lane_key(task.model, exact=task.deterministic, terms=terms)
@@ -186,6 +248,7 @@ class Engine:
             pool = TermPool(network) if terms else Pool(network, self.options.capacity)
             self.lanes[key] = Lane(pool, self.options)
         lane = self.lanes[key]
+        run.turn = lane.turn
         lane.join(run)
         self._finish_if_done(lane, run)  # a resumed task may have nothing left to do
 
@@ -211,6 +274,7 @@ class Engine:
         for step in self._bisect(lane, batch, shape):
             for sample in step.batch.samples:
                 sample.run.remaining -= sample.cost
+                sample.run.turn = lane.turn
             for i in step.due:
                 sample = step.batch.samples[i]
                 if step.rows[i] == sample.run.task.rows - 1:

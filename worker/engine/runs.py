@@ -14,9 +14,12 @@ NEVER = int(np.iinfo(np.int64).max)
 class Run:
     """A task in flight, and what of it is left to do."""
 
-    def __init__(self, task: Work, arrival: int) -> None:
+    def __init__(self, task: Work, arrival: int, *, admitted: bool = True) -> None:
         self.task = task
         self.arrival = arrival
+        self.admitted = admitted  # to the batch: else the book has to hold it first
+        self.called = False  # the book was told to
+        self.turn = 0  # of its lane, when it was last stepped
         self.urgent = task.urgent
         self.remaining = self.total = task.evaluations
         self.samples = [Sample(self, start) for start in task.starts]  # not yet ended
@@ -25,6 +28,11 @@ class Run:
         self._due_rows = sorted({row for row in task.snapshot_rows if 0 <= row < last} | {last})
         self.checkpoint_at = 0.0
         self.over = False
+
+    @property
+    def rows(self) -> int:
+        """Network rows of one step of all its chains."""
+        return sum(sample.cost for sample in self.samples)
 
     @property
     def done(self) -> int:

@@ -64,6 +64,18 @@ local function finish(id, status, now, status_data, final, final_data)
   if get(id, 'webhook') == '1' then redis.call('ZADD', P .. 'webhooks', now, id) end
 end
 
+-- What the end of a worker says of a job it had: nothing, unless the job was in the batch that was
+-- being stepped, or was just being begun. A worker that goes on itself has not died.
+local function blame(id, worker)
+  local last, how = get(id, 'last_worker'), get(id, 'in_batch')
+  redis.call('HDEL', key(id), 'in_batch')
+  if not last or last == worker then return end
+  if how == 'alone' then redis.call('HINCRBY', key(id), 'lone_crashes', 1) end
+  if how == 'alone' or how == 'shared' or redis.call('HGET', P .. 'begun', last) == id then
+    redis.call('HINCRBY', key(id), 'crashes', 1)
+  end
+end
+
 local function active(status) return status == 'queued' or status == 'running' end
 local function held(id, execution)
   return get(id, 'status') == 'running' and get(id, 'execution') == execution
@@ -73,7 +85,8 @@ local PARTS = {
   [''] = 'hash', [':outputs'] = 'hash', [':index'] = 'hash', [':state'] = 'hash',
   [':inputs'] = 'string', [':events'] = 'stream'}
 local COUNTS = {
-  work = 0, done = 0, bytes = 0, unit = 0, ttl_s = 0, events = 0, attempts = 0, maxlen = 10000}
+  work = 0, done = 0, bytes = 0, unit = 0, ttl_s = 0, events = 0, crashes = 0, lone_crashes = 0,
+  best = 0, maxlen = 10000}
 
 -- Whether there is a record; of one that was damaged or never was ours, whatever would stop the
 -- scripts is put right, so that it can be ended and cleared away like any other.

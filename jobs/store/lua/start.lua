@@ -1,19 +1,23 @@
--- ARGV: id, execution, worker, now, digest, status data, canceled data, final data, provenance.
--- Returns {what, attempts}: run, canceled, ended or missing.
+-- ARGV: id, execution, worker, now, digest, status data, canceled data, final data, provenance,
+-- how it is in the batch (a suspect is not, until it is alone). Returns {what, crashes,
+-- crashes while alone, most image-steps ever done}; what: run, canceled, ended or missing.
 local id, execution, now = ARGV[1], ARGV[2], tonumber(ARGV[4])
 local status = get(id, 'status')
-if not status then return {'missing', 0} end
-if not active(status) then return {'ended', 0} end
+if not status then return {'missing', 0, 0, 0} end
+if not active(status) then return {'ended', 0, 0, 0} end
 if get(id, 'cancel') == '1' then
   finish(id, 'canceled', now, ARGV[7], 'done', ARGV[8])
-  return {'canceled', 0}
+  return {'canceled', 0, 0, 0}
 end
-if get(id, 'execution') ~= execution then redis.call('HINCRBY', key(id), 'attempts', 1) end
-redis.call('HSET', key(id), 'execution', execution, 'worker', ARGV[3], 'run_digest', ARGV[5],
-           'provenance', ARGV[9])
+if get(id, 'execution') ~= execution then blame(id, ARGV[3]) end
+local in_batch = ARGV[10]
+if in_batch == 'shared' and number(id, 'crashes') > 0 then in_batch = '' end
+redis.call('HSET', key(id), 'execution', execution, 'worker', ARGV[3], 'last_worker', ARGV[3],
+           'in_batch', in_batch, 'run_digest', ARGV[5], 'provenance', ARGV[9])
+redis.call('HSET', P .. 'begun', ARGV[3], id)
 redis.call('HSETNX', key(id), 'started_at', ARGV[4])
 if status ~= 'running' then
   move(id, 'running')
   emit(id, 'status', ARGV[6])
 end
-return {'run', number(id, 'attempts')}
+return {'run', number(id, 'crashes'), number(id, 'lone_crashes'), number(id, 'best')}

@@ -1,5 +1,6 @@
 -- ARGV: id, execution, then operations:
---   p done t eta data | o field bytes meta event data | c index bytes | x index
+--   p done t eta data | o field bytes meta event data | c index bytes | x index |
+--   b how: the job is in the batch shared, alone or not at all (''), or shared again and cleared
 -- Returns a store.Fate: 0 not this execution's job, 1 written, 2 written, but stop the job.
 local id = ARGV[1]
 if not held(id, ARGV[2]) then return 0 end
@@ -12,7 +13,7 @@ while n <= #ARGV do
       redis.call('HINCRBY', P .. 'totals', 'image_steps', done - number(id, 'done'))
     end
     advance(id, done)
-    if done > number(id, 'best') then redis.call('HSET', key(id), 'best', done, 'attempts', 0) end
+    if done > number(id, 'best') then redis.call('HSET', key(id), 'best', done) end
     redis.call('HSET', key(id), 't', ARGV[n + 2], 'eta_s', ARGV[n + 3])
     emit(id, 'progress', ARGV[n + 4])
     n = n + 5
@@ -24,6 +25,14 @@ while n <= #ARGV do
   elseif op == 'c' then
     redis.call('HSET', key(id) .. ':state', ARGV[n + 1], ARGV[n + 2])
     n = n + 3
+  elseif op == 'b' then
+    local how = ARGV[n + 1]
+    if how == 'cleared' then
+      how = 'shared'
+      redis.call('HDEL', key(id), 'crashes', 'lone_crashes')
+    end
+    redis.call('HSET', key(id), 'in_batch', how)
+    n = n + 2
   else
     redis.call('HDEL', key(id) .. ':state', ARGV[n + 1])
     n = n + 2

@@ -1,0 +1,87 @@
+"""Workers that are killed, and jobs that kill them: who is suspected, run alone, and failed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from rq.registry import StartedJobRegistry
+from rq.serializers import JSONSerializer
+
+from jobs.states import ACTIVE
+from jobs.store import keys
+
+Service = Any  # of conftest.py; tests cannot import it
+
+# A worker that dies for good as soon as a chain of seed 666 has made so many steps.
+POISON = """
+import os, signal
+from worker.engine.pool import Pool, task_of
+step = Pool.step
+def poisoned(self, batch, shape):
+    if any(task_of(s).seed == 666 and self.row_of(s) >= 7 for s in batch.samples):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch, shape)
+Pool.step = poisoned
+"""
+
+
+def find_abandoned(service: Service) -> None:
+    """What RQ's cleaners do once the heartbeats of a dead worker have lapsed, at once."""
+    registry = StartedJobRegistry("ddpm", connection=service.redis, serializer=JSONSerializer)
+    registry.cleanup(timestamp=time.time() + 60)
+
+
+def test_a_job_that_kills_workers_fails_alone(service: Service, nursery: Any) -> None:
+    before = [service.admit(steps=150, num_images=2) for _ in range(4)]
+    poison = service.admit(steps=50, seed=666)
+    after = [service.admit(steps=150, num_images=2) for _ in range(4)]
+    deaths = 0
+    while service.record(poison).status in ACTIVE:
+        worker = nursery.worker(service, fault=POISON, DDPM_CHECKPOINT_S="0.1")
+        service.until(
+            lambda worker=worker: not worker.alive() or service.record(poison).status not in ACTIVE
+        )
+        if not worker.alive():
+            deaths += 1
+            find_abandoned(service)
+    fault = service.record(poison).fault
+    assert fault.code == "gave_up", fault
+    assert "3 workers died while they ran this job and no other" in fault.detail
+    assert deaths == 4  # once with its neighbours, and then alone
+    for job_id in before + after:
+        assert service.ended(job_id).crashes <= 1
+
+
+def test_killed_workers_cost_no_job(service: Service, nursery: Any) -> None:
+    jobs = [service.admit(steps=100, num_images=8, seed=i) for i in range(40)]
+    workers = [nursery.worker(service, DDPM_CHECKPOINT_S="0.2") for _ in range(2)]
+    kills = 0
+    while kills < 12 and any(service.record(job_id).status in ACTIVE for job_id in jobs):
+        time.sleep(0.3)
+        workers[kills % 2].kill()
+        find_abandoned(service)
+        workers[kills % 2] = nursery.worker(service, DDPM_CHECKPOINT_S="0.2")
+        kills += 1
+    assert kills >= 3, "the jobs were done too soon to show anything"
+    for job_id in jobs:
+        service.ended(job_id, seconds=120)
+
+
+def test_a_deploy_makes_no_suspects(service: Service, nursery: Any) -> None:
+    """Not even if the worker is killed before it has given its jobs back."""
+    jobs = [service.admit(steps=1000, num_images=8) for _ in range(3)]
+    worker = nursery.worker(service, DDPM_DRAIN_S="60")
+    service.until(lambda: all(service.record(job_id).done for job_id in jobs))
+    os.kill(worker.pid, signal.SIGTERM)
+    service.until(
+        lambda: not any(service.redis.hget(keys.job(job_id), "in_batch") for job_id in jobs)
+    )
+    worker.kill()
+    find_abandoned(service)
+    executions = {service.record(job_id).execution for job_id in jobs}
+    nursery.worker(service)
+    service.until(lambda: not executions & {service.record(job_id).execution for job_id in jobs})
+    assert [service.record(job_id).crashes for job_id in jobs] == [0, 0, 0]
