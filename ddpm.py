@@ -32,7 +32,9 @@ COMMANDS: dict[str, Entry] = {
     "env": Entry("app.commands:env", "api", "Print REDIS_URL of the `ddpm up` that runs here."),
     "api": Entry("app.commands:api", "api", "Run the HTTP API alone, against REDIS_URL."),
     "worker": Entry("worker.commands:worker", "worker", "Run one worker alone, on REDIS_URL."),
-    "train": Entry("training.commands:train", "train", "Train a network from a TOML file."),
+    "train": Entry(
+        "training.commands:train", "train", "Train a network on pictures, or as a TOML file says."
+    ),
     "sample": Entry("training.commands:sample", "train", "Draw images, a grid or a film."),
     "evaluate": Entry(
         "training.evaluate_command:evaluate", "train", "Measure bits/dim and image quality."

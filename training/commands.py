@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
 
 PATH = click.Path(path_type=Path)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("config", type=PATH)
+@click.argument("config", type=PATH, metavar="FOLDER|CONFIG")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-@click.option("--out", type=PATH, help="Run folder; default runs/ and the name of CONFIG.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint; CONFIG may be RUN.")
+@click.option(
+    "--out", type=PATH, help="Run folder; default runs/ and the name of FOLDER or CONFIG."
+)
+@click.option("--resume", is_flag=True, help="Go on with a run, from its last checkpoint.")
 @click.option("--init", type=PATH, help="Start from the weights of this checkpoint folder.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def train(
@@ -25,31 +31,25 @@ def train(
     init: Path | None,
     quiet: bool,
 ) -> None:
-    """Train a model as CONFIG (a TOML file) says.
+    """Train a model on a folder of pictures, or as a TOML file says.
 
-    Any key can be overridden: `ddpm train mnist.toml steps=2000 optimizer.learning_rate=1e-3`.
-    `ddpm train --resume RUN` goes on with the run in a folder. Several processes:
-    `accelerate launch --num_processes 2 -m ddpm train CONFIG`.
+    FOLDER holds pictures, in a folder a class if there are classes: size, channels and classes
+    are inferred and shown. CONFIG may be a name of ours, such as mnist. Any key can be overridden:
+    `ddpm train mnist steps=2000 optimizer.learning_rate=1e-3`. `ddpm train --resume RUN` goes on
+    with the run in a folder. Several processes: `accelerate launch --num_processes 2 -m ddpm train`
+    and the same words.
     """
     from diffusion.files import CheckpointError
-    from training.config import ConfigError, load_config
-    from training.resuming import check_resumable, stored_config
+    from training.config import ConfigError
     from training.sources import DataError
-    from training.state import StateError, find_state
+    from training.state import StateError
     from training.trainer import Trainer
 
-    going_on = resume and config.is_dir()
-    folder = out or (config if going_on else Path("runs") / config.stem)
+    folder = out or default_folder(config, resume)
     try:
         if resume and init is not None:
             raise StateError("--init starts a run and --resume goes on with one: give one of them")
-        settings = (stored_config if going_on else load_config)(config, overrides)
-        if resume:
-            check_resumable(folder, settings)
-        elif find_state(folder):
-            raise StateError(
-                f"{folder}: holds a run already; --resume goes on with it, --out starts another"
-            )
+        settings = _settings(config, overrides, folder, resume)
         for level in settings.network.deaf_levels:
             click.echo(
                 f"warning: network.groups = {settings.network.groups} makes each of the "
@@ -68,6 +68,43 @@ def train(
         sys.exit(f"ddpm train: {error}")
     if trainer.is_main:
         click.echo(f"{folder}: step {trainer.step} of {settings.steps}")
+
+
+def default_folder(config: Path, resume: bool) -> Path:
+    """Where a run is kept if nothing is said: the run itself, or runs/ and a name."""
+    if config.is_dir():
+        return config if resume else Path("runs") / config.resolve().name
+    return Path("runs") / config.stem
+
+
+def _settings(config: Path, overrides: tuple[str, ...], folder: Path, resume: bool) -> TrainConfig:
+    """What to train. Raises StateError, ConfigError, DataError."""
+    from training.config import load_config
+    from training.infer import infer_config
+    from training.resuming import check_resumable, stored_config
+    from training.state import CONFIG_FILE, StateError, find_state
+
+    if resume:
+        settings = (stored_config if config.is_dir() else load_config)(config, overrides)
+        check_resumable(folder, settings)
+        return settings
+    for run in (folder, config):
+        if find_state(run):
+            raise StateError(
+                f"{run}: holds a run already; --resume goes on with it, --out starts another"
+            )
+    if not config.is_dir():
+        return load_config(config, overrides)
+    settings, found = infer_config(config, overrides)
+    network = settings.network
+    click.echo(
+        f"{config}: {found.describe()}\n"
+        f"training at {network.image_size}×{network.image_size}, {network.in_channels} channel(s), "
+        f"{network.num_classes} classes, data.fit = {settings.data.fit}, {settings.steps} steps; "
+        f"all of it is in {folder / CONFIG_FILE}, and any key can be given, such as steps=5000",
+        err=True,
+    )
+    return settings
 
 
 def _find_model(name: str) -> Path:

@@ -5,6 +5,7 @@ It is stored beside each checkpoint, so a run can be understood and repeated fro
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from diffusion.parameterization import PREDICTIONS
 from diffusion.samplers import SamplerError, SamplingDefaults
 from diffusion.schedule import ScheduleConfig, ScheduleError
 from diffusion.unet import NetworkConfigError, UNetConfig
+
+SHIPPED = Path(__file__).parent / "configs"
 
 
 class ConfigError(ValueError):
@@ -185,17 +188,35 @@ def _build(kind: type[Any], raw: object) -> object:
         raise ValueError(str(error)) from error
 
 
+def shipped_configs() -> list[str]:
+    """Names of the configurations in the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a TOML file, apply `key.sub=value` overrides (values in TOML syntax or plain text).
 
+    path: may also be a run's train.json, or the name of a configuration that comes with us.
     Raises ConfigError: no such file, bad TOML, an unknown key, a value out of range.
     """
+    path = Path(path)
+    if not path.exists() and str(path) in shipped_configs():
+        path = SHIPPED / f"{path}.toml"
+    read = json.loads if path.suffix == ".json" else tomllib.loads
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        raw = read(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path}: no such file or folder; the names {', '.join(shipped_configs())} stand for "
+            "configurations that come with this package"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        what = "JSON" if path.suffix == ".json" else "TOML"
+        raise ConfigError(f"{path}: not valid {what}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be a table of keys and values")
     apply_overrides(raw, overrides)
     return parse_config(raw, str(path))
 

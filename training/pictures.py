@@ -37,6 +37,16 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Imag
     return to_picture(canvas)
 
 
+def class_columns(n: int, classes: int) -> int | None:
+    """Columns of a grid of n images whose labels go round: each column of one class, nearly square.
+
+    None, for as many as `grid` takes, where there are no classes or more than fit.
+    """
+    if not 1 < classes <= 20:
+        return None
+    return classes * math.ceil(math.sqrt(n) / classes)
+
+
 def save_film(frames: Sequence[Image.Image], path: Path, ms_a_frame: int = 60) -> None:
     """Write an animated .gif or .webp; the last frame stays for a second and a half."""
     durations = [ms_a_frame] * (len(frames) - 1) + [1500]

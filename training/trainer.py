@@ -22,7 +22,7 @@ from training.data import load_images
 from training.ema import EMA
 from training.keeper import Keeper
 from training.loss import FORWARD_PROCESS, Loss, attach_process, split_process
-from training.pictures import grid
+from training.pictures import class_columns, grid
 from training.runlog import Meter, RunLog
 from training.state import StateError
 from training.stop import Stop
@@ -291,7 +291,7 @@ class Trainer:
             class_label=labels,
             dtype=self.dtype,
         )
-        picture = grid(images, columns=classes if 1 < classes <= 20 else None)
+        picture = grid(images, columns=class_columns(len(images), classes))
         path = self.folder / "samples" / f"step-{self.step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
