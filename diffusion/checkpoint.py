@@ -6,7 +6,10 @@ folder (`model_index.json`) loads as well: see `diffusion.diffusers.folder`.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +24,7 @@ from diffusion.files import (
     write_weights,
 )
 from diffusion.model import Model, ModelConfig, build_network
+from diffusion.samplers import SamplerError
 from diffusion.size import check_memory
 
 CONFIG_NAME = "config.json"
@@ -43,7 +47,7 @@ def load(
     raw = read_json(files[0])
     with naming(files[0]):
         config = ModelConfig.from_dict(raw)
-        check_memory(config.network, files[1], memory)
+        check_memory(config.network, files[1:], memory)
     weights = read_weights(files[1])
     with naming(files[1]):
         network = build_network(config, weights, device)
@@ -58,9 +62,16 @@ def save(model: Model, folder: str | Path) -> None:
     write_json(model.config.to_dict(), folder / CONFIG_NAME)
 
 
-def convert(source: str | Path, target: str | Path, to: str = "ours") -> None:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str = "ours",
+    *,
+    sampling: Mapping[str, object] | None = None,
+) -> None:
     """Rewrite a checkpoint folder in our form or in diffusers' (`to`: ours or diffusers).
 
+    sampling: fields of `SamplingDefaults` to change, as where diffusers lacks what the model says.
     Raises CheckpointError, also if `target` already holds anything.
     """
     if to not in FORMS:
@@ -69,5 +80,20 @@ def convert(source: str | Path, target: str | Path, to: str = "ours") -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: already exists; give a new or an empty folder")
     model = load(source)
+    if sampling:
+        model = Model(_resampled(model.config, sampling), model.network)
     write = save if to == "ours" else export_diffusers
     write(model, target)
+
+
+def _resampled(config: ModelConfig, sampling: Mapping[str, Any]) -> ModelConfig:
+    """The config with other sampling defaults."""
+    known = [field.name for field in dataclasses.fields(config.sampling)]
+    for name in sampling:
+        if name not in known:
+            raise CheckpointError(f"sampling: {name}: must be one of {', '.join(known)}")
+    try:
+        changed = dataclasses.replace(config.sampling, **sampling)
+    except SamplerError as error:
+        raise CheckpointError(f"sampling: {error}") from error
+    return dataclasses.replace(config, sampling=changed)

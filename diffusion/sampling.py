@@ -14,6 +14,7 @@ from diffusion.model import Estimate, Model
 from diffusion.noise import Purpose, check_seed, image_normals, normals
 from diffusion.samplers import (
     COLUMNS,
+    LANDINGS,
     SAMPLERS,
     DeviceTable,
     SamplerError,
@@ -90,6 +91,8 @@ def build_table(
     if sampler == "ddpm":
         table = ancestral(schedule, timesteps, variance=variance, clip=clip)
     elif sampler == "ddim":
+        if landing not in LANDINGS:
+            raise SamplerError(f"landing = {landing!r}: must be one of {', '.join(LANDINGS)}")
         stride = (schedule.T if start is None else start + 1) // steps
         table = ddim(
             schedule,
@@ -194,6 +197,8 @@ def sample(
     eta: float = 0.0,
     variance: str | None = None,
     clip: bool | None = None,
+    rederive_eps: bool | None = None,
+    landing: str | None = None,
     corrector_steps: int | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
@@ -202,11 +207,11 @@ def sample(
 ) -> Tensor:
     """Images [num_images, C, H, W] in [−1, 1], float32.
 
-    sampler, spacing, variance, clip: by default as the model's config says. class_label: one
-    label for all, or one an image. Image i depends on (seed, i) and not on `batch_size`. dtype:
-    of the network (default: bfloat16 where a probe finds it faster, else float32). compile:
-    through torch.compile (about a minute at first). on_step(first image of the batch, rows done,
-    Step) is called after every evaluation.
+    sampler, spacing, variance, clip, rederive_eps, landing: by default as the model's config says
+    (`SamplingDefaults`). class_label: one label for all, or one an image. Image i depends on
+    (seed, i) and not on `batch_size`. dtype: of the network (default: bfloat16 where a probe finds
+    it faster, else float32). compile: through torch.compile (about a minute at first).
+    on_step(first image of the batch, rows done, Step) is called after every evaluation.
     Raises SamplerError or ValueError naming the bad argument, NotFiniteError.
     """
     for field, value in (("num_images", num_images), ("batch_size", batch_size)):
@@ -215,6 +220,7 @@ def sample(
     if guidance != 1.0 and class_label is None:
         raise SamplerError(f"guidance = {guidance}: needs a class_label to guide towards")
     asked = {"sampler": sampler, "spacing": spacing, "variance": variance, "clip": clip}
+    asked |= {"rederive_eps": rederive_eps, "landing": landing}
     given = {name: value for name, value in asked.items() if value is not None}
     defaults = dataclasses.asdict(model.config.sampling) | given
     table = build_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion.files import CheckpointError
@@ -24,11 +25,11 @@ def feature_bytes(config: UNetConfig) -> int:
     return _FLOAT * (kept + _MAPS_AT_WORK * largest)
 
 
-def check_memory(config: UNetConfig, weights: Path, memory: int | None) -> None:
+def check_memory(config: UNetConfig, weights: Sequence[Path], memory: int | None) -> None:
     """Raise CheckpointError if the model needs more than `memory` bytes (None: no limit)."""
-    if memory is None or not weights.is_file():
+    if memory is None or not all(path.is_file() for path in weights):
         return
-    parts = (_COPIES * weights.stat().st_size, feature_bytes(config))
+    parts = (_COPIES * sum(path.stat().st_size for path in weights), feature_bytes(config))
     if sum(parts) > memory:
         stored, features, free = (f"{size / _GIB:,.1f} GiB" for size in (*parts, memory))
         raise CheckpointError(

@@ -163,13 +163,27 @@ def sample(**options: object) -> None:
 @click.argument("source", type=PATH)
 @click.argument("target", type=PATH)
 @click.option("--to", type=click.Choice(["ours", "diffusers"]), default="ours", show_default=True)
-def convert(source: Path, target: Path, to: str) -> None:
-    """Convert a checkpoint folder: SOURCE in our format or diffusers', TARGET in the one named."""
+@click.option("--sampling", multiple=True, metavar="FIELD=VALUE", help="Sample otherwise; repeat.")
+def convert(source: Path, target: Path, to: str, sampling: tuple[str, ...]) -> None:
+    """Convert a checkpoint folder: SOURCE in our format or diffusers', TARGET in the one named.
+
+    A pipeline of diffusers draws the same images as the model does by default. Where it cannot,
+    the field is named; --sampling changes it: --sampling sampler=ddpm --sampling clip=false.
+    """
     from diffusion import checkpoint
     from diffusion.files import CheckpointError
 
     try:
-        checkpoint.convert(source, target, to)
+        changes = dict(_field_and_value(text) for text in sampling)
+        checkpoint.convert(source, target, to, sampling=changes)
     except (CheckpointError, OSError) as error:
         sys.exit(f"ddpm convert: {error}")
     click.echo(str(target))
+
+
+def _field_and_value(text: str) -> tuple[str, str | bool]:
+    """name=value; true and false are truth values."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!r}: must be FIELD=VALUE", param_hint="--sampling")
+    return name, {"true": True, "false": False}.get(value, value)

@@ -1,4 +1,4 @@
-"""Configs of diffusers' `UNet2DModel`, `DDPMScheduler` and `DDIMScheduler`, read and written.
+"""The config of diffusers' `UNet2DModel`, read and written.
 
 Every field is honoured or refused by name; a field left out has diffusers' own default. Names that
 start with an underscore are metadata.
@@ -6,21 +6,13 @@ start with an underscore are metadata.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from typing import Any
 
-import numpy as np
-
-from diffusion.diffusers.fields import Fields, is_integer, is_list, is_number
+from diffusion.diffusers.fields import Fields, is_integer, is_list
 from diffusion.files import CheckpointError
-from diffusion.model import ModelConfig
-from diffusion.samplers import SamplingDefaults
-from diffusion.schedule import MAX_T, ScheduleConfig, ScheduleError
 from diffusion.unet import NetworkConfigError, UNetConfig
 
 NETWORK_CLASS = "UNet2DModel"
-SCHEDULER_CLASSES = ("DDPMScheduler", "DDIMScheduler")
 # Names the version whose conventions are written, for diffusers' own migrations.
 VERSION = {"_diffusers_version": "0.38.0"}
 
@@ -37,25 +29,18 @@ _NETWORK_FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "upsample_type": ("conv",),
 }
-_SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
-    "predict_epsilon": (True,),  # before prediction_type
-    "rescale_betas_zero_snr": (False,),
-    "steps_offset": (0,),
-    "tensor_format": ("pt", "np"),  # once chose the array library
-    "thresholding": (False,),
-    "timestep_values": (None,),
-}
 _DOWN = {False: "DownBlock2D", True: "AttnDownBlock2D"}
 _UP = {False: "UpBlock2D", True: "AttnUpBlock2D"}
-_PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
-_SPACINGS = {"linspace": "uniform", "leading": "leading", "trailing": "trailing"}
-_VARIANCES = {
-    "fixed_small": "small",
-    "fixed_small_log": "small",  # the same numbers by way of a logarithm
-    "fixed_large": "large",
-    "learned_range": "learned",
-}
-_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+# What diffusers' EMAModel adds to the config of a network whose weights it averaged.
+_OF_AVERAGING = (
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
 _THEIR_FIELDS = {
     "image_size": "sample_size",
     "channels": "block_out_channels",
@@ -70,6 +55,7 @@ def read_network(raw: dict[str, Any], where: str, *, null_class: bool = False) -
     if raw.get("_class_name") != NETWORK_CLASS:
         raise Fields(raw, where).refuse("_class_name", raw.get("_class_name"), NETWORK_CLASS)
     fields = Fields(raw, where)
+    fields.ignore(_OF_AVERAGING)
     fields.fixed(_NETWORK_FIXED)
     channels = fields.take(
         "block_out_channels",
@@ -173,112 +159,3 @@ def write_network(network: UNetConfig) -> dict[str, Any]:
         "dropout": network.dropout,
         "num_class_embeds": labels or None,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Process:
-    """What a scheduler config says: forward process, parameterisation, way of sampling."""
-
-    schedule: ScheduleConfig
-    prediction: str
-    sampling: SamplingDefaults
-
-
-def read_scheduler(raw: dict[str, Any], where: str) -> Process:
-    """Our form of a scheduler config."""
-    fields = Fields(raw, where)
-    kind = raw.get("_class_name")
-    if kind not in SCHEDULER_CLASSES:
-        raise fields.refuse("_class_name", kind, " or ".join(SCHEDULER_CLASSES))
-    fields.fixed(_SCHEDULER_FIXED)
-    for name, default in (("dynamic_thresholding_ratio", 0.995), ("sample_max_value", 1.0)):
-        fields.number(name, default)  # act with thresholding only
-    clip = fields.flag("clip_sample", True)
-    bound = fields.number("clip_sample_range", 1.0)
-    if clip and bound != 1:
-        raise fields.refuse("clip_sample_range", bound, "1.0: images lie in [−1, 1]")
-    variance = SamplingDefaults.variance
-    if kind == "DDIMScheduler":
-        fields.fixed({"set_alpha_to_one": (True,)})
-    else:
-        variance = _VARIANCES[fields.choice("variance_type", tuple(_VARIANCES), "fixed_small")]
-    sampling = SamplingDefaults(
-        sampler="ddim" if kind == "DDIMScheduler" else "ddpm",
-        variance=variance,
-        clip=clip,
-        spacing=_SPACINGS[fields.choice("timestep_spacing", tuple(_SPACINGS), "leading")],
-    )
-    prediction = _PREDICTIONS[fields.choice("prediction_type", tuple(_PREDICTIONS), "epsilon")]
-    schedule = _read_schedule(fields)
-    fields.done()
-    return Process(schedule, prediction, sampling)
-
-
-def _read_schedule(fields: Fields) -> ScheduleConfig:
-    T = int(fields.integer("num_train_timesteps", 1000, most=MAX_T))
-    kind = fields.choice("beta_schedule", _BETA_SCHEDULES, "linear")
-    start, end = (
-        fields.take(name, default, lambda v: is_number(v) and 0 < v < 1, "between 0 and 1")
-        for name, default in (("beta_start", 1e-4), ("beta_end", 0.02))
-    )
-    betas = fields.take(
-        "trained_betas",
-        None,
-        lambda v: v is None or (is_list(v, is_number) and len(v) == T),
-        f"null or a list of num_train_timesteps = {T} numbers",
-    )
-    try:
-        config = _schedule_config(T, kind, start, end) if betas is None else _listed(betas)
-        config.build()
-    except ScheduleError as error:
-        raise CheckpointError(f"{fields.where}: {error}") from error
-    return config
-
-
-def _listed(betas: Any) -> ScheduleConfig:
-    return ScheduleConfig.from_betas(betas)
-
-
-def _schedule_config(T: int, kind: str, start: float, end: float) -> ScheduleConfig:
-    if kind == "linear":
-        return ScheduleConfig("linear", T, start, end)
-    if kind == "squaredcos_cap_v2":
-        return ScheduleConfig("cosine", T)
-    if kind == "scaled_linear":
-        return _listed(np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2)
-    return _listed(start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T))))  # sigmoid
-
-
-def write_scheduler(config: ModelConfig) -> dict[str, Any]:
-    """The scheduler config that says most of what a model's config says.
-
-    Raises CheckpointError for a parameterisation that diffusers does not know.
-    """
-    predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
-    if config.prediction not in predictions:
-        allowed = ", ".join(predictions)
-        raise CheckpointError(
-            f"prediction = {config.prediction!r}: a diffusers scheduler knows only {allowed}"
-        )
-    sampling, schedule = config.sampling, config.schedule
-    learned = config.network.learned_variance
-    # Only DDPMScheduler can split off the half of the output that holds a learned variance.
-    is_ddim = sampling.sampler == "ddim" and not learned
-    out: dict[str, Any] = {
-        "_class_name": "DDIMScheduler" if is_ddim else "DDPMScheduler",
-        **VERSION,
-        "num_train_timesteps": schedule.T,
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "beta_schedule": "squaredcos_cap_v2" if schedule.kind == "cosine" else "linear",
-        "trained_betas": None if schedule.betas is None else list(schedule.betas),
-        "prediction_type": predictions[config.prediction],
-        "clip_sample": sampling.clip,
-        "clip_sample_range": 1.0,
-        "timestep_spacing": "linspace" if sampling.spacing == "quadratic" else sampling.spacing,
-    }
-    if sampling.spacing == "uniform":
-        out["timestep_spacing"] = "linspace"
-    if is_ddim:
-        return {**out, "set_alpha_to_one": True}
-    return {**out, "variance_type": "learned_range" if learned else f"fixed_{sampling.variance}"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from diffusion.files import CheckpointError
@@ -54,6 +54,11 @@ class Fields:
         """Fields that must have one of the given values, the first by default."""
         for name, allowed in fields.items():
             self.choice(name, allowed, allowed[0])
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Fields that change nothing of what is read."""
+        for name in names:
+            self.left.pop(name, None)
 
     def done(self) -> None:
         """Raise CheckpointError if a field is left over."""

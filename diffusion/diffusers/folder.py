@@ -1,7 +1,7 @@
 """Checkpoint folders of diffusers, both ways: an unconditional or class-labelled image pipeline.
 
     model_index.json   scheduler/scheduler_config.json
-    unet/config.json   unet/diffusion_pytorch_model.safetensors
+    unet/config.json   unet/diffusion_pytorch_model.safetensors (or in parts: `stored`)
 
 Also read: the flat layout of the oldest public checkpoints (all files in one folder), and a lone
 `UNet2DModel` folder, which then has the default scheduler: the paper's schedule, ε-prediction.
@@ -17,24 +17,22 @@ from typing import Any
 
 import torch
 
-from diffusion.diffusers.config import (
-    NETWORK_CLASS,
+from diffusion.diffusers.config import NETWORK_CLASS, VERSION, read_network, write_network
+from diffusion.diffusers.fields import Fields, is_integer, is_list
+from diffusion.diffusers.scheduler import (
+    DDIM,
     SCHEDULER_CLASSES,
-    VERSION,
     Process,
-    read_network,
     read_scheduler,
-    write_network,
     write_scheduler,
 )
-from diffusion.diffusers.fields import Fields, is_integer, is_list
+from diffusion.diffusers.stored import WEIGHTS_NAME, find_weights, read_stored
 from diffusion.diffusers.weights import from_theirs, to_theirs
 from diffusion.files import (
     CheckpointError,
     digest_of,
     naming,
     read_json,
-    read_weights,
     write_json,
     write_weights,
 )
@@ -47,7 +45,6 @@ from diffusion.unet import UNet, UNetConfig
 INDEX_NAME = "model_index.json"
 CONFIG_NAME = "config.json"  # of the network
 SCHEDULER_NAME = "scheduler_config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 EXTRAS_NAME = "ddpm.json"
 EXTRAS_FORMAT = 1
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -55,7 +52,7 @@ PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 
 def is_diffusers_folder(folder: Path) -> bool:
     """Whether diffusers wrote this folder, or would read it."""
-    if (folder / INDEX_NAME).is_file():
+    if (folder / INDEX_NAME).is_file() or _networks(folder):
         return True
     try:
         return "_class_name" in read_json(folder / CONFIG_NAME)
@@ -73,12 +70,16 @@ def load_diffusers(
     """
     folder = Path(folder)
     paths = [folder / INDEX_NAME] if (folder / INDEX_NAME).is_file() else []
-    if paths:
-        _check_index(read_json(paths[0]), str(paths[0]))
+    kind = _read_index(read_json(paths[0]), str(paths[0])) if paths else None
+    if not paths and (networks := _networks(folder)) and not (folder / "scheduler").is_dir():
+        raise CheckpointError(
+            f"{folder}: no {INDEX_NAME}, so this is no whole pipeline; give a network of it: "
+            + " or ".join(map(str, networks))
+        )
     network_path = _part(folder, "unet") / CONFIG_NAME
     scheduler_path = _part(folder, "scheduler") / SCHEDULER_NAME
     extras_path = folder / EXTRAS_NAME
-    weights_path = find_weights(network_path.parent)
+    weights_paths = find_weights(network_path.parent)
 
     raw_extras = read_json(extras_path) if extras_path.is_file() else {"format": EXTRAS_FORMAT}
     extras = Extras.read(raw_extras, str(extras_path))
@@ -87,18 +88,18 @@ def load_diffusers(
         raw_scheduler = read_json(scheduler_path)
     else:  # a lone network
         raw_scheduler = {"_class_name": "DDPMScheduler"}
-    process = read_scheduler(raw_scheduler, str(scheduler_path))
+    process = read_scheduler(raw_scheduler, str(scheduler_path), kind)
     _check_variance(network, process, str(scheduler_path))
     with naming(folder):
         config = extras.complete(network, process)
-        check_memory(network, weights_path, memory)
+        check_memory(network, weights_paths, memory)
 
     with torch.device("meta"):
         names = list(UNet(network).state_dict())
-    weights = read_weights(weights_path)
-    with naming(weights_path):
+    weights = read_stored(weights_paths)
+    with naming(weights_paths[0]):
         built = build_network(config, from_theirs(weights, names), device)
-    paths += [network_path, scheduler_path, extras_path, weights_path]
+    paths += [network_path, scheduler_path, extras_path, *weights_paths]
     return Model(config, built, digest_of(path for path in paths if path.is_file()))
 
 
@@ -125,20 +126,10 @@ def export_diffusers(model: Model, folder: str | Path) -> None:
     write_json(index, folder / INDEX_NAME)
 
 
-def find_weights(folder: Path) -> Path:
-    """The safetensors file of a network folder; CheckpointError says what is there instead."""
-    path = folder / WEIGHTS_NAME
-    if path.is_file():
-        return path
-    for found in sorted(folder.glob("*")):
-        if found.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-            raise CheckpointError(
-                f"{found}: a pickle, which can run code when it is read, is never opened; "
-                f"have diffusers write {WEIGHTS_NAME} (save_pretrained does by default)"
-            )
-        if found.suffix == ".safetensors" or found.name.endswith(".safetensors.index.json"):
-            raise CheckpointError(f"{found}: must be one file named {WEIGHTS_NAME}")
-    raise CheckpointError(f"{path}: no such file")
+def _networks(folder: Path) -> list[Path]:
+    """Folders of networks within a pipeline, or in what a training script of diffusers saves."""
+    paths = (folder / name for name in ("unet_ema", "unet"))
+    return [path for path in paths if (path / CONFIG_NAME).is_file()]
 
 
 def _part(folder: Path, name: str) -> Path:
@@ -146,13 +137,17 @@ def _part(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _check_index(raw: dict[str, Any], where: str) -> None:
+def _read_index(raw: dict[str, Any], where: str) -> str:
+    """The class of the scheduler that a pipeline samples with."""
     fields = Fields(raw, where)
-    if raw.get("_class_name") not in PIPELINES:
-        raise fields.refuse("_class_name", raw.get("_class_name"), " or ".join(PIPELINES))
+    pipeline = raw.get("_class_name")
+    if pipeline not in PIPELINES:
+        raise fields.refuse("_class_name", pipeline, " or ".join(PIPELINES))
     fields.choice("unet", (["diffusers", NETWORK_CLASS],), None)
-    fields.choice("scheduler", tuple(["diffusers", name] for name in SCHEDULER_CLASSES), None)
+    allowed = tuple(["diffusers", name] for name in SCHEDULER_CLASSES)
+    scheduler = fields.choice("scheduler", allowed, None)
     fields.done()
+    return DDIM if pipeline == "DDIMPipeline" else str(scheduler[1])  # it converts any other
 
 
 def _check_variance(network: UNetConfig, process: Process, where: str) -> None:

@@ -65,7 +65,11 @@ def from_theirs(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str
 
     Raises CheckpointError for a tensor that is missing or not expected.
     """
-    left = {_modern(name): tensor for name, tensor in weights.items()}
+    left: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if _modern(name) in left:
+            raise CheckpointError(f"weights: {name} is there twice, with a prefix and without")
+        left[_modern(name)] = tensor
     out: dict[str, Tensor] = {}
     for name in names:
         theirs = their_names(name)
@@ -79,6 +83,8 @@ def from_theirs(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str
 
 
 def _modern(name: str) -> str:
+    # A model wrapped by torch.compile or for several processes when it was saved.
+    name = name.replace("_orig_mod.", "").removeprefix("module.")
     for old, new in _OLD_NAMES.items():
         name = name.replace(old, new)
     return name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +18,9 @@ import torch
 import diffusion
 from diffusion import CheckpointError, Model, UNetConfig
 from diffusion.checkpoint import convert
-from diffusion.diffusers.config import read_network, read_scheduler
+from diffusion.diffusers.config import read_network
 from diffusion.diffusers.folder import export_diffusers, load_diffusers
+from diffusion.diffusers.scheduler import read_scheduler
 from diffusion.samplers import SamplingDefaults
 from tests.diffusion.networks import TINY, build_model
 
@@ -154,7 +156,7 @@ def test_absent_fields_have_their_defaults(diffusers: ModuleType) -> None:
         ("num_train_timesteps", 0, "an integer 1..10000"),
         ("prediction_type", "flow_prediction", "'epsilon' or 'sample' or 'v_prediction'"),
         ("predict_epsilon", False, "True"),
-        ("rescale_betas_zero_snr", True, "False"),
+        ("rescale_betas_zero_snr", "yes", "true or false"),
         ("sample_max_value", None, "a number"),
         ("steps_offset", 1, "0"),
         ("thresholding", True, "False"),
@@ -173,9 +175,27 @@ def test_scheduler_fields_are_refused_by_name(
     refused(folder, rf"{SCHEDULER}: {field} = {value!r}: must be .*{allowed}".replace("[", r"\["))
 
 
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_noise_on_the_finished_image_is_refused(folder: Path, variance: str) -> None:
+    put(folder, SCHEDULER, timestep_spacing="trailing", variance_type=variance)
+    refused(
+        folder,
+        f"timestep_spacing = 'trailing': must be leading or linspace with "
+        f"variance_type = '{variance}': .* adds noise to the finished image",
+    )
+
+
+def test_ddim_has_no_sigmoid_schedule(folder: Path) -> None:
+    edit(folder, SCHEDULER, lambda raw: raw.pop("variance_type"))
+    put(folder, SCHEDULER, _class_name="DDIMScheduler", beta_schedule="sigmoid")
+    put(folder, "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    refused(folder, "beta_schedule = 'sigmoid': must be 'linear' or")
+
+
 def test_ddim_must_end_at_the_image(folder: Path) -> None:
     edit(folder, SCHEDULER, lambda raw: raw.pop("variance_type"))
     put(folder, SCHEDULER, _class_name="DDIMScheduler", set_alpha_to_one=False)
+    put(folder, "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     refused(folder, "set_alpha_to_one = False: must be True")
     put(folder, SCHEDULER, set_alpha_to_one=True)
     assert diffusion.load(folder).config.sampling.sampler == "ddim"
@@ -186,9 +206,14 @@ def test_betas_out_of_range_are_refused(folder: Path) -> None:
     refused(folder, rf"{SCHEDULER}: betas\[99\] = 1.2: must lie between 0 and 1")
 
 
-def test_a_schedule_that_leaves_no_signal_needs_another_prediction(folder: Path) -> None:
-    put(folder, SCHEDULER, trained_betas=[0.1] * 99 + [1.0])
-    refused(folder, "prediction_type and betas: prediction = 'epsilon'")
+@pytest.mark.parametrize(
+    "fields", [{"trained_betas": [0.1] * 99 + [1.0]}, {"rescale_betas_zero_snr": True}], ids=str
+)
+def test_a_schedule_that_leaves_no_signal_needs_another_prediction(
+    folder: Path, fields: dict[str, Any]
+) -> None:
+    put(folder, SCHEDULER, **fields)
+    refused(folder, "prediction_type and betas: prediction = 'epsilon': no x̂_0 follows")
     put(folder, SCHEDULER, prediction_type="v_prediction")
     assert diffusion.load(folder).schedule.alphas_cumprod[-1] == 0
 
@@ -255,10 +280,14 @@ def test_prediction_types(folder: Path, theirs: str, ours: str) -> None:
 
 
 def test_a_learned_variance_needs_a_scheduler_that_reads_it(tmp_path: Path) -> None:
-    model = build_model(
-        UNetConfig(**{**vars(TINY), "learned_variance": True}),
-        sampling=SamplingDefaults("ddim", variance="small"),
-    )
+    network = UNetConfig(**{**vars(TINY), "learned_variance": True})
+    for sampling, field in (
+        (SamplingDefaults("ddim", rederive_eps=False, landing="stride"), "sampler = 'ddim'"),
+        (SamplingDefaults("ddpm", "small"), "variance = 'small'"),
+    ):
+        with pytest.raises(CheckpointError, match=f"sampling: {field}: .*learned"):
+            export_diffusers(build_model(network, sampling=sampling), tmp_path)
+    model = build_model(network, sampling=SamplingDefaults("ddpm", "learned"))
     export_diffusers(model, tmp_path)
     scheduler = json.loads((tmp_path / SCHEDULER).read_text())
     assert scheduler["_class_name"] == "DDPMScheduler"  # DDIMScheduler cannot read one
@@ -299,16 +328,103 @@ def test_pickles_are_never_opened(folder: Path, name: str) -> None:
     refused(folder, rf"{name}: a pickle, which can run code when it is read, is never opened")
 
 
+def test_a_lone_variant_is_read_and_several_are_not(
+    diffusers: ModuleType, folder: Path, model: Model
+) -> None:
+    theirs = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    (folder / WEIGHTS).unlink()
+    theirs.half().save_pretrained(folder / "unet", variant="fp16")
+    back = diffusion.load(folder)
+    assert back.network.conv_in.weight.dtype == torch.float32
+    wanted = model.network.conv_in.weight.half().float()
+    assert torch.equal(back.network.conv_in.weight, wanted)
+    theirs.save_pretrained(folder / "unet", variant="ema")
+    refused(folder, "no diffusion_pytorch_model.safetensors, and several variants of it: ema, fp16")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_are_read_and_a_single_file_beside_them_is_not(
+    diffusers: ModuleType, folder: Path, model: Model, variant: str | None
+) -> None:
+    """An index counts first, as in diffusers: the single file may be from an older save."""
+    theirs = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    (folder / WEIGHTS).unlink()
+    theirs.save_pretrained(folder / "unet", max_shard_size="20KB", variant=variant)
+    shards = sorted((folder / "unet").glob("*-of-*.safetensors"))
+    assert len(shards) > 2
+    if variant is None:
+        (folder / WEIGHTS).write_bytes(b"an older one")
+    back = diffusion.load(folder)
+    assert same_weights(back, model)
+    digest = back.digest
+    shards[1].write_bytes(shards[0].read_bytes())
+    refused(folder, r"index(\.fp16)?\.json: weights do not fit the network: .* is missing")
+    shards[1].unlink()
+    refused(
+        folder, f"{shards[1].name}: no such file, but diffusion_pytorch_model.safetensors.index"
+    )
+    for path in (folder / "unet").glob("*.index*.json"):
+        path.unlink()
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    refused(folder, r"-of-\d+\.safetensors: a part of weights, but there is no diffusion_")
+    assert digest == back.digest
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "diffusion_pytorch_model.fp16.safetensors",
-        "diffusion_pytorch_model.safetensors.index.json",
-    ],
+    "weight_map", [None, {}, [], {"a": "../other.safetensors"}, {"a": "b.bin"}]
 )
-def test_variants_and_shards_are_refused(folder: Path, name: str) -> None:
-    (folder / WEIGHTS).rename(folder / "unet" / name)
-    refused(folder, rf"{name}: must be one file named diffusion_pytorch_model.safetensors")
+def test_a_bad_index_of_shards_is_refused(folder: Path, weight_map: object) -> None:
+    path = folder / (WEIGHTS + ".index.json")
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, "index.json: weight_map: ")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_of_wrapped_networks_are_known(folder: Path, model: Model, prefix: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / WEIGHTS)
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, folder / WEIGHTS)
+    assert same_weights(diffusion.load(folder), model)
+    save_file({**weights, prefix + "conv_in.bias": torch.zeros(8)}, folder / WEIGHTS)
+    refused(folder, "conv_in.bias is there twice, with a prefix and without")
+
+
+def test_an_averaged_network_of_a_training_is_read(diffusers: ModuleType, tmp_path: Path) -> None:
+    """As examples of diffusers save it: unet_ema with the fields of EMAModel, unet beside it."""
+    from diffusers.training_utils import EMAModel
+
+    export_diffusers(build_model(TINY), tmp_path / "pipeline")
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "pipeline" / "unet")
+    averaged = EMAModel(
+        theirs.parameters(), model_cls=diffusers.UNet2DModel, model_config=theirs.config
+    )
+    averaged.save_pretrained(tmp_path / "checkpoint" / "unet_ema")
+    raw = json.loads((tmp_path / "checkpoint" / "unet_ema" / "config.json").read_text())
+    assert {"decay", "inv_gamma", "min_decay", "optimization_step", "power"} < raw.keys()
+    assert {"update_after_step", "use_ema_warmup"} < raw.keys()
+    theirs.save_pretrained(tmp_path / "checkpoint" / "unet")
+    found = diffusion.load(tmp_path / "checkpoint" / "unet_ema")
+    assert torch.equal(found.network.conv_in.weight, theirs.conv_in.weight)
+    refused(tmp_path / "checkpoint", "no model_index.json, .*give a network of it: .*unet_ema or ")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / WEIGHTS)
+    weights["down_blocks.0.resnets.0.conv1.weight"][0, 0, 1, 1] = value
+    save_file(weights, folder / WEIGHTS)
+    refused(
+        folder,
+        r"safetensors: weights: down.0.res.0.conv1.weight: 1 of its 576 numbers are NaN",
+    )
+
+
+def same_weights(first: Model, second: Model) -> bool:
+    mine, other = first.network.state_dict(), second.network.state_dict()
+    return all(torch.equal(mine[name], other[name]) for name in other)
 
 
 @pytest.mark.parametrize("name", [UNET, SCHEDULER, WEIGHTS])
@@ -351,13 +467,15 @@ def test_extras_come_back(tmp_path: Path) -> None:
     model = build_model(
         class_names=("null", "eins", "zwei"),
         crop=(6, 8),
-        sampling=SamplingDefaults("dpmpp_2m", spacing="quadratic"),
+        sampling=SamplingDefaults("ddim", "small", spacing="leading", clip=False),
     )
     export_diffusers(model, tmp_path)
     assert diffusion.load(tmp_path).config == model.config
+    # What changes nothing of a chain of ddim that neither clips nor lands elsewhere.
     assert json.loads((tmp_path / "ddpm.json").read_text())["sampling"] == {
-        "sampler": "dpmpp_2m",
-        "spacing": "quadratic",
+        "variance": "small",
+        "rederive_eps": True,
+        "landing": "next",
     }
     (tmp_path / "ddpm.json").unlink()
     config = diffusion.load(tmp_path).config
@@ -365,7 +483,7 @@ def test_extras_come_back(tmp_path: Path) -> None:
     assert config.network.null_label is None
     assert config.class_names == ()
     assert config.crop is None
-    assert config.sampling == SamplingDefaults(spacing="uniform")
+    assert config.sampling == SamplingDefaults("ddim", "large", False, "leading", False, "stride")
 
 
 @pytest.mark.parametrize(
@@ -402,5 +520,13 @@ def test_conversion_never_overwrites(model: Model, folder: Path, tmp_path: Path)
         convert(folder, tmp_path / "new", "onnx")
     (tmp_path / "empty").mkdir()
     convert(folder, tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="sampling: speed: must be one of sampler, variance"):
+        convert(folder, tmp_path / "new", sampling={"speed": 3})
+    with pytest.raises(CheckpointError, match="sampling: spacing = 'log': must be one of uniform"):
+        convert(folder, tmp_path / "new", sampling={"spacing": "log"})
+    convert(
+        folder, tmp_path / "new", "diffusers", sampling={"spacing": "trailing", "variance": "small"}
+    )
+    assert diffusion.load(tmp_path / "new").config.sampling.spacing == "trailing"
     x, t = torch.randn(1, 1, 8, 8), torch.tensor([5])
     assert torch.equal(diffusion.load(tmp_path / "empty").eps(x, t), model.eps(x, t))

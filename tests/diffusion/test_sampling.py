@@ -143,6 +143,7 @@ def test_a_prepared_copy_gives_the_same_output(model: Model) -> None:
         ({"steps": 101}, r"steps = 101: must be 1\.\.100"),
         ({"sampler": "euler"}, "sampler = 'euler': must be one of ddpm, ddim, dpmpp_2m"),
         ({"spacing": "log"}, "spacing = 'log'"),
+        ({"sampler": "ddim", "landing": "far"}, "landing = 'far': must be one of next, stride"),
         ({"sampler": "ddim", "eta": 2.0}, "eta = 2.0"),
         ({"variance": "learned"}, "variance = 'learned': this model has no learned variance"),
         ({"seed": -1}, "seed = -1"),
