@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import json
+import zlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from app.problems import Problem, field_problem
 # Values in a JSON text, which bounds what parsing and its errors cost: no field takes more than
 # 10,000, and a picture is one.
 _MOST_VALUES = 12_000
+_PIECE = 2**18  # bytes that are decompressed at a time
 _UNKNOWN_PART = "unknown part: there are `image` files and `request` (for /reconstruct also `x_t`)"
 
 
@@ -68,6 +71,35 @@ async def read_body(
     raise Problem("unsupported_media_type", f"Content-Type {media or '(none)'}: must be {kinds}")
 
 
+async def _decoded(request: Request) -> AsyncGenerator[bytes, None]:
+    """The body's chunks without their Content-Encoding. Raises Problem 415 or 422."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding in ("identity", ""):
+        async for chunk in request.stream():
+            yield chunk
+        return
+    if coding not in ("gzip", "x-gzip"):
+        detail = f"Content-Encoding {coding}: must be gzip or identity"
+        raise Problem("unsupported_media_type", detail, headers={"Accept-Encoding": "gzip"})
+    gunzip = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    async for chunk in request.stream():
+        try:
+            while chunk and not gunzip.eof:
+                # In pieces: a kilobyte may hold a megabyte, and the limit counts what comes out.
+                yield gunzip.decompress(chunk, _PIECE)
+                chunk = gunzip.unconsumed_tail
+                await asyncio.sleep(0)
+        except zlib.error as error:
+            raise Problem("invalid_request", f"the body is no gzip: {error}") from error
+        if chunk or gunzip.unused_data:
+            raise Problem("invalid_request", "the body goes on after its gzip ended")
+    while not gunzip.eof:  # what came out of it may still be inside
+        piece = gunzip.decompress(b"", _PIECE)
+        if not piece:
+            raise Problem("invalid_request", "the body's gzip is cut short")
+        yield piece
+
+
 def _parsable(text: bytes) -> bytes:
     """A JSON text with few enough values. Raises Problem 422."""
     found = sum(map(text.count, (b",", b"[", b"{")))
@@ -83,7 +115,7 @@ async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     if size > limit:
         raise Problem("too_large", f"{size} bytes: must be at most {limit}")
     size = 0
-    async for chunk in request.stream():
+    async for chunk in _decoded(request):
         size += len(chunk)
         if size > limit:
             raise Problem("too_large", f"more than {limit} bytes")

@@ -126,8 +126,8 @@ INTERPOLATE = _about_pictures("InterpolateBody", INTERPOLATE_EXAMPLES)
 LIKELIHOOD = _about_pictures("LikelihoodBody", LIKELIHOOD_EXAMPLES)
 
 CREATE_ERRORS = (
-    "unauthorized", "expired", "too_large", "unsupported_media_type", "invalid_request",
-    "idempotency_conflict", "quota_exceeded", "queue_full", "storage_full", "no_models",
+    "unauthorized", "timeout", "expired", "too_large", "unsupported_media_type", "invalid_request",
+    "idempotency_conflict", "quota_exceeded", "busy", "queue_full", "storage_full", "no_models",
     "store_unavailable", "job_failed", "job_canceled",
 )  # fmt: skip
 

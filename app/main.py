@@ -17,6 +17,7 @@ from pydantic.json_schema import models_json_schema
 
 from app import problems
 from app.middleware import Edge
+from app.receiving import Uploads
 from app.routes import create, jobs, models, outputs, reconstruct, system
 from app.services import Services
 from app.views import JobView
@@ -46,6 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,
         static_url="/static/docs",
     )
     app.state.services = services
@@ -54,6 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(module.router)
     app.add_api_route("/", page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.add_middleware(Uploads, settings=services.settings)
     app.add_middleware(Edge, keyring=services.keyring, metrics=services.metrics)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
     return app

@@ -8,6 +8,7 @@ import secrets
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.auth import Keyring
@@ -60,6 +61,8 @@ class Edge:
             return
         try:
             await self._app(scope, receive, send_marked)
+        except ClientDisconnect:  # in the middle of its body: nobody is left to answer
+            log.info("request %s: %s %s: the client left", request_id, method, scope["path"])
         except Exception:
             log.exception("request %s: %s %s", request_id, method, scope["path"])
             if started:

@@ -42,7 +42,8 @@ def prefer_wait(values: list[str]) -> int | None:
             name, _, seconds = preference.partition(";")[0].partition("=")
             digits = seconds.strip().strip('"')
             if name.strip().lower() == "wait" and digits.isdecimal():
-                return min(int(digits), MOST_WAIT_S)
+                # Not int() of whatever came: it refuses numbers of thousands of digits.
+                return min(int(digits), MOST_WAIT_S) if len(digits) < 10 else MOST_WAIT_S
     return None
 
 

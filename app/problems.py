@@ -35,10 +35,12 @@ _MOST_LOOKED_AT = 1000
 
 # code → status: every code the service answers with.
 CODES: dict[str, int] = {
+    "bad_request": 400,
     "unauthorized": 401,
     "not_found": 404,
     "not_ready": 404,
     "method_not_allowed": 405,
+    "timeout": 408,
     "job_canceled": 409,
     "expired": 410,
     "too_large": 413,
@@ -46,8 +48,10 @@ CODES: dict[str, int] = {
     "invalid_request": 422,
     "idempotency_conflict": 422,
     "quota_exceeded": 429,
+    "headers_too_large": 431,
     "internal": 500,
     "job_failed": 500,
+    "busy": 503,
     "no_models": 503,
     "queue_full": 503,
     "storage_full": 503,

@@ -5,28 +5,36 @@ from __future__ import annotations
 import socket
 import sys
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from app.main import create_app
+from app.protocol import protocol
 from jobs.settings import Settings
 
 _GRACE_S = 5  # for requests that are being answered when the server is told to stop
+
+
+def configured(app: FastAPI, **options: Any) -> uvicorn.Config:
+    """uvicorn's configuration for an application of ours. options: more of uvicorn's."""
+    return uvicorn.Config(
+        app,
+        http=protocol(app.state.services.settings),
+        ws="none",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        **{"timeout_graceful_shutdown": _GRACE_S, **options},
+    )
 
 
 class Server(uvicorn.Server):
     """Ends event streams as soon as it is told to stop: clients come back with Last-Event-ID."""
 
     def __init__(self, app: FastAPI, *, log_level: str) -> None:
-        config = uvicorn.Config(
-            app,
-            log_level=log_level,
-            access_log=False,
-            lifespan="on",
-            timeout_graceful_shutdown=_GRACE_S,
-        )
-        super().__init__(config)
+        super().__init__(configured(app, log_level=log_level))
         self._app = app
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

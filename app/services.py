@@ -25,6 +25,7 @@ from jobs.store.admission import Admission, Admitted
 from jobs.store.hub import BLOCK_MS, EventHub
 from jobs.store.janitor import Janitor
 from jobs.store.reader import JobReader, JobState, connect
+from jobs.store.records import known_form
 from jobs.store.writer import JobStore
 from jobs.webhooks import WebhookQueue
 
@@ -109,14 +110,14 @@ class Services:
 
     async def job(self, job_id: str) -> JobState:
         """The job, or JobNotFound."""
-        state = await self.reader.job(job_id)
+        state = await self.reader.job(known_form(job_id))
         if state is None:
             raise JobNotFound(f"no job {job_id}")
         return state
 
     async def cancel(self, job_id: str) -> None:
         """Ask a job to stop; JobNotFound. A job that has ended is left as it is."""
-        if await self.pools.store.run(self._cancel, job_id) == "missing":
+        if await self.pools.store.run(self._cancel, known_form(job_id)) == "missing":
             raise JobNotFound(f"no job {job_id}")
 
     def _cancel(self, job_id: str) -> str:
@@ -128,7 +129,7 @@ class Services:
 
     async def purge(self, job_id: str) -> None:
         """Delete a job and all that belongs to it; JobNotFound."""
-        if not await self.pools.store.run(self._purge, job_id):
+        if not await self.pools.store.run(self._purge, known_form(job_id)):
             raise JobNotFound(f"no job {job_id}")
 
     def _purge(self, job_id: str) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from app.problems import from_error, internal
 from app.services import Services
 from app.tasks import reap
 from app.views import dump, job_view
@@ -22,6 +24,7 @@ from jobs.store.hub import ENDS, START, Entry, order
 from jobs.store.reader import JobState
 from jobs.store.records import JobRecord
 
+log = logging.getLogger(__name__)
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _RETRY = b"retry: 1000\n\n"
@@ -77,14 +80,25 @@ class EventStream(Response):
         if left and self._on_disconnect is not None:
             await self._on_disconnect()
         if not left:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        if pump.done() and not pump.cancelled() and (error := pump.exception()):
-            raise error
+            error = None if pump.cancelled() else pump.exception()
+            last = b"" if error is None else _fault_frame(error, scope)
+            await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _pump(self, send: Send) -> None:
         async with aclosing(self._source) as chunks:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+
+def _fault_frame(error: BaseException, scope: Scope) -> bytes:
+    """The last event of a stream that cannot go on; without one a client would ask for ever."""
+    request_id = scope.get("request_id", "")
+    problem = from_error(error) if isinstance(error, Exception) else None
+    if problem is None:
+        log.error("request %s: an event stream", request_id, exc_info=error)
+        problem = internal()
+    told = ErrorEvent(code=problem.code, detail=f"{problem.detail} (request {request_id})")
+    return frame("error", dump_event(told))
 
 
 async def disconnected(receive: Receive) -> None:

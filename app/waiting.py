@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 from fastapi import Request
 
+from app.receiving import release
 from app.services import Services
 from app.streams import disconnected
 from app.tasks import reap
@@ -26,6 +27,7 @@ async def until_ended(
     cancel_on_disconnect: bool = False,
 ) -> JobState:
     """The job as it is when it ends, when the time is over, or when nobody listens any more."""
+    release(request.scope)
     job_id = state.record.id
     if seconds <= 0 or state.record.status not in ACTIVE:
         return state

@@ -45,6 +45,12 @@ class Settings(BaseSettings):
         default=1_000_000, ge=1, description="images × evaluations a job"
     )
     max_upload_bytes: int = Field(default=16 * MIB, ge=1, description="bytes of a request body")
+    max_upload_memory: int = Field(
+        default=256 * MIB, ge=1, description="bytes of all request bodies that are being read"
+    )
+    body_timeout_s: float = Field(
+        default=60.0, gt=0, description="seconds that a request's body may take"
+    )
     max_upload_pixels: int = Field(
         default=4096 * 4096, ge=1, description="pixels of an uploaded picture"
     )

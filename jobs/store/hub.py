@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 START = "0-0"
 ENDS = frozenset({"done", "error"})
 BLOCK_MS = 5000
+_ID = re.compile(r"([0-9]{1,20})(?:-([0-9]{1,20}))?")
+_MOST = 2**64 - 1  # Redis' own limit of either number
 _GATHER_S = 0.01  # lets a tick's events arrive together
 _PAGE = 500
 _MOST_PENDING = 1000
@@ -41,8 +44,11 @@ class Entry(NamedTuple):
 
 def order(entry_id: str) -> tuple[int, int]:
     """What stream ids sort by. Raises ValueError for text that is no id."""
-    ms, _, n = entry_id.partition("-")
-    return int(ms), int(n or 0)
+    found = _ID.fullmatch(entry_id)
+    ms, n = (int(found[1]), int(found[2] or 0)) if found else (_MOST + 1, 0)
+    if max(ms, n) > _MOST:
+        raise ValueError(f"{entry_id[:60]!r} is no id of a stream entry")
+    return ms, n
 
 
 class _Follower:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jobs.errors import JobNotFound
 from jobs.kinds.common import CommonSpec
 from jobs.kinds.stored import Unread, read
 from jobs.states import Status
@@ -39,6 +40,16 @@ def new_id() -> str:
         if now != _last[0]:
             _last = (now, itertools.count())
         return f"{now:012x}{next(_last[1]):04x}{secrets.token_hex(6)}"
+
+
+def known_form(job_id: str) -> str:
+    """The id, if it has the form of one. Raises JobNotFound: there never was such a job.
+
+    Everything that a client calls an id passes here, before a key of Redis is made of it.
+    """
+    if not ID.fullmatch(job_id):
+        raise JobNotFound(f"no job {job_id[:60]!r}: an id has 28 hexadecimal digits")
+    return job_id
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from app.main import create_app
+from app.server import configured
 from jobs.cards import ModelCard
 from jobs.settings import Settings
 from jobs.store.writer import JobStore, Started
@@ -48,12 +49,8 @@ def serving(
     """
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        app or create_app(settings),
-        log_level="warning",
-        timeout_graceful_shutdown=2,
-        lifespan="on",
-        **options,
+    config = configured(
+        app or create_app(settings), log_level="warning", timeout_graceful_shutdown=2, **options
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -1,0 +1,129 @@
+"""HTTP/1.1 by uvicorn, with limits on what a client may make us hold: bytes of a head, and time.
+
+Application code sees none of this: a request that is too slow or too long never gets to it, or
+ends as if its client had gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from app.problems import Problem, response
+from jobs.settings import Settings
+
+MOST_HEAD = 64 * 1024  # bytes of a request line and its headers
+HEAD_S = 10.0
+_LATER_S = 5.0  # after the application's own deadline for a body, whose answer is better
+_LINGER_S = 2.0  # for a client that still sends, to read the answer it got
+
+
+class _HeadTooLong(Exception):
+    """Stops the parser."""
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection. body_s: how long a body may take."""
+
+    body_s: ClassVar[float] = 60.0
+    _timer: asyncio.TimerHandle | None = None
+    _in_head: bool
+    _head_bytes: int
+    _too_long: bool
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._begin_head()
+        self._expect(HEAD_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect(None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        # A header of any length is one event of the parser, which comes only when it has all of it.
+        if self._in_head and self._head_bytes > MOST_HEAD and not self.transport.is_closing():
+            self._too_long = True
+            self.send_400_response("")
+
+    # What the parser found
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect(HEAD_S)
+
+    def on_headers_complete(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MOST_HEAD:
+            self._too_long = True
+            raise _HeadTooLong
+        self._in_head = False
+        self._expect(self.body_s + _LATER_S)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._expect(None)
+        self._begin_head()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            return
+        if not self._in_head:  # the rest of the body is nobody's: it is thrown away as it comes
+            self._expect(_LINGER_S)
+        elif self._timer is None:
+            self._expect(self.timeout_keep_alive + HEAD_S)
+
+    # What follows
+
+    def _begin_head(self) -> None:
+        self._in_head, self._head_bytes, self._too_long = True, 0, False
+
+    def _expect(self, seconds: float | None) -> None:
+        """Close the connection after so long; None: let it be."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if seconds is not None:
+            self._timer = self.loop.call_later(seconds, self._late, seconds)
+
+    def _late(self, seconds: float) -> None:
+        self._timer = None
+        if self.pipeline:  # it may not even send: the request before is being answered
+            self._expect(seconds)
+        elif self._in_head and self._head_bytes:
+            self._refuse(Problem("timeout", f"the head of a request may take {HEAD_S:g} s"))
+        else:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """The answer to what is no HTTP, or too much of it."""
+        if self._too_long:
+            detail = f"request line and headers: must be at most {MOST_HEAD} bytes"
+            self._refuse(Problem("headers_too_large", detail))
+        else:
+            self._refuse(Problem("bad_request", msg))
+
+    def _refuse(self, problem: Problem) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if not answering:  # else it would land in the middle of another answer
+            reply = response(problem, secrets.token_hex(8))
+            lines = [STATUS_LINE[reply.status_code], b"connection: close\r\n"]
+            lines += [b"%s: %s\r\n" % header for header in reply.raw_headers]
+            self.transport.write(b"".join([*lines, b"\r\n", bytes(reply.body)]))
+        self.transport.close()
+
+
+def protocol(settings: Settings) -> type[asyncio.Protocol]:
+    """The class for these settings, as uvicorn wants it."""
+    members: dict[str, Any] = {"body_s": settings.body_timeout_s}
+    return type("LimitedProtocol", (LimitedProtocol,), members)
