@@ -5,64 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from app.views import EXAMPLE_ID
+from jobs.kinds.common import JobSpec
 from jobs.store.events import EVENTS
 
 _REF = "#/components/schemas/"
-
-GENERATE_EXAMPLES: dict[str, Any] = {
-    "seven": {"summary": "One digit", "value": {"class_label": 7}},
-    "chain": {
-        "summary": "Four images in 50 DDIM steps, with the chain's x̂_0 every tenth step",
-        "value": {
-            "num_images": 4,
-            "seed": 1,
-            "sampler": "ddim",
-            "steps": 50,
-            "snapshots": {"every": 10, "kinds": ["x_start"]},
-        },
-    },
-    "guided": {
-        "summary": "Guidance away from the unconditional",
-        "value": {"class_label": 3, "guidance": 2.5, "deterministic": True},
-    },
-}
-_PICTURE = "iVBORw0KGgo…"
-NOISE_EXAMPLE = {"t": [1, 250, 500, 1000], "seed": 0, "images": [_PICTURE], "fit": "pad"}
-RECONSTRUCT_EXAMPLES: dict[str, Any] = {
-    "image": {
-        "summary": "Four samples of p(x_0|x_t) from one picture, noised to t",
-        "value": {"images": [_PICTURE], "t": 400, "num_images": 4, "seed": 1},
-    },
-    "branch": {
-        "summary": "Go on from a snapshot of an earlier job, with other noise",
-        "value": {"source": {"job": EXAMPLE_ID, "t": 505, "index": 0}, "num_images": 4, "seed": 2},
-    },
-    "x_t": {
-        "summary": "From an array of your own, as base64 .npy",
-        "value": {"x_t": "k05VTVBZAQB2AHsn…", "t": 250, "sampler": "ddim", "steps": 50},
-    },
-}
-INTERPOLATE_EXAMPLES: dict[str, Any] = {
-    "five": {
-        "summary": "From one picture to another in five images",
-        "value": {
-            "images": [_PICTURE, _PICTURE],
-            "t": 500,
-            "lambdas": [0.0, 0.25, 0.5, 0.75, 1.0],
-            "seed": 3,
-        },
-    }
-}
-LIKELIHOOD_EXAMPLES: dict[str, Any] = {
-    "estimate": {
-        "summary": "An unbiased estimate from 50 evaluations an image",
-        "value": {"images": [_PICTURE], "mode": "monte_carlo", "samples": 50, "seed": 0},
-    },
-    "full": {
-        "summary": "All terms of the bound, and three of them told one by one",
-        "value": {"images": [_PICTURE], "mode": "full", "terms": [1, 100, 1000], "seed": 0},
-    },
-}
 
 _HEADERS = [
     {
@@ -81,49 +27,29 @@ _HEADERS = [
     },
 ]
 
-GENERATE: dict[str, Any] = {
-    "parameters": _HEADERS,
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"$ref": _REF + "GenerateSpec"},
-                "examples": GENERATE_EXAMPLES,
-            }
-        },
-    },
-}
-
 _FILE = {"type": "string", "format": "binary"}
 
 
-def _about_pictures(body: str, examples: dict[str, Any], **parts: Any) -> dict[str, Any]:
-    """A route that takes pictures as JSON or multipart. parts: what else a form may have."""
-    pictures = {"type": "array", "items": _FILE, "description": "PNG, JPEG or WebP files"}
-    form = {"image": pictures, **parts, "request": {"$ref": _REF + body}}
-    return {
-        "parameters": _HEADERS,
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": {"$ref": _REF + body}, "examples": examples},
-                "multipart/form-data": {
-                    "schema": {"type": "object", "properties": form},
-                    "encoding": {"request": {"contentType": "application/json"}},
-                },
-            },
-        },
-    }
+def create_request(
+    kind: type[JobSpec], body: type[JobSpec], examples: dict[str, Any]
+) -> dict[str, Any]:
+    """What a kind's route takes: JSON, and where it takes files, multipart too."""
+    schema = {"$ref": _REF + body.__name__}
+    content: dict[str, Any] = {"application/json": {"schema": schema, "examples": examples}}
+    if kind.takes:
+        form: dict[str, Any] = {}
+        if "pictures" in kind.takes:
+            about = "PNG, JPEG or WebP files"
+            form["image"] = {"type": "array", "items": _FILE, "description": about}
+        if "x_t" in kind.takes:
+            about = "the state to start from: .npy, float [C,H,W]"
+            form["x_t"] = {**_FILE, "description": about}
+        content["multipart/form-data"] = {
+            "schema": {"type": "object", "properties": {**form, "request": schema}},
+            "encoding": {"request": {"contentType": "application/json"}},
+        }
+    return {"parameters": _HEADERS, "requestBody": {"required": True, "content": content}}
 
-
-NOISE = _about_pictures("NoiseBody", {"four": {"summary": "x_t at four t", "value": NOISE_EXAMPLE}})
-RECONSTRUCT = _about_pictures(
-    "ReconstructBody",
-    RECONSTRUCT_EXAMPLES,
-    x_t={**_FILE, "description": "the state to start from: .npy, float [C,H,W]"},
-)
-INTERPOLATE = _about_pictures("InterpolateBody", INTERPOLATE_EXAMPLES)
-LIKELIHOOD = _about_pictures("LikelihoodBody", LIKELIHOOD_EXAMPLES)
 
 CREATE_ERRORS = (
     "unauthorized", "timeout", "expired", "too_large", "unsupported_media_type", "invalid_request",

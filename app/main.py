@@ -18,10 +18,10 @@ from pydantic.json_schema import models_json_schema
 from app import problems
 from app.middleware import Edge
 from app.receiving import Uploads
-from app.routes import create, jobs, models, outputs, reconstruct, system
+from app.routes import create, jobs, models, outputs, system
 from app.services import Services
 from app.views import JobView
-from jobs.kinds.generate import GenerateSpec
+from jobs.kinds.table import result_models
 from jobs.settings import Settings
 from jobs.store.events import EVENTS
 from jobs.version import VERSION
@@ -52,7 +52,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.services = services
     problems.install(app)
-    for module in (create, reconstruct, jobs, outputs, models, system):
+    app.include_router(create.router())
+    for module in (jobs, outputs, models, system):
         app.include_router(module.router)
     app.add_api_route("/", page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
@@ -75,11 +76,8 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
         named: list[type[BaseModel]] = [
-            GenerateSpec,
-            create.NoiseBody,
-            reconstruct.ReconstructBody,
-            create.InterpolateBody,
-            create.LikelihoodBody,
+            *create.body_models(),
+            *result_models(),
             JobView,
             problems.ProblemBody,
             *EVENTS.values(),

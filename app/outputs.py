@@ -11,11 +11,9 @@ from app.services import Services
 from app.views import manifest
 from jobs import pictures
 from jobs.errors import OutputExpired
-from jobs.kinds.chain import ChainSpec
-from jobs.kinds.noise import NoiseSpec
+from jobs.outputs import image_name, snapshot_name
 from jobs.pictures import Float32, UInt8, from_bytes, to_uint8
 from jobs.states import ACTIVE
-from jobs.store import keys
 from jobs.store.reader import JobState
 from jobs.store.records import JobRecord
 
@@ -61,31 +59,16 @@ def encode_image(record: JobRecord, index: int, x: Float32, *, suffix: str, px: 
 
 def encode_grid(record: JobRecord, planes: Sequence[Float32], *, suffix: str, px: int = 0) -> bytes:
     """All pictures of a job in one; a noise job's has a row an image, t from left to right."""
-    columns = len(record.spec.t) if isinstance(record.spec, NoiseSpec) else 0
-    pixels = pictures.grid([to_uint8(x) for x in planes], columns=columns)
+    pixels = pictures.grid([to_uint8(x) for x in planes], columns=record.spec.grid_columns)
     if suffix == "webp":
         return pictures.encode_webp(pixels)
     return pictures.encode_png(pixels, manifest(record), px=px)
 
 
-def grid_fields(record: JobRecord) -> list[str]:
-    """What a job's grid is made of: its images, or each image's x_t by rising t."""
-    match record.spec:
-        case ChainSpec():
-            return [keys.image_field(i) for i in range(record.images)]
-        case NoiseSpec(t=ts, kinds=kinds):
-            kind = "x_t" if "x_t" in kinds else kinds[0]
-            return [
-                keys.snapshot_field(t, kind, i) for i in range(record.images) for t in sorted(ts)
-            ]
-        case _:  # numbers, no pictures
-            return []
-
-
 async def picture(services: Services, state: JobState, suffix: str) -> Response:
     """The answer to a POST that takes a picture: the image, or the grid of several."""
     record = state.record
-    planes = await fetch(services, record, grid_fields(record))
+    planes = await fetch(services, record, record.spec.grid(record.images))
     pool = services.pools.encoding
     if len(planes) == 1:
         content = await pool.run(encode_image, record, 0, planes[0], suffix=suffix)
@@ -104,15 +87,15 @@ def film_frames(state: JobState, kind: str, index: int | None) -> list[list[str]
         if snapshot_kind == kind and index in (None, i):
             by_t.setdefault(t, []).append(i)
     most = max((len(indices) for indices in by_t.values()), default=0)
-    forward = isinstance(state.record.spec, NoiseSpec)
+    rises = state.record.spec.film_rises
     frames = [
-        [keys.snapshot_field(t, kind, i) for i in sorted(indices)]
-        for t, indices in sorted(by_t.items(), reverse=not forward)
+        [snapshot_name(t, kind, i) for i in sorted(indices)]
+        for t, indices in sorted(by_t.items(), reverse=not rises)
         if len(indices) == most
     ]
     last = [i for i in state.images if index in (None, i)]
     if frames and kind != "eps" and len(last) == most:
-        frames.append([keys.image_field(i) for i in last])
+        frames.append([image_name(i) for i in last])
     return frames
 
 

@@ -15,9 +15,8 @@ from app.problems import from_error, internal
 from app.services import Services
 from app.tasks import reap
 from app.views import dump, job_view
-from jobs.kinds.chain import ChainSpec
+from jobs.outputs import image_name, snapshot_name
 from jobs.states import ACTIVE
-from jobs.store import keys
 from jobs.store.events import ErrorEvent, last_event
 from jobs.store.events import dump as dump_event
 from jobs.store.hub import ENDS, START, Entry, order
@@ -181,7 +180,7 @@ async def _closing_frame(services: Services, job_id: str) -> bytes | None:
 async def _frames(
     services: Services, record: JobRecord, entries: list[Entry], inline: bool
 ) -> list[bytes]:
-    px = _preview_px(record)
+    px = record.spec.preview_px
     wanted = [_plane_field(e) if inline or (px and e.name == "snapshot") else None for e in entries]
     pictures = await services.previews.of(record, [f for f in wanted if f is not None], px)
     frames = []
@@ -193,17 +192,10 @@ async def _frames(
     return frames
 
 
-def _preview_px(record: JobRecord) -> int:
-    spec = record.spec
-    if isinstance(spec, ChainSpec) and spec.snapshots is not None:
-        return spec.snapshots.preview_px or 0
-    return 0
-
-
 def _plane_field(entry: Entry) -> str | None:
     if entry.name not in ("image", "snapshot"):
         return None
     data = json.loads(entry.data)
     if entry.name == "image":
-        return keys.image_field(data["index"])
-    return keys.snapshot_field(data["t"], data["kind"], data["index"])
+        return image_name(data["index"])
+    return snapshot_name(data["t"], data["kind"], data["index"])

@@ -7,9 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.kinds.chain import ChainSpec
-from jobs.kinds.likelihood import LikelihoodSpec
-from jobs.results import LikelihoodResult
+from jobs.kinds.table import result_models
 from jobs.states import Status
 from jobs.store.events import JobFault, image_url, snapshot_url
 from jobs.store.reader import JobState
@@ -107,12 +105,21 @@ class JobView(BaseModel):
     expires_at: str | None = Field(None, description="when the outputs are deleted")
     images: list[ImageView] | None = Field(None, description="not in listings")
     snapshots: list[SnapshotView] | None = Field(None, description="not in listings")
-    result: LikelihoodResult | None = Field(None, description="of a likelihood job")
+    result: dict[str, Any] | None = Field(
+        None,
+        description="of a kind that gives numbers",
+        json_schema_extra=lambda schema: schema.update(anyOf=_results()),
+    )
     error: JobFault | None = None
     manifest: dict[str, Any] | None = Field(
         None, description="post it again, to the same route, for the same images"
     )
     urls: Urls
+
+
+def _results() -> Any:
+    models = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in result_models()]
+    return [*models, {"type": "null"}]
 
 
 class JobList(BaseModel):
@@ -198,7 +205,7 @@ def job_view(state: JobState, *, full: bool = True) -> JobView:
         expires_at=timestamp(record.expires_at),
         images=_images(state) if full else None,
         snapshots=_snapshots(state) if full else None,
-        result=_result(record) if full else None,
+        result=record.result if full else None,
         error=record.fault,
         manifest=manifest(record) if full and record.run_digest else None,
         urls=urls(record),
@@ -208,8 +215,8 @@ def job_view(state: JobState, *, full: bool = True) -> JobView:
 def urls(record: JobRecord) -> Urls:
     """The links of a job."""
     root = f"/jobs/{record.id}"
-    images = isinstance(record.spec, ChainSpec)
-    pictures = not isinstance(record.spec, LikelihoodSpec)
+    images = "images" in record.spec.gives
+    pictures = bool(record.spec.grid(record.images))
     return Urls(
         self=root,
         events=f"{root}/events",
@@ -228,10 +235,6 @@ def _progress(record: JobRecord) -> ProgressView | None:
     if not record.work or record.started_at is None:
         return None
     return ProgressView(step=record.done, total=record.work, t=record.t)
-
-
-def _result(record: JobRecord) -> LikelihoodResult | None:
-    return None if record.result is None else LikelihoodResult.model_validate(record.result)
 
 
 def _images(state: JobState) -> list[ImageView]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,7 +10,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 Float64 = NDArray[np.float64]
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+
+
+class SamplerTraits(BaseModel):
+    """What a sampler can be told. options: which of eta and variance. corrector_only: it is made
+    of Langevin steps, `corrector_steps` a level, and of nothing else."""
+
+    model_config = ConfigDict(frozen=True)
+
+    options: tuple[str, ...] = ()
+    corrector_only: bool = False
 
 
 class Sampling(BaseModel):
@@ -17,9 +27,24 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    sampler: str = "ddpm"
-    variance: str = "small"
-    spacing: str = "uniform"
+    sampler: str
+    variance: str
+    spacing: str
+
+
+# What release 0.1 understands of a card: it refuses any other field, so these alone stand where
+# it looks, and the rest beside them. Its own cards name their samplers without traits.
+_FIELDS_0_1 = frozenset(
+    {"name", "digest", "queue", "shape", "betas", "class_names", "null_label", "prediction"}
+    | {"learned_variance", "samplers", "sampling", "parameters", "schedule_kind", "description"}
+)
+_TRAITS_0_1 = {
+    "ddpm": SamplerTraits(options=("variance",)),
+    "ddim": SamplerTraits(options=("eta",)),
+    "dpmpp_2m": SamplerTraits(),
+    "langevin": SamplerTraits(corrector_only=True),
+}
+_SPACINGS_0_1 = ("uniform", "quadratic", "leading", "trailing")
 
 
 class ModelCard(BaseModel):
@@ -44,7 +69,9 @@ class ModelCard(BaseModel):
                 "null_label": 2,
                 "prediction": "epsilon",
                 "learned_variance": False,
-                "samplers": list(SAMPLERS),
+                "samplers": {"ddpm": {"options": ["variance"]}, "ddim": {"options": ["eta"]}},
+                "spacings": ["uniform", "quadratic"],
+                "sampling": {"sampler": "ddpm", "variance": "small", "spacing": "uniform"},
                 "parameters": 1623169,
             }
         },
@@ -59,16 +86,14 @@ class ModelCard(BaseModel):
     null_label: int | None = None
     prediction: str = "epsilon"
     learned_variance: bool = False
-    samplers: tuple[str, ...] = SAMPLERS
-    sampling: Sampling = Sampling()
+    samplers: dict[str, SamplerTraits] = Field(
+        default=_TRAITS_0_1, description="what each can be told"
+    )
+    spacings: tuple[str, ...] = _SPACINGS_0_1
+    sampling: Sampling = Sampling(sampler="ddpm", variance="large", spacing="uniform")
     parameters: int | None = None
     schedule_kind: str = "betas"
     description: str = ""
-
-    def stored(self) -> str:
-        """The JSON for the store. What is None goes unsaid: older versions know no field that is
-        newer than they are, so such a field is None unless it matters."""
-        return self.model_dump_json(exclude_none=True)
 
     @property
     def T(self) -> int:
@@ -81,10 +106,35 @@ class ModelCard(BaseModel):
         return len(self.class_names)
 
     @property
+    def corrects(self) -> bool:
+        """Whether Langevin steps can follow the steps of any sampler."""
+        return any(sampler.corrector_only for sampler in self.samplers.values())
+
+    @property
     def plane_bytes(self) -> int:
         """Bytes of one image, x_t, x̂_0 or ε as float32."""
         c, h, w = self.shape
         return 4 * c * h * w
+
+
+def to_store(card: ModelCard) -> tuple[str, str]:
+    """JSON of what release 0.1 understands of a card, and of the rest, tied to it by the digest."""
+    raw = card.model_dump(mode="json")
+    old = {name: value for name, value in raw.items() if name in _FIELDS_0_1}
+    new = {name: value for name, value in raw.items() if name not in _FIELDS_0_1}
+    names = [name for name in raw["samplers"] if name in _TRAITS_0_1]
+    more = {"digest": card.digest, "samplers": raw["samplers"], **new}
+    return json.dumps({**old, "samplers": names}), json.dumps(more)
+
+
+def from_store(old: bytes, more: bytes | None) -> ModelCard:
+    """Inverse of `to_store`; `more` of another digest is an earlier model's."""
+    raw = json.loads(old)
+    raw["samplers"] = {name: _TRAITS_0_1[name] for name in raw["samplers"] if name in _TRAITS_0_1}
+    beside = json.loads(more) if more else {}
+    if beside.get("digest") == raw["digest"]:
+        raw |= beside
+    return ModelCard.model_validate(raw)
 
 
 def alpha_bars(card: ModelCard) -> Float64:

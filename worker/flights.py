@@ -1,16 +1,24 @@
-"""A job in flight: its record, what it needs of its task, and how it is to end."""
+"""A job in flight: what it asks of the engine, what it writes, and how it is to end.
+
+Each kind of job has a flight of its own (`worker.kinds`); what they share is here.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
+from typing import Any, ClassVar, Generic, TypeVar
 
-from diffusion.samplers import SamplerTable
-from jobs.kinds.chain import ChainSpec
-from jobs.kinds.noise import NoiseSpec
-from jobs.store.records import JobRecord
-from worker.kinds.likelihoods import Numbers
+import numpy as np
+from torch import Tensor
+
+from jobs.kinds.common import JobSpec
+from jobs.pictures import Float32
+from jobs.store.batch import WriteBatch
+from jobs.store.writer import Started
+from worker.engine.tasks import Event, Snapshot, Work
 from worker.models import Served
 
 
@@ -47,43 +55,89 @@ class Outcome:
     error: BaseException | None = None
 
 
-@dataclass(eq=False)
-class Flight:
-    """One execution of one job, from the store's start to its end."""
+SpecT = TypeVar("SpecT", bound=JobSpec)
 
-    record: JobRecord
-    execution: str
-    served: Served
-    deadline: float  # time.monotonic()
-    table: SamplerTable | None = None
-    numbers: Numbers | None = None  # of a likelihood job
-    done_before: int = 0  # image-steps of earlier executions
-    best: int = 0  # the most image-steps that earlier executions ever came to
-    intent: Intent = Intent.RUN
-    began: float = field(default_factory=time.monotonic)
+
+class Flight(Generic[SpecT]):
+    """One execution of one job, from the store's start to its end.
+
+    deadline: time.monotonic(). done_before: image-steps of earlier executions;
+    best: the most they ever came to. A kind that runs
+    the network says what the engine is to do (`task`); any other does its work in `run`.
+    """
+
+    terms: ClassVar[bool] = False  # whether its task is the terms of a likelihood
+
+    def __init__(
+        self, started: Started, execution: str, served: Served, *, spec: SpecT, deadline: float
+    ) -> None:
+        self.record = started.record
+        self.spec = spec
+        self.execution = execution
+        self.served = served
+        self.deadline = deadline
+        self.done_before = 0
+        self.best = started.best
+        self.intent = Intent.RUN
+        self.began = time.monotonic()
+        assert spec.seed is not None  # filled at admission
+        self.seed = spec.seed
 
     @property
     def id(self) -> str:
         """The job's id."""
         return self.record.id
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of snapshot that were asked for."""
-        spec = self.record.spec
-        if isinstance(spec, NoiseSpec):
-            return tuple(dict.fromkeys(spec.kinds))
-        if isinstance(spec, ChainSpec) and spec.snapshots is not None:
-            return tuple(dict.fromkeys(spec.snapshots.kinds))
-        return ()
-
-    def paper_t(self, row: int) -> int:
-        """The paper's t (1..T) of a row of the table."""
-        assert self.table is not None
-        return int(self.table.t[row]) + 1
-
     def eta_s(self, done: int) -> float | None:
         """Seconds left at this execution's own pace; None before it has one."""
         seconds = time.monotonic() - self.began
         made = done - self.done_before
         return seconds * (self.record.work - done) / made if made > 0 else None
+
+    # What a kind fills in
+
+    @classmethod
+    def provenance(cls, served: Served, spec: SpecT) -> dict[str, Any]:
+        """What made the outputs, beyond what is told of every job."""
+        return {}
+
+    def task(self) -> Work | None:
+        """What the engine is to do, named by the execution; None: `run` does the work."""
+        return None
+
+    def run(self, emit: Callable[[list[Event]], None], going: Callable[[], bool]) -> None:
+        """Do the work on a thread of its own, and emit what is found, but for the end.
+
+        going: asked between two events; False: stop, somebody wants an end.
+        """
+        raise NotImplementedError
+
+    def write(self, event: Event, batch: WriteBatch) -> None:
+        """Put the outputs of an event into a batch."""
+        if isinstance(event, Snapshot):
+            found = {"x_t": event.x_t, "x_start": event.x_start, "eps": event.eps}
+            for kind in self.spec.snapshot_kinds:
+                for index, x in zip(event.indices, on_host(found[kind]), strict=True):
+                    batch.snapshot(
+                        self.record, self.execution, t=event.t + 1, kind=kind, index=index, x=x
+                    )
+
+    def save(self, batch: WriteBatch, *, every: float) -> Callable[[], None] | None:
+        """Put what is not saved yet into a batch, if `every` seconds have passed.
+
+        Returns what to call once the batch is written. For kinds to which the engine gives no
+        checkpoints.
+        """
+        return None
+
+    def result(self) -> dict[str, Any] | None:
+        """The numbers found, JSON, once the task has finished."""
+        return None
+
+
+AnyFlight = Flight[Any]
+
+
+def on_host(x: Tensor) -> Float32:
+    """The tensor as a float32 array."""
+    return np.asarray(x.detach().to("cpu").float().numpy(), dtype=np.float32)

@@ -8,10 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from diffusion import Model
-from jobs.kinds.likelihood import LikelihoodSpec
-from jobs.kinds.noise import NoiseSpec
 from jobs.store.records import JobRecord
 from worker.engine.loop import Engine
+from worker.kinds.table import FLIGHTS
 from worker.models import ModelFolder
 from worker.network.threads import keep_to_one
 
@@ -60,11 +59,11 @@ class Loader:
             self.scan()
             return False
         self._asked.pop(record.id, None)
-        if isinstance(record.spec, NoiseSpec):
+        if not record.spec.runs_network:
             return True
         modes = {
             "exact": record.spec.deterministic,
-            "terms": isinstance(record.spec, LikelihoodSpec),
+            "terms": FLIGHTS[record.spec.kind].terms,
         }
         if self._host.engine.networks.is_prepared(served.model, **modes):
             return True

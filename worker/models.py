@@ -16,7 +16,6 @@ import torch
 
 import diffusion
 from diffusion import CheckpointError, Model
-from diffusion.samplers import SAMPLERS
 from jobs.cards import ModelCard, Sampling
 from worker.memory import free_bytes
 
@@ -154,7 +153,6 @@ def card_of(model: Model, name: str, queue: str) -> ModelCard:
         null_label=network.null_label,
         prediction=config.prediction,
         learned_variance=network.learned_variance,
-        samplers=SAMPLERS,
         sampling=Sampling(
             sampler=config.sampling.sampler,
             variance=config.sampling.variance,

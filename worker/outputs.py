@@ -14,29 +14,19 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import numpy as np
 import redis
-import torch
-from torch import Tensor
 
-from jobs.pictures import Float32
 from jobs.store.batch import Fate, WriteBatch
 from jobs.store.writer import JobStore
 from worker.engine.tasks import (
     Advanced,
     Canceled,
-    Checkpoint,
     Event,
     Failed,
     Finished,
-    Images,
     NotFinite,
-    Snapshot,
-    States,
-    Terms,
 )
-from worker.flights import Ending, Flight, Intent, Outcome
-from worker.kinds.chain_state import pack
+from worker.flights import AnyFlight, Ending, Intent, Outcome
 from worker.network.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
@@ -62,15 +52,15 @@ class Outputs:
         self._store = store
         self._cancel = cancel
         self._outcome = outcome
-        self._flights: dict[str, Flight] = {}  # by execution, which names the engine's task too
+        self._flights: dict[str, AnyFlight] = {}  # by execution, which names the engine's task too
         self._lock = threading.Lock()
         self.closing = threading.Event()
 
-    def add(self, flight: Flight) -> None:
+    def add(self, flight: AnyFlight) -> None:
         """Events of this job are to be written from now on."""
         self._flights[flight.execution] = flight
 
-    def drop(self, flight: Flight) -> None:
+    def drop(self, flight: AnyFlight) -> None:
         """The job is not ours any more: write nothing further."""
         flight.intent = Intent.LOSE
         if self._flights.pop(flight.execution, None) is not None:
@@ -89,7 +79,7 @@ class Outputs:
                 if isinstance(event, Finished | Failed | Canceled) and self._is_ours(flight):
                     self._end(flight, event)
 
-    def _is_ours(self, flight: Flight) -> bool:
+    def _is_ours(self, flight: AnyFlight) -> bool:
         return flight.execution in self._flights
 
     def _until_written(self, write: Callable[[], T]) -> T:
@@ -103,50 +93,30 @@ class Outputs:
                 log.warning("Redis is away (%s); the work goes on, writing waits", error)
                 time.sleep(RETRY_S)
 
-    def _write(self, pairs: list[tuple[Flight, Event]]) -> dict[str, Fate]:
+    def _write(self, pairs: list[tuple[AnyFlight, Event]]) -> dict[str, Fate]:
         batch = self._store.batch()
-        progress: dict[str, tuple[Flight, Advanced]] = {}
+        progress: dict[str, tuple[AnyFlight, Advanced]] = {}
         for flight, event in pairs:
-            match event:
-                case Terms():
-                    assert flight.numbers is not None
-                    flight.numbers.take(event)
-                case Advanced():
-                    progress[flight.id] = (flight, event)
-                case Snapshot():
-                    _add_snapshots(batch, flight, event)
-                case Images():
-                    for index, x in zip(event.indices, _host(event.x), strict=True):
-                        image = np.clip(x, -1, 1)
-                        batch.image(flight.record, flight.execution, index=index, x=image)
-                case Checkpoint():
-                    _add_checkpoints(batch, flight, event.states)
-                case Canceled(states=States() as states):
-                    _add_last_state(batch, flight, states)
-                case _:
-                    pass
+            if isinstance(event, Advanced):
+                progress[flight.id] = (flight, event)
+            else:
+                flight.write(event, batch)
         for flight, event in progress.values():
             done = flight.done_before + event.done
             eta = flight.eta_s(done)
             batch.progress(flight.record, flight.execution, done=done, t=event.t + 1, eta_s=eta)
-        saved = {flight: self._save_numbers(batch, flight) for flight, _ in pairs}
+        saved = [self._save(batch, flight) for flight in {flight: None for flight, _ in pairs}]
         fates = batch.send()
-        for flight, images in saved.items():
-            if flight.numbers is not None and images:
-                flight.numbers.saved(images)
+        for written in saved:
+            if written is not None:
+                written()
         return fates
 
-    def _save_numbers(self, batch: WriteBatch, flight: Flight) -> list[int]:
-        """Checkpoint what a likelihood job has found, if it is time; the images it is about."""
-        if flight.numbers is None:
-            return []
+    def _save(self, batch: WriteBatch, flight: AnyFlight) -> Callable[[], None] | None:
         released = flight.intent is Intent.RELEASE
-        states = flight.numbers.unsaved(0 if released else self._store.settings.checkpoint_s)
-        for index, state in states.items():
-            batch.checkpoint(flight.record, flight.execution, index=index, state=state)
-        return list(states)
+        return flight.save(batch, every=0 if released else self._store.settings.checkpoint_s)
 
-    def _obey(self, flight: Flight, fate: Fate) -> None:
+    def _obey(self, flight: AnyFlight, fate: Fate) -> None:
         if fate is Fate.LOST:
             self.drop(flight)
             self._cancel(flight.execution)
@@ -154,7 +124,7 @@ class Outputs:
             flight.intent = Intent.CANCEL
             self._cancel(flight.execution)
 
-    def _end(self, flight: Flight, event: Finished | Failed | Canceled) -> None:
+    def _end(self, flight: AnyFlight, event: Finished | Failed | Canceled) -> None:
         """Close the job in the store, then say so."""
         error: BaseException | None = None
         if isinstance(event, Failed):
@@ -171,11 +141,10 @@ class Outputs:
             ending = Ending.LOST
         self._outcome(Outcome(flight.id, flight.execution, ending, error))
 
-    def _succeed(self, flight: Flight) -> bool:
-        result = None if flight.numbers is None else flight.numbers.result()
-        return self._store.succeed(flight.id, flight.execution, result=result)
+    def _succeed(self, flight: AnyFlight) -> bool:
+        return self._store.succeed(flight.id, flight.execution, result=flight.result())
 
-    def _end_canceled(self, flight: Flight) -> tuple[bool, Ending, BaseException | None]:
+    def _end_canceled(self, flight: AnyFlight) -> tuple[bool, Ending, BaseException | None]:
         match flight.intent:
             case Intent.RELEASE:
                 return True, Ending.RELEASED, None
@@ -189,10 +158,10 @@ class Outputs:
                 ending = Ending.STOPPED if intent is Intent.STOP else Ending.CANCELED
                 return self._until_written(lambda: self._canceled(flight)), ending, None
 
-    def _canceled(self, flight: Flight) -> bool:
+    def _canceled(self, flight: AnyFlight) -> bool:
         return self._store.canceled(flight.id, flight.execution)
 
-    def fail(self, flight: Flight, error: BaseException) -> bool:
+    def fail(self, flight: AnyFlight, error: BaseException) -> bool:
         """Close a job as failed, with a reason that a user can read."""
         code = _fault_code(error)
         detail = str(error) or type(error).__name__
@@ -239,44 +208,6 @@ class OutputsThread:
         except BaseException as error:
             log.exception("the outputs thread broke down")
             self.failure = error
-
-
-def _host(x: Tensor) -> Float32:
-    return np.asarray(x.detach().to("cpu", torch.float32).numpy(), dtype=np.float32)
-
-
-def _add_snapshots(batch: WriteBatch, flight: Flight, event: Snapshot) -> None:
-    found = {"x_t": event.x_t, "x_start": event.x_start, "eps": event.eps}
-    for kind in flight.kinds:
-        for index, x in zip(event.indices, _host(found[kind]), strict=True):
-            batch.snapshot(
-                flight.record, flight.execution, t=event.t + 1, kind=kind, index=index, x=x
-            )
-
-
-def _add_checkpoints(batch: WriteBatch, flight: Flight, states: States) -> None:
-    assert flight.table is not None
-    memory = flight.table.has_memory
-    x_t, x_start = states.x_t.cpu(), states.x_start_prev.cpu()
-    for i, (index, row) in enumerate(zip(states.indices, states.rows, strict=True)):
-        state = pack(int(row), x_t[i], x_start[i] if memory else None)
-        batch.checkpoint(flight.record, flight.execution, index=int(index), state=state)
-
-
-def _add_last_state(batch: WriteBatch, flight: Flight, states: States) -> None:
-    """What a chain taken out in mid-way leaves: for the next worker, or for the user."""
-    if flight.intent is Intent.RELEASE:
-        _add_checkpoints(batch, flight, states)
-    if flight.intent not in (Intent.CANCEL, Intent.STOP):
-        return
-    x_t, x_start = _host(states.x_t), _host(states.x_start_prev)
-    for i, (index, row) in enumerate(
-        zip(states.indices.tolist(), states.rows.tolist(), strict=True)
-    ):
-        put = {"record": flight.record, "execution": flight.execution, "index": index}
-        batch.snapshot(t=flight.paper_t(row), kind="x_t", x=x_t[i], **put)
-        if row > 0:
-            batch.snapshot(t=flight.paper_t(row - 1), kind="x_start", x=x_start[i], **put)
 
 
 def _fault_code(error: BaseException) -> str:

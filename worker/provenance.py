@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.kinds.chain import ChainSpec
-from jobs.kinds.common import CommonSpec
-from jobs.kinds.likelihood import LikelihoodSpec
+from jobs.kinds.common import JobSpec
 from jobs.version import VERSION
+from worker.kinds.table import FLIGHTS
 from worker.models import Served
 
 
-def provenance(served: Served, spec: CommonSpec) -> dict[str, Any]:
+def provenance(served: Served, spec: JobSpec) -> dict[str, Any]:
     """Beside the request: model, schedule, software, device."""
     model = served.model
     config = model.config
@@ -30,14 +29,7 @@ def provenance(served: Served, spec: CommonSpec) -> dict[str, Any]:
         "device": _device_name(model.device),
         "versions": versions(),
     }
-    if isinstance(spec, ChainSpec):
-        made["clip"] = config.sampling.clip
-        if spec.sampler == "ddim":
-            made["rederive_eps"] = config.sampling.rederive_eps
-            made["landing"] = config.sampling.landing
-    elif isinstance(spec, LikelihoodSpec):
-        made |= {"clip": True, "dtype": "float32"}
-    return made
+    return made | FLIGHTS[spec.kind].provenance(served, spec)
 
 
 @cache

@@ -23,7 +23,7 @@ from jobs.store.batch import InBatch
 from jobs.store.writer import JobStore
 from worker.engine.loop import Engine
 from worker.engine.tasks import Advanced, EngineStopped, Event
-from worker.flights import Flight
+from worker.flights import AnyFlight
 from worker.network.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
@@ -37,7 +37,7 @@ RETRY_S = 0.5
 class Held:
     """A flight that is not yet launched."""
 
-    flight: Flight
+    flight: AnyFlight
     launch: Callable[[], object]
 
 
@@ -52,7 +52,7 @@ class Roster:
         self.failure: BaseException | None = None
         self.closing = threading.Event()
         self._store = store
-        self._flights: dict[str, Flight] = {}  # by execution
+        self._flights: dict[str, AnyFlight] = {}  # by execution
         self._suspects: deque[Held] = deque()
         self._later: list[Held] = []  # work beside the engine that waits for a suspect to end
         self._beside: set[str] = set()  # executions that work beside the engine
@@ -88,7 +88,7 @@ class Roster:
             return InBatch.ALONE
         return InBatch.SHARED if room and not self.busy and not self._excused else InBatch.NO
 
-    def add(self, flight: Flight) -> None:
+    def add(self, flight: AnyFlight) -> None:
         """A flight began."""
         self._flights[flight.execution] = flight
         if not self._threads:
@@ -96,13 +96,13 @@ class Roster:
 
     # Suspects, one after the other
 
-    def isolate(self, flight: Flight, launch: Callable[[], None]) -> None:
+    def isolate(self, flight: AnyFlight, launch: Callable[[], None]) -> None:
         """Launch a suspect once nothing else is stepped."""
         with self._lock:
             self._suspects.append(Held(flight, launch))
         self.turn()
 
-    def beside(self, flight: Flight, launch: Callable[[], object]) -> None:
+    def beside(self, flight: AnyFlight, launch: Callable[[], object]) -> None:
         """Launch what works beside the engine, but not while a suspect is alone."""
         with self._lock:
             if self.busy and self._threads and self._alone_execution() != flight.execution:
@@ -121,7 +121,7 @@ class Roster:
             log.info("job %s runs alone", self._alone.flight.id)
             self._command(lambda engine: engine.only(self._alone_execution()))
 
-    def forget(self, flight: Flight) -> bool:
+    def forget(self, flight: AnyFlight) -> bool:
         """Drop a flight that was not launched; False: it was."""
         with self._lock:
             held = self._alone
@@ -135,7 +135,7 @@ class Roster:
                         return True
         return False
 
-    def landed(self, flight: Flight) -> None:
+    def landed(self, flight: AnyFlight) -> None:
         """A flight is over."""
         with self._lock:
             self._flights.pop(flight.execution, None)

@@ -43,7 +43,7 @@ from rq.worker import BaseWorker, WorkerStatus
 
 from jobs.store.rq_queue import JOB_FUNCTION
 from worker.engine.tasks import EngineStopped
-from worker.flights import Ending, Flight, Intent, Outcome
+from worker.flights import AnyFlight, Ending, Flight, Intent, Outcome
 from worker.patience import Patience
 from worker.runtime import Runtime
 
@@ -126,7 +126,7 @@ class Boarded:
     job: Job
     queue: Queue
     execution: Execution
-    flight: Flight | None = None
+    flight: AnyFlight | None = None
     left: bool = False
     unread: bool = False
 

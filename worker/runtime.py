@@ -10,15 +10,10 @@ import logging
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import redis
 import torch
-from torch import Tensor
 
-from jobs.kinds.chain import ChainSpec
-from jobs.kinds.likelihood import LikelihoodSpec
-from jobs.kinds.noise import NoiseSpec
 from jobs.settings import Settings
 from jobs.states import ACTIVE, Status
 from jobs.store.batch import InBatch
@@ -27,19 +22,9 @@ from jobs.store.tolerance import is_data_fault, tell_once
 from jobs.store.writer import MAX_LONE_CRASHES, JobStore, Started, WorkerInfo
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
-from worker.engine.tasks import (
-    Canceled,
-    EngineError,
-    EngineStopped,
-    Event,
-    Failed,
-    Finished,
-    Snapshot,
-)
-from worker.flights import Ending, Flight, Intent, Outcome
-from worker.kinds.chains import chain_task
-from worker.kinds.likelihoods import Numbers
-from worker.kinds.noising import MODES, uploaded
+from worker.engine.tasks import Canceled, EngineError, EngineStopped, Event, Failed, Finished
+from worker.flights import AnyFlight, Ending, Intent, Outcome
+from worker.kinds.table import FLIGHTS
 from worker.loader import Loader
 from worker.models import ModelFolder, Served
 from worker.network.compiling import Compiler
@@ -51,7 +36,7 @@ from worker.roster import Roster
 log = logging.getLogger("ddpm.worker")
 DUTIES_S = 3.0  # between two looks at the model folder
 SLOTS_A_ROW = 4  # slots for samples set aside, besides those of one batch
-NOISE_THREADS = 2
+THREADS_BESIDE = 2  # for jobs that are not the engine's work
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _ENDINGS = {
     Status.SUCCEEDED: Ending.SUCCEEDED,
@@ -83,7 +68,7 @@ class Runtime:
         self.store = store
         self.folder = folder
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self.flights: dict[str, Flight] = {}  # by execution
+        self.flights: dict[str, AnyFlight] = {}  # by execution
         self.outputs = Outputs(store, cancel=self._cancel_task, outcome=self.outcomes.put)
         self._writer = OutputsThread(self.outputs) if threads else None
         options = EngineOptions(
@@ -100,7 +85,7 @@ class Runtime:
             settings.cache_dir.expanduser() / "compiled",
             enabled=settings.compile and threads,
         )
-        self._noise = ThreadPoolExecutor(NOISE_THREADS, "noise", initializer=keep_to_one)
+        self._beside = ThreadPoolExecutor(THREADS_BESIDE, "beside", initializer=keep_to_one)
         self._threads = threads
         self._loader = Loader(self)
         self._duties_at = 0.0
@@ -118,7 +103,7 @@ class Runtime:
         self.outputs.closing.set()
         self._compiler.close()
         self._loader.close()
-        self._noise.shutdown(wait=False, cancel_futures=True)
+        self._beside.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
         self.roster.stop()
         if self._writer is not None:
@@ -177,7 +162,7 @@ class Runtime:
 
     # Jobs
 
-    def begin(self, job_id: str, execution: str, worker: str) -> Flight | Ending | None:
+    def begin(self, job_id: str, execution: str, worker: str) -> AnyFlight | Ending | None:
         """Start a job, or say how it stands already where there is nothing to run.
 
         None: its model is being loaded; ask again soon (only with threads). One job must not end
@@ -209,7 +194,7 @@ class Runtime:
 
     def _begin(
         self, record: JobRecord | None, job_id: str, execution: str, worker: str
-    ) -> Flight | Ending | None:
+    ) -> AnyFlight | Ending | None:
         if record is not None and self._threads and not self._loader.is_ready(record):
             return None
         served = None if record is None else self.folder.served.get(record.model)
@@ -240,67 +225,59 @@ class Runtime:
 
     def _has_room(self, record: JobRecord) -> bool:
         """Whether a job would be stepped at once."""
-        if isinstance(record.spec, NoiseSpec):  # beside the engine
+        if not record.spec.runs_network:  # beside the engine
             return True
         rows = self.engine.options.max_rows
         images = sum(flight.record.images for flight in list(self.flights.values()))
         return self.engine.waiting_rows < rows and images < rows
 
-    def _fly(self, started: Started, execution: str, served: Served | None) -> Flight:
-        deadline = time.monotonic() + self.settings.job_deadline_s
-        served = _runnable(started, served)
-        flight = Flight(started.record, execution, served, deadline, best=started.best)
+    def _fly(self, started: Started, execution: str, served: Served | None) -> AnyFlight:
+        record = started.record
+        flight = FLIGHTS[record.spec.kind](
+            started,
+            execution,
+            _runnable(started, served),
+            spec=record.spec,
+            deadline=time.monotonic() + self.settings.job_deadline_s,
+        )
+        self._register(flight)
         if started.crashes and self._threads:
-            self._register(flight)
-            self.roster.isolate(flight, lambda: self._launch_suspect(flight, started))
+            self.roster.isolate(flight, lambda: self._launch_suspect(flight))
         else:
-            self._launch(flight, started)
+            self._launch(flight, held=started.in_batch is InBatch.NO)
         return flight
 
-    def _launch(self, flight: Flight, started: Started) -> None:
-        record, served, execution = started.record, flight.served, flight.execution
-        held = started.in_batch is InBatch.NO
-        match record.spec:
-            case ChainSpec():
-                task, flight.done_before = chain_task(served, started, execution)
-                flight.table = task.table
-                self._register(flight)
-                self.engine.submit(task, held=held)
-            case LikelihoodSpec():
-                flight.numbers = Numbers(served, started)
-                terms = flight.numbers.task(execution)
-                flight.done_before = record.work - terms.evaluations
-                self._register(flight)
-                self.engine.submit(terms, held=held)
-            case NoiseSpec() as spec:
-                x_start = uploaded(started)
-                self._register(flight)
-                run = self._run_noise
-                self.roster.beside(flight, lambda: self._noise.submit(run, flight, spec, x_start))
+    def _launch(self, flight: AnyFlight, *, held: bool) -> None:
+        task = flight.task()
+        if task is not None:
+            self.engine.submit(task, held=held)
+        else:
+            beside = self._beside
+            self.roster.beside(flight, lambda: beside.submit(self._run_beside, flight))
 
-    def _launch_suspect(self, flight: Flight, started: Started) -> None:
+    def _launch_suspect(self, flight: AnyFlight) -> None:
         """Once it is alone; on the roster's thread."""
         try:
-            self._launch(flight, replace(started, in_batch=InBatch.ALONE))
+            self._launch(flight, held=False)
         except EngineStopped:
             raise
         except Exception as error:  # one job must not end the worker
             log.exception("job %s cannot be started", flight.id)
             self._tell([Failed(flight.execution, error)])
 
-    def _register(self, flight: Flight) -> None:
+    def _register(self, flight: AnyFlight) -> None:
         self.flights[flight.execution] = flight
         self.roster.add(flight)
         self.outputs.add(flight)
 
-    def landed(self, outcome: Outcome) -> Flight | None:
+    def landed(self, outcome: Outcome) -> AnyFlight | None:
         """Take the flight of an outcome off the list."""
         flight = self.flights.pop(outcome.execution, None)
         if flight is not None:
             self.roster.landed(flight)
         return flight
 
-    def end(self, flight: Flight, intent: Intent) -> None:
+    def end(self, flight: AnyFlight, intent: Intent) -> None:
         """Ask a flight to end; it is answered by an outcome."""
         if flight.intent in (Intent.RUN, intent) or intent is Intent.LOSE:
             flight.intent = intent
@@ -323,7 +300,7 @@ class Runtime:
             if by_id[job_id].intent is Intent.RUN:
                 self.end(by_id[job_id], Intent.CANCEL)
 
-    def run_to_end(self, flight: Flight) -> Outcome:
+    def run_to_end(self, flight: AnyFlight) -> Outcome:
         """Run one flight on this thread (without `start`)."""
         while self.outcomes.empty():
             if time.monotonic() > flight.deadline:
@@ -340,29 +317,24 @@ class Runtime:
         except EngineError:
             log.debug("the engine has stopped; %s needs no cancel", execution)
 
-    def _run_noise(self, flight: Flight, spec: NoiseSpec, x_start: Tensor) -> None:
+    def _run_beside(self, flight: AnyFlight) -> None:
+        """Do the work of a flight that gives the engine nothing to do."""
         try:
-            self._noise_to_end(flight, spec, x_start)
+            flight.run(self.outputs.handle, lambda: _goes_on(flight))
+            ran = flight.intent is Intent.RUN
+            end = Finished(flight.execution) if ran else Canceled(flight.execution, None)
+            self.outputs.handle([end])
         except redis.exceptions.RedisError:
-            log.exception("noise job %s could not be written", flight.id)
+            log.exception("job %s could not be written", flight.id)
         except Exception as error:
-            log.exception("noise job %s failed", flight.id)
+            log.exception("job %s failed", flight.id)
             self.outputs.handle([Failed(flight.execution, error)])
 
-    def _noise_to_end(self, flight: Flight, spec: NoiseSpec, x_start: Tensor) -> None:
-        assert spec.seed is not None
-        schedule = flight.served.model.schedule
-        indices = tuple(range(x_start.shape[0]))
-        ts = [t - 1 for t in spec.t]
-        for found in MODES[spec.mode](schedule, x_start, ts, seed=spec.seed):
-            if flight.intent is Intent.RUN and time.monotonic() > flight.deadline:
-                flight.intent = Intent.TIME_OUT
-            if flight.intent is not Intent.RUN:
-                self.outputs.handle([Canceled(flight.execution, None)])
-                return
-            planes = (found.x_t, x_start, found.eps)
-            self.outputs.handle([Snapshot(flight.execution, indices, 0, found.t, *planes)])
-        self.outputs.handle([Finished(flight.execution)])
+
+def _goes_on(flight: AnyFlight) -> bool:
+    if flight.intent is Intent.RUN and time.monotonic() > flight.deadline:
+        flight.intent = Intent.TIME_OUT
+    return flight.intent is Intent.RUN
 
 
 def _is_unread(record: JobRecord) -> bool:

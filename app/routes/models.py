@@ -6,12 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.problems import Problem, documented
 from app.routes.jobs import json_response
 from app.services import services
-from jobs.cards import ModelCard, schedule_tables
+from jobs.cards import ModelCard, Sampling, schedule_tables
 
 router = APIRouter(tags=["models"])
 ERRORS = documented("unauthorized", "not_found", "store_unavailable")
@@ -28,6 +28,8 @@ EXAMPLE: dict[str, Any] = {
     "prediction": "epsilon",
     "learned_variance": False,
     "samplers": ["ddpm", "ddim", "dpmpp_2m"],
+    "spacings": ["uniform", "quadratic", "leading", "trailing"],
+    "sampling": {"sampler": "ddpm", "variance": "small", "spacing": "uniform"},
     "parameters": 1623169,
     "queue": "ddpm",
     "image_steps_per_s": 390.5,
@@ -51,6 +53,8 @@ class ModelView(BaseModel):
     prediction: str
     learned_variance: bool
     samplers: tuple[str, ...]
+    spacings: tuple[str, ...]
+    sampling: Sampling = Field(description="what holds where a request says nothing")
     parameters: int | None
     queue: str
     image_steps_per_s: float | None
@@ -134,7 +138,9 @@ async def _view(request: Request, card: ModelCard) -> ModelView:
         guidance=card.null_label is not None,
         prediction=card.prediction,
         learned_variance=card.learned_variance,
-        samplers=card.samplers,
+        samplers=tuple(card.samplers),
+        spacings=card.spacings,
+        sampling=card.sampling,
         parameters=card.parameters,
         queue=card.queue,
         image_steps_per_s=None if rate is None else round(rate, 2),

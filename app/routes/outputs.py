@@ -16,16 +16,14 @@ from app.outputs import (
     fetch,
     file_response,
     film_frames,
-    grid_fields,
 )
 from app.problems import Problem, documented
 from app.services import services
 from app.views import manifest
 from jobs import pictures
 from jobs.errors import OutputExpired
-from jobs.kinds.noise import NoiseSpec
+from jobs.outputs import image_name, snapshot_name
 from jobs.pictures import Float32
-from jobs.store import keys
 from jobs.store.records import JobRecord
 
 router = APIRouter(tags=["outputs"])
@@ -51,7 +49,7 @@ async def images_zip(
     held = services(request)
     state = await held.job(job_id)
     record = state.record
-    planes = await fetch(held, record, [keys.image_field(i) for i in range(record.images)])
+    planes = await fetch(held, record, [image_name(i) for i in range(record.images)])
     chosen = suffix or record.spec.format
     content = await held.pools.encoding.run(_zip, record, planes, chosen)
     return file_response(content, "zip", f"{job_id}.zip")
@@ -77,7 +75,7 @@ async def image(
     """One image. A PNG carries the manifest that makes it again; npy is float32 [C,H,W]."""
     held = services(request)
     record = (await held.job(job_id)).record
-    [x] = await fetch(held, record, [keys.image_field(index)])
+    [x] = await fetch(held, record, [image_name(index)])
     encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px)
     return file_response(await encoding, suffix)
 
@@ -93,7 +91,7 @@ async def grid(
     """All images of a job in one picture; of a noise job, x_t with t from left to right."""
     held = services(request)
     record = (await held.job(job_id)).record
-    planes = await fetch(held, record, grid_fields(record))
+    planes = await fetch(held, record, record.spec.grid(record.images))
     encoding = held.pools.encoding.run(encode_grid, record, planes, suffix=suffix, px=px)
     return file_response(await encoding, suffix)
 
@@ -142,10 +140,10 @@ async def snapshot(
     npy is the float32 [C,H,W] itself."""
     held = services(request)
     record = (await held.job(job_id)).record
-    [x] = await fetch(held, record, [keys.snapshot_field(t, kind, index)])
+    [x] = await fetch(held, record, [snapshot_name(t, kind, index)])
     encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px)
     response = file_response(await encoding, suffix)
     levels = record.levels or {}
-    if isinstance(record.spec, NoiseSpec) and str(t) in levels:
+    if str(t) in levels:
         response.headers["X-Alpha-Bar"] = repr(levels[str(t)][0])
     return response

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
-from jobs.kinds.common import CommonSpec, Kind, Plan, Strict, Timestep, check_label, check_timestep
+from jobs.kinds.common import (
+    JobSpec,
+    Plan,
+    SnapshotKind,
+    Strict,
+    Timestep,
+    check_label,
+    check_timestep,
+)
 from jobs.settings import Settings
 
 DEFAULT_STEPS = 100
@@ -27,7 +35,7 @@ class Snapshots(Strict):
         max_length=10_000,
         description="at these t; each taken at the nearest t the chain visits",
     )
-    kinds: tuple[Kind, ...] = Field(("x_t",), min_length=1, max_length=3)
+    kinds: tuple[SnapshotKind, ...] = Field(("x_t",), min_length=1, max_length=3)
     preview_px: int | None = Field(
         None, ge=8, le=512, description="put a PNG with this longer side into each snapshot event"
     )
@@ -46,13 +54,17 @@ class Snapshots(Strict):
         return -(-steps // self.every)
 
 
-class ChainSpec(CommonSpec):
+class ChainSpec(JobSpec):
     """How to walk the reverse chain, from wherever it starts, and what to keep of it."""
 
-    work_field: ClassVar[str] = "/steps"  # what makes the work large
     count_field: ClassVar[str] = "/num_images"
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "langevin"] | None = Field(
-        None, description="default: the model's own, mostly ddpm"
+
+    sampler: str | None = Field(
+        None,
+        max_length=100,
+        description="one of the model's `samplers` (GET /models); default: the model's own, "
+        "mostly ddpm",
+        examples=["ddpm"],
     )
     steps: int | None = Field(
         None,
@@ -60,8 +72,12 @@ class ChainSpec(CommonSpec):
         description="network evaluations an image, from the t where the chain starts down to the "
         "image (so at most that t); default 100, or all where there are fewer",
     )
-    spacing: Literal["uniform", "quadratic", "leading", "trailing"] | None = Field(
-        None, description="of the timesteps; default: the model's own, mostly uniform"
+    spacing: str | None = Field(
+        None,
+        max_length=100,
+        description="of the timesteps, one of the model's `spacings`; default: the model's own, "
+        "mostly uniform",
+        examples=["uniform"],
     )
     eta: float | None = Field(None, ge=0, le=1, description="ddim only: 0 deterministic (default)")
     variance: Literal["large", "small", "learned"] | None = Field(
@@ -84,13 +100,23 @@ class ChainSpec(CommonSpec):
         return card.T
 
     @property
+    def snapshot_kinds(self) -> tuple[SnapshotKind, ...]:
+        """As asked for."""
+        return () if self.snapshots is None else tuple(dict.fromkeys(self.snapshots.kinds))
+
+    @property
+    def preview_px(self) -> int:
+        """As asked for."""
+        return (self.snapshots and self.snapshots.preview_px) or 0
+
+    @property
     def bytes_field(self) -> str:
         """Pointer of the field that makes the outputs large."""
         return "/snapshots" if self.snapshots is not None else self.count_field
 
     def check(self, card: ModelCard, settings: Settings) -> None:
         """Raise SpecError for what this model or these limits do not allow."""
-        self.check_common(card, settings)
+        super().check(card, settings)
         if self.count > settings.max_images:
             raise SpecError(
                 self.count_field, f"{self.count}: must be at most {settings.max_images}"
@@ -115,43 +141,49 @@ class ChainSpec(CommonSpec):
                 raise SpecError(f"/snapshots/at/{i}", f"{t}: the chain starts at t = {first}")
 
     def _check_sampler(self, card: ModelCard) -> None:
-        sampler = self.sampler or card.sampling.sampler
-        if sampler not in card.samplers:
+        name = self.sampler or card.sampling.sampler
+        if name not in card.samplers:
             raise SpecError(
-                "/sampler", f"{sampler}: model {card.name} runs {', '.join(card.samplers)}"
+                "/sampler", f"{name}: model {card.name} runs {', '.join(card.samplers)}"
             )
-        if self.eta is not None and sampler != "ddim":
-            raise SpecError("/eta", f"is for sampler ddim, not {sampler}")
-        if self.variance is not None and sampler != "ddpm":
-            raise SpecError("/variance", f"is for sampler ddpm, not {sampler}")
+        sampler = card.samplers[name]
+        for option in ("eta", "variance"):
+            if getattr(self, option) is not None and option not in sampler.options:
+                takers = [other for other, its in card.samplers.items() if option in its.options]
+                raise SpecError(f"/{option}", f"is for sampler {' or '.join(takers)}, not {name}")
+        if self.spacing is not None and self.spacing not in card.spacings:
+            raise SpecError("/spacing", f"{self.spacing}: must be {', '.join(card.spacings)}")
         if self.variance == "learned" and not card.learned_variance:
             raise SpecError("/variance", f"model {card.name} has no learned variance")
-        if self.corrector_steps and "langevin" not in card.samplers:
+        if self.corrector_steps and not card.corrects:
             raise SpecError("/corrector_steps", f"model {card.name} runs no Langevin steps")
-        if self.corrector_steps == 0 and sampler == "langevin":
-            raise SpecError("/corrector_steps", "0: langevin needs 1 or more")
+        if self.corrector_steps == 0 and sampler.corrector_only:
+            raise SpecError("/corrector_steps", f"0: {name} needs 1 or more")
 
-    def fill(self, card: ModelCard, settings: Settings) -> Self:
-        """The same request with every default written out."""
-        defaults = self.common_defaults(card, settings)
-        sampler = self.sampler or card.sampling.sampler
-        defaults["sampler"] = sampler
+    def defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
+        """Values for the fields that were left out."""
+        defaults = super().defaults(card, settings)
+        name = self.sampler or card.sampling.sampler
+        sampler = card.samplers[name]
+        defaults["sampler"] = name
         defaults["spacing"] = self.spacing or card.sampling.spacing
         defaults["steps"] = self.steps or min(DEFAULT_STEPS, self.first_t(card))
-        if sampler == "ddim" and self.eta is None:
+        if "eta" in sampler.options and self.eta is None:
             defaults["eta"] = 0.0
-        if sampler == "ddpm" and self.variance is None:
+        if "variance" in sampler.options and self.variance is None:
             defaults["variance"] = card.sampling.variance
         if self.corrector_steps is None:
-            defaults["corrector_steps"] = 1 if sampler == "langevin" else 0
-        return self.model_copy(update=defaults)
+            defaults["corrector_steps"] = 1 if sampler.corrector_only else 0
+        return defaults
 
     def plan(self, card: ModelCard, num_inputs: int) -> Plan:
         """Cost of a filled spec; the images come out of `count` chains."""
+        assert self.sampler is not None
         assert self.steps is not None and self.corrector_steps is not None
-        # A corrector follows every step but the last; langevin is made of nothing else.
-        levels = self.steps if self.sampler == "langevin" else self.steps - 1
-        predictors = 0 if self.sampler == "langevin" else self.steps
+        # A corrector follows every step but the last, unless there is nothing else.
+        alone = card.samplers[self.sampler].corrector_only
+        levels = self.steps if alone else self.steps - 1
+        predictors = 0 if alone else self.steps
         rows = predictors + levels * self.corrector_steps
         nets = 2 if self.guidance != 1.0 else 1
         kept = 1

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
+from jobs.outputs import image_name
 from jobs.settings import Settings
 
 MAX_SEED = 2**53 - 1
 
 Timestep = Annotated[int, Field(ge=1, description="the paper's t: 1..T")]
-Kind = Literal["x_t", "x_start", "eps"]
+SnapshotKind = Literal["x_t", "x_start", "eps"]
+# An `x_t` is uploaded as an array; a `snapshot` is one that another job kept.
+Input = Literal["pictures", "x_t", "snapshot"]
+Gift = Literal["images", "snapshots", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,26 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class CommonSpec(Strict):
-    """Fields of every kind of job."""
+class JobSpec(Strict):
+    """Fields of every kind of job, and what a kind declares of itself.
+
+    Nothing outside of a kind's own files asks for its class: what differs between kinds is told
+    here, by class attributes and by the properties below, with the answer that suits most.
+
+    takes: what a request can bring for the job to work on: exactly one of these, none of it for
+    a kind that starts from noise. gives: what it leaves. result_model: of the numbers it gives.
+    runs_network: a kind that does not needs neither a prepared network nor the engine.
+    work_field, bytes_field, count_field: pointers of the fields that make a job large. film_rises:
+    its film goes from the image to the noise.
+    """
+
+    takes: ClassVar[frozenset[Input]] = frozenset()
+    most_pictures: ClassVar[int | None] = None  # None: as many as a job may have images
+    gives: ClassVar[frozenset[Gift]] = frozenset({"images", "snapshots"})
+    result_model: ClassVar[type[BaseModel] | None] = None
+    runs_network: ClassVar[bool] = True
+    film_rises: ClassVar[bool] = False
+    count_field: ClassVar[str] = "/images"
 
     kind: str
     model: str | None = Field(None, description="a name from GET /models")
@@ -64,7 +86,50 @@ class CommonSpec(Strict):
         None, exclude=True, description="ignored, so that a manifest can be posted as it is"
     )
 
-    def check_common(self, card: ModelCard, settings: Settings) -> None:
+    # What a kind says of one request
+
+    @property
+    def input(self) -> Input | None:
+        """Which of `takes` this request works on, as the worker gets it."""
+        return next(iter(self.takes), None)
+
+    @property
+    def snapshot_kinds(self) -> tuple[SnapshotKind, ...]:
+        """The kinds of snapshot that are kept."""
+        return ()
+
+    @property
+    def preview_px(self) -> int:
+        """Side of the picture in a snapshot's event; 0: none."""
+        return 0
+
+    @property
+    def level_ts(self) -> tuple[int, ...]:
+        """The t whose ᾱ_t and SNR_t are part of the answer."""
+        return ()
+
+    @property
+    def work_field(self) -> str:
+        """Pointer of the field that makes the work large."""
+        return "/steps"
+
+    @property
+    def bytes_field(self) -> str:
+        """Pointer of the field that makes the outputs large."""
+        return self.count_field
+
+    def grid(self, images: int) -> list[str]:
+        """Names of the outputs that are the job's one picture, row by row; [] for numbers."""
+        return [image_name(i) for i in range(images)] if "images" in self.gives else []
+
+    @property
+    def grid_columns(self) -> int:
+        """Pictures in a row of the grid; 0: about as many as there are rows."""
+        return 0
+
+    # The three hands
+
+    def check(self, card: ModelCard, settings: Settings) -> None:
         """Raise SpecError for what this model or these limits do not allow."""
         if self.model_digest is not None and self.model_digest != card.digest:
             raise SpecError("/model_digest", f"model {card.name} is {card.digest} now")
@@ -74,15 +139,23 @@ class CommonSpec(Strict):
             raise SpecError("/webhook_url", "webhooks are off here: DDPM_WEBHOOK_SECRET is not set")
 
     def check_inputs(self, count: int) -> None:
-        """Raise SpecError unless so many images are what this kind works on."""
+        """Raise SpecError unless so many pictures are what this kind works on."""
 
-    def common_defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
-        """Values for the common fields that were left out."""
+    def fill(self, card: ModelCard, settings: Settings) -> Self:
+        """The same request with every default written out."""
+        return self.model_copy(update=self.defaults(card, settings))
+
+    def defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
+        """Values for the fields that were left out."""
         return {
             "model": card.name,
             "seed": secrets.randbelow(MAX_SEED + 1) if self.seed is None else self.seed,
             "ttl_s": settings.ttl_s if self.ttl_s is None else self.ttl_s,
         }
+
+    def plan(self, card: ModelCard, num_inputs: int) -> Plan:
+        """Cost of a filled spec for so many pictures."""
+        raise NotImplementedError
 
 
 def check_timestep(pointer: str, t: int, card: ModelCard) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
 from jobs.kinds.chain import ChainSpec
-from jobs.kinds.common import Timestep, check_timestep
+from jobs.kinds.common import Input, Timestep, check_timestep
 
 
 class InterpolateSpec(ChainSpec):
@@ -19,7 +19,9 @@ class InterpolateSpec(ChainSpec):
     between two images is λ alone.
     """
 
+    takes: ClassVar[frozenset[Input]] = frozenset({"pictures"})
     count_field: ClassVar[str] = "/lambdas"
+
     kind: Literal["interpolate"] = "interpolate"
     t: Timestep = Field(description="where the images are mixed: 1..T")
     lambdas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
-from jobs.kinds.common import CommonSpec, Plan, Timestep, check_label, check_timestep
+from jobs.kinds.common import Gift, Input, JobSpec, Plan, Timestep, check_label, check_timestep
+from jobs.results import LikelihoodResult
 from jobs.settings import Settings
 
 DEFAULT_SAMPLES = 20
 NUMBERS_A_TERM = 2  # nats and squared error, float64 each
 
 
-class LikelihoodSpec(CommonSpec):
+class LikelihoodSpec(JobSpec):
     """The bound on −log p_θ(x_0) of uploaded images in bits/dim, by term."""
+
+    takes: ClassVar[frozenset[Input]] = frozenset({"pictures"})
+    gives: ClassVar[frozenset[Gift]] = frozenset({"numbers"})
+    result_model: ClassVar[type[BaseModel] | None] = LikelihoodResult
 
     kind: Literal["likelihood"] = "likelihood"
     mode: Literal["full", "monte_carlo"] = Field(
@@ -55,7 +60,7 @@ class LikelihoodSpec(CommonSpec):
 
     def check(self, card: ModelCard, settings: Settings) -> None:
         """Raise SpecError for what this model or these limits do not allow."""
-        self.check_common(card, settings)
+        super().check(card, settings)
         check_label(self.class_label, card)
         if self.mode == "full" and self.samples is not None:
             raise SpecError("/samples", "is for mode monte_carlo, not full")
@@ -77,13 +82,13 @@ class LikelihoodSpec(CommonSpec):
         if self.indices is not None and len(self.indices) != count:
             raise SpecError("/indices", f"{len(self.indices)} for {count} pictures")
 
-    def fill(self, card: ModelCard, settings: Settings) -> LikelihoodSpec:
-        """The same request with every default written out."""
-        defaults = self.common_defaults(card, settings)
+    def defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
+        """Values for the fields that were left out."""
+        defaults = super().defaults(card, settings)
         defaults["variance"] = self.variance or ("learned" if card.learned_variance else "small")
         if self.mode == "monte_carlo":
             defaults["samples"] = self.samples or DEFAULT_SAMPLES
-        return self.model_copy(update=defaults)
+        return defaults
 
     def plan(self, card: ModelCard, num_inputs: int) -> Plan:
         """Cost of a filled spec for so many images; the bytes are those of its saved numbers."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
 from jobs.kinds.chain import ChainSpec
-from jobs.kinds.common import Strict, Timestep, check_timestep
+from jobs.kinds.common import Input, Strict, Timestep, check_timestep
 from jobs.settings import Settings
 
 
@@ -23,6 +23,9 @@ class SnapshotSource(Strict):
 
 class ReconstructSpec(ChainSpec):
     """Denoise from any point of a chain: `num_images` samples of p_θ(x_0|x_t) from one x_t."""
+
+    takes: ClassVar[frozenset[Input]] = frozenset({"pictures", "x_t", "snapshot"})
+    most_pictures: ClassVar[int | None] = 1
 
     kind: Literal["reconstruct"] = "reconstruct"
     num_images: int = Field(1, ge=1, description="samples from the one x_t")
@@ -41,9 +44,9 @@ class ReconstructSpec(ChainSpec):
         return self.num_images
 
     @property
-    def from_x_t(self) -> bool:
-        """Whether the input is an x_t already, and no picture."""
-        return self.source != "image"
+    def input(self) -> Input:
+        """A picture, or an x_t, whether it was uploaded or kept by a job."""
+        return "pictures" if self.source == "image" else "x_t"
 
     def first_t(self, card: ModelCard) -> int:
         """t of the one x_t."""
@@ -62,7 +65,6 @@ class ReconstructSpec(ChainSpec):
         if count != 1:
             raise SpecError("/images", f"{count} pictures: must be one")
 
-    def fill(self, card: ModelCard, settings: Settings) -> ReconstructSpec:
-        """The same request with every default written out."""
-        filled = super().fill(card, settings)
-        return filled.model_copy(update={"t": self.first_t(card)})
+    def defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
+        """Values for the fields that were left out."""
+        return {**super().defaults(card, settings), "t": self.first_t(card)}

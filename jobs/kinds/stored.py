@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs.kinds import table
-from jobs.kinds.common import CommonSpec
+from jobs.kinds.common import JobSpec
 
 LONGEST = 200  # characters of a text from elsewhere that a message repeats
 # What pydantic finds in a spec of a version that knows more, or allows more, than this one.
@@ -36,7 +36,7 @@ _NEWER = frozenset(
 )
 
 
-class UnreadSpec(CommonSpec):
+class UnreadSpec(JobSpec):
     """The fields that every kind has, of a spec of which no more can be read."""
 
     kind: str = "unknown"
@@ -54,13 +54,13 @@ class Unread:
     request: dict[str, Any] | None = None
 
 
-def stored(spec: table.JobSpec) -> str:
+def stored(spec: JobSpec) -> str:
     """The JSON of a spec for the store."""
     fields = spec.model_dump(mode="json", exclude_defaults=True)
     return json.dumps({"kind": spec.kind, **fields}, separators=(",", ":"))
 
 
-def read(text: str) -> tuple[CommonSpec, Unread | None]:
+def read(text: str) -> tuple[JobSpec, Unread | None]:
     """A spec from the store, as much of it as can be read, and what is wrong with the rest."""
     try:
         raw = json.loads(text)
@@ -81,8 +81,8 @@ def read(text: str) -> tuple[CommonSpec, Unread | None]:
 
 
 def _partly(
-    model: type[CommonSpec], raw: dict[str, Any], error: ValidationError
-) -> tuple[CommonSpec, Unread | None]:
+    model: type[JobSpec], raw: dict[str, Any], error: ValidationError
+) -> tuple[JobSpec, Unread | None]:
     """What is left of a spec without the fields that cannot be read."""
     items = error.errors(include_url=False)
     # A field that nobody set says nothing; an earlier release wrote such fields too.

@@ -1,14 +1,18 @@
-"""All kinds of job: reading a spec of any, and admitting it."""
+"""The table of kinds: what reads a spec of any kind, and admits it.
+
+A kind of job is a file here, one of the same name in `worker/kinds`, and its words in
+`app/routes/words.py`; this table and the worker's name it, and nothing else does.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
 
-from pydantic import Field, TypeAdapter
+from pydantic import BaseModel
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
-from jobs.kinds.common import CommonSpec, Plan
+from jobs.kinds.common import JobSpec, Plan
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.interpolate import InterpolateSpec
 from jobs.kinds.likelihood import LikelihoodSpec
@@ -16,21 +20,30 @@ from jobs.kinds.noise import NoiseSpec
 from jobs.kinds.reconstruct import ReconstructSpec
 from jobs.settings import Settings
 
-# A new kind is one more class, and one more case in the worker.
-JobSpec = GenerateSpec | NoiseSpec | ReconstructSpec | InterpolateSpec | LikelihoodSpec
-KINDS: dict[str, type[CommonSpec]] = {
+KINDS: dict[str, type[JobSpec]] = {
     "generate": GenerateSpec,
     "noise": NoiseSpec,
     "reconstruct": ReconstructSpec,
     "interpolate": InterpolateSpec,
     "likelihood": LikelihoodSpec,
 }
-_adapter: TypeAdapter[JobSpec] = TypeAdapter(Annotated[JobSpec, Field(discriminator="kind")])
+
+
+def result_models() -> list[type[BaseModel]]:
+    """What the results of the kinds that give numbers look like."""
+    return [kind.result_model for kind in KINDS.values() if kind.result_model is not None]
 
 
 def parse(text: str | bytes) -> JobSpec:
-    """The spec of a JSON text with a `kind`. Raises pydantic.ValidationError."""
-    return _adapter.validate_json(text)
+    """The spec of a JSON text with a `kind`.
+
+    Raises SpecError for no kind or an unknown one, else pydantic.ValidationError.
+    """
+    raw = json.loads(text)
+    kind = raw.get("kind") if isinstance(raw, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise SpecError("/kind", f"{kind!r}: must be one of {', '.join(KINDS)}")
+    return KINDS[kind].model_validate_json(text)
 
 
 def admit(

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from jobs.outputs import image_name, snapshot_name
 from jobs.pictures import Float32, to_uint8
-from jobs.store import events, keys
+from jobs.store import events
 from jobs.store.events import ImageEvent, ProgressEvent, SnapshotEvent
 from jobs.store.records import JobRecord
 
@@ -57,7 +58,7 @@ class WriteBatch:
         url = events.image_url(record.id, index, record.spec.format)
         event = events.dump(ImageEvent(index=index, url=url, sha256=sha256))
         meta = json.dumps({"sha256": sha256})
-        name = keys.image_field(index)
+        name = image_name(index)
         ops = self._ops(record.id, execution)
         ops.extend(["o", name, _plane(x, record), meta, "image", event, "x", index])
 
@@ -68,7 +69,7 @@ class WriteBatch:
         url = events.snapshot_url(record.id, t, kind, index)
         fields = {"t": t, "index": index, "kind": kind, "url": url}
         event = events.dump(SnapshotEvent.model_validate(fields))
-        name = keys.snapshot_field(t, kind, index)
+        name = snapshot_name(t, kind, index)
         ops = self._ops(record.id, execution)
         ops.extend(["o", name, _plane(x, record), "{}", "snapshot", event])
 

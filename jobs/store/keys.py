@@ -14,7 +14,8 @@ ddpm:clients             hash    client → outstanding image-steps
 ddpm:due                 sorted set  "expire:{id}", "forget:{id}" by time
 ddpm:webhooks            sorted set  id by time of the next attempt
 ddpm:webhook_attempts    hash    id → attempts made
-ddpm:models              hash    name → model card
+ddpm:models              hash    name → model card, as release 0.1 reads it
+ddpm:models_more         hash    name → the other fields of its card, and its digest
 ddpm:rates:{model}       hash    worker → measured image-steps/s
 ddpm:workers             hash    name → what the worker last said of itself
 ddpm:begun               hash    worker → the job that it began last
@@ -33,6 +34,7 @@ DUE = PREFIX + "due"
 WEBHOOKS = PREFIX + "webhooks"
 WEBHOOK_ATTEMPTS = PREFIX + "webhook_attempts"
 MODELS = PREFIX + "models"
+MODELS_MORE = PREFIX + "models_more"
 WORKERS = PREFIX + "workers"
 BEGUN = PREFIX + "begun"
 SUSPECTS = PREFIX + "suspects"
@@ -93,11 +95,3 @@ def lock(name: str) -> str:
 def wake(reader: str) -> str:
     """Stream by which an API process wakes its own blocked reader."""
     return f"{PREFIX}wake:{reader}"
-
-
-def image_field(index: int) -> str:
-    return f"i:{index}"
-
-
-def snapshot_field(t: int, kind: str, index: int) -> str:
-    return f"s:{t}:{kind}:{index}"

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.cards import ModelCard, schedule_tables
-from jobs.kinds.common import Plan
-from jobs.kinds.noise import NoiseSpec
+from jobs.kinds.common import JobSpec, Plan
 from jobs.kinds.stored import stored
-from jobs.kinds.table import JobSpec
 from jobs.settings import Settings
 from jobs.states import Status
 from jobs.store import keys
@@ -92,7 +90,7 @@ def new_record(order: Order, position: int, settings: Settings) -> JobRecord:
         ttl_s=spec.ttl_s or settings.ttl_s,
         events=1,
         position=position,
-        levels=_levels(card, spec.t) if isinstance(spec, NoiseSpec) else None,
+        levels=_levels(card, spec.level_ts) if spec.level_ts else None,
     )
 
 

@@ -12,10 +12,12 @@ import redis.asyncio as aioredis
 from redis.exceptions import ResponseError
 
 from jobs.cards import ModelCard
+from jobs.outputs import parse_name
 from jobs.rates import combined_rate, eta_s
 from jobs.settings import Settings
 from jobs.states import ACTIVE, Status
 from jobs.store import keys, scripts
+from jobs.store.cards import parse_cards
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.rq_queue import queue_key
 from jobs.store.tolerance import UNREADABLE, count, each, items, text
@@ -81,8 +83,10 @@ class JobReader:
         """Every known model by name, at most a second old."""
         at, cards = self._cards
         if time.monotonic() - at >= _CARDS_S:
-            raw = await self._redis.hgetall(keys.MODELS)
-            cards = each("model card", items(raw), ModelCard.model_validate_json)
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.hgetall(keys.MODELS)
+                pipe.hgetall(keys.MODELS_MORE)
+                cards = parse_cards(*await pipe.execute())
             self._cards = (time.monotonic(), cards)
         return cards
 
@@ -168,7 +172,7 @@ class JobReader:
         return [(i, r and r.as_of(now)) for i, r in zip(ids, records, strict=True)]
 
     async def planes(self, job_id: str, fields: list[str]) -> list[bytes | None]:
-        """Output planes (float32 bytes) of `image_field`s and `snapshot_field`s."""
+        """Output planes (float32 bytes) by their names (jobs.outputs)."""
         planes: list[bytes | None] = await self._redis.hmget(keys.outputs(job_id), fields)
         return planes
 
@@ -215,10 +219,10 @@ def _parse_index(
     snapshots: list[tuple[int, str, int]] = []
     for field, meta in raw.items():
         with contextlib.suppress(*UNREADABLE):  # of a newer version
-            match text(field).split(":"):
-                case ["i", index]:
-                    images[int(index)] = str(json.loads(meta)["sha256"])
-                case ["s", t, kind, index]:
-                    snapshots.append((int(t), kind, int(index)))
+            what = parse_name(text(field))
+            if isinstance(what, int):
+                images[what] = str(json.loads(meta)["sha256"])
+            else:
+                snapshots.append(what)
     snapshots.sort(key=lambda s: (-s[0], s[1], s[2]))
     return dict(sorted(images.items())), tuple(snapshots)

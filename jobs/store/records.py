@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.errors import JobNotFound
-from jobs.kinds.common import CommonSpec
+from jobs.kinds.common import JobSpec
 from jobs.kinds.stored import Unread, read
 from jobs.states import Status
 from jobs.store.events import JobFault
@@ -63,7 +63,7 @@ class JobRecord:
 
     id: str
     status: Status
-    spec: CommonSpec
+    spec: JobSpec
     model: str
     digest: str
     queue: str

@@ -41,13 +41,13 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from jobs.cards import ModelCard
-from jobs.kinds.reconstruct import ReconstructSpec
+from jobs.cards import ModelCard, to_store
 from jobs.pictures import Float32, UInt8, from_bytes
 from jobs.settings import Settings
 from jobs.states import Status
 from jobs.store import events, keys, scripts
 from jobs.store.batch import InBatch, WriteBatch
+from jobs.store.cards import parse_cards
 from jobs.store.events import JobFault
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.tolerance import each, is_data_fault, items, number, tell_once
@@ -166,7 +166,7 @@ class JobStore:
         if not raw:
             return None
         record = parse_record(job_id, raw)
-        from_x_t = isinstance(record.spec, ReconstructSpec) and record.spec.from_x_t
+        from_x_t = record.spec.input == "x_t"
         return Started(
             record=record,
             crashes=int(crashes),
@@ -284,12 +284,19 @@ class JobStore:
 
     def publish_card(self, card: ModelCard) -> None:
         """Make a model known. Cards persist: jobs are accepted while no worker lives."""
-        self.redis.hset(keys.MODELS, card.name, card.stored())
-        self.redis.sadd(keys.QUEUES, card.queue)
+        known, more = to_store(card)
+        with self.redis.pipeline() as pipe:
+            pipe.hset(keys.MODELS, card.name, known)
+            pipe.hset(keys.MODELS_MORE, card.name, more)
+            pipe.sadd(keys.QUEUES, card.queue)
+            pipe.execute()
 
     def retire_card(self, name: str) -> None:
         """Make a model unknown again (its folder is gone)."""
-        self.redis.hdel(keys.MODELS, name)
+        with self.redis.pipeline() as pipe:
+            pipe.hdel(keys.MODELS, name)
+            pipe.hdel(keys.MODELS_MORE, name)
+            pipe.execute()
 
     def retire_strangers(self, queue: str, served: Collection[str]) -> None:
         """Make those models of a queue unknown that neither are in `served` nor have a worker."""
@@ -301,8 +308,10 @@ class JobStore:
 
     def cards(self) -> dict[str, ModelCard]:
         """Every known model by name."""
-        raw: Any = self.redis.hgetall(keys.MODELS)
-        return each("model card", items(raw), ModelCard.model_validate_json)
+        with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(keys.MODELS)
+            pipe.hgetall(keys.MODELS_MORE)
+            return parse_cards(*pipe.execute())
 
     def heartbeat(self, info: WorkerInfo, rates: Mapping[str, float]) -> None:
         """Say that a worker lives, and how fast each model runs here (image-steps/s)."""

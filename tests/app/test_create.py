@@ -57,7 +57,7 @@ def test_high_priority_goes_to_the_front(client: httpx.Client, store: JobStore) 
         ({"class_label": 10}, "/class_label", "0..9"),
         ({"guidance": 2.0}, "/guidance", "class_label"),
         ({"eta": 0.5}, "/eta", "ddim"),
-        ({"sampler": "langevin"}, "/sampler", "ddpm, ddim, dpmpp_2m"),
+        ({"sampler": "euler"}, "/sampler", "ddpm, ddim, dpmpp_2m, langevin"),
         ({"sampler": "ddim", "variance": "small"}, "/variance", "ddpm"),
         ({"variance": "learned"}, "/variance", "no learned variance"),
         ({"snapshots": {"at": [0]}}, "/snapshots/at/0", "greater than or equal to 1"),

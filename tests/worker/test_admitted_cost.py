@@ -20,7 +20,6 @@ CARD = ModelCard(
     queue="q",
     shape=(1, 8, 8),
     betas=tuple(SCHEDULE.betas.tolist()),
-    samplers=SAMPLERS,
 )
 
 

@@ -16,7 +16,8 @@ from jobs.kinds.reconstruct import ReconstructSpec
 from jobs.kinds.table import admit
 from jobs.pictures import from_bytes
 from jobs.settings import Settings
-from worker.kinds.noising import closed, x_start_of
+from worker.kinds.inputs import x_start_of
+from worker.kinds.noise import closed
 
 Service = Any  # of conftest.py; tests cannot import it
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), dtype=np.uint8)

@@ -22,7 +22,7 @@ from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
 from worker.engine.tasks import Advanced, Canceled, Event, Failed, Finished, Start, Task, Terms
 from worker.engine.terms import TermTask
-from worker.kinds.noising import x_start_of
+from worker.kinds.inputs import x_start_of
 from worker.network.networks import LaneKey
 
 Service = Any  # of conftest.py; tests cannot import it

@@ -21,7 +21,8 @@ from worker import rq_adapter
 from worker.commands import worker as worker_command
 from worker.kinds.chain_state import StateError, pack, unpack
 from worker.kinds.chains import snapshot_rows
-from worker.kinds.noising import closed, stepwise, x_start_of
+from worker.kinds.inputs import x_start_of
+from worker.kinds.noise import closed, stepwise
 from worker.models import ModelFolder, card_of
 from worker.network.device import DeviceError, pick_device
 
@@ -101,7 +102,7 @@ def test_the_card_says_what_the_api_must_know(make_model: Callable[..., Model]) 
     card = card_of(make_model(T=50), "tiny", "q")
     assert card.T == 50 and card.shape == (1, 8, 8)
     assert card.class_names == ("0", "1", "2") and card.null_label == 3
-    assert card.samplers == SAMPLERS
+    assert tuple(card.samplers) == SAMPLERS
     assert json.loads(card.model_dump_json())["parameters"] > 0
 
 

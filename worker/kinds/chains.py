@@ -1,63 +1,122 @@
-"""Jobs that run reverse chains as tasks of the engine: where each chain starts, by which table."""
+"""Jobs that run reverse chains as tasks of the engine: by which table, and what they leave."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
 from functools import lru_cache
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.forward import q_samples_at
-from diffusion.model import Model
 from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import SamplerTable
 from diffusion.sampling import build_table
 from diffusion.schedule import Schedule
 from jobs.kinds.chain import ChainSpec, Snapshots
-from jobs.kinds.generate import GenerateSpec
-from jobs.kinds.interpolate import InterpolateSpec
-from jobs.kinds.reconstruct import ReconstructSpec
+from jobs.store.batch import WriteBatch
 from jobs.store.writer import Started
-from worker.engine.tasks import Start, Task
-from worker.kinds.chain_state import StateError, unpack
-from worker.kinds.noising import MissingInput, uploaded
+from worker.engine.tasks import Canceled, Checkpoint, Event, Images, Start, States, Task
+from worker.flights import Flight, Intent, on_host
+from worker.kinds.chain_state import StateError, pack, unpack
 from worker.models import Served
 
 log = logging.getLogger("ddpm.worker")
+ChainT = TypeVar("ChainT", bound=ChainSpec)
 
 
-def chain_task(served: Served, started: Started, execution: str) -> tuple[Task, int]:
-    """The rest of a job that runs chains as a task, and the image-steps that are done already.
+class ChainFlight(Flight[ChainT]):
+    """A job that runs reverse chains; each kind says where they begin."""
 
-    The task is named by the execution: another execution of the same job is another task.
+    from_noise: ClassVar[bool] = False  # else at the t of the spec
 
-    Images and states of another version of the model do not count.
-    """
-    record, spec = started.record, started.record.spec
-    assert isinstance(spec, ChainSpec) and spec.seed is not None
-    table = spec_table(served, spec)
-    same = started.earlier_digest in (None, served.model.digest)
-    starts = []
-    for fresh in fresh_starts(served.model, started):
-        if same and fresh.index in started.finished:
-            continue
-        state = started.states.get(fresh.index) if same else None
-        starts.append(fresh if state is None else _resumed(fresh, state, served.model.shape))
-    task = Task(
-        id=execution,
-        model=served.model,
-        table=table,
-        seed=spec.seed,
-        starts=tuple(starts),
-        guidance=spec.guidance,
-        deterministic=spec.deterministic,
-        urgent=spec.priority == "high",
-        snapshot_rows=snapshot_rows(table, spec.snapshots),
-    )
-    return task, record.work - task.evaluations
+    def __init__(
+        self, started: Started, execution: str, served: Served, *, spec: ChainT, deadline: float
+    ) -> None:
+        super().__init__(started, execution, served, spec=spec, deadline=deadline)
+        self.table = spec_table(served, spec, from_noise=self.from_noise)
+        self._task = self._rest(started)
+        self.done_before = self.record.work - self._task.evaluations
+
+    @classmethod
+    def provenance(cls, served: Served, spec: ChainT) -> dict[str, Any]:
+        """How x̂_0 and ε̂ are treated: the model's own choice, and no field of a request."""
+        sampling = served.model.config.sampling
+        made: dict[str, Any] = {"clip": sampling.clip}
+        if spec.sampler == "ddim":
+            made |= {"rederive_eps": sampling.rederive_eps, "landing": sampling.landing}
+        return made
+
+    def fresh_starts(self, started: Started) -> list[Start]:
+        """Where the chains begin, in the order of the images. Raises MissingInput."""
+        raise NotImplementedError
+
+    def task(self) -> Task:
+        """The chains, or what earlier executions left of them."""
+        return self._task
+
+    def _rest(self, started: Started) -> Task:
+        """Images and states of another version of the model do not count."""
+        spec, model = self.spec, self.served.model
+        same = started.earlier_digest in (None, model.digest)
+        starts = []
+        for fresh in self.fresh_starts(started):
+            if same and fresh.index in started.finished:
+                continue
+            state = started.states.get(fresh.index) if same else None
+            starts.append(fresh if state is None else _resumed(fresh, state, model.shape))
+        return Task(
+            id=self.execution,
+            model=model,
+            table=self.table,
+            seed=self.seed,
+            starts=tuple(starts),
+            guidance=spec.guidance,
+            deterministic=spec.deterministic,
+            urgent=spec.priority == "high",
+            snapshot_rows=snapshot_rows(self.table, spec.snapshots),
+        )
+
+    def write(self, event: Event, batch: WriteBatch) -> None:
+        """Images, snapshots and states of the chains."""
+        match event:
+            case Images():
+                for index, x in zip(event.indices, on_host(event.x), strict=True):
+                    image = np.clip(x, -1, 1)
+                    batch.image(self.record, self.execution, index=index, x=image)
+            case Checkpoint():
+                self._save_states(event.states, batch)
+            case Canceled(states=States() as states):
+                if self.intent is Intent.RELEASE:  # for the next worker
+                    self._save_states(states, batch)
+                elif self.intent in (Intent.CANCEL, Intent.STOP):  # for the user
+                    self._show_states(states, batch)
+            case _:
+                super().write(event, batch)
+
+    def _save_states(self, states: States, batch: WriteBatch) -> None:
+        memory = self.table.has_memory
+        x_t, x_start = states.x_t.cpu(), states.x_start_prev.cpu()
+        for i, (index, row) in enumerate(zip(states.indices, states.rows, strict=True)):
+            state = pack(int(row), x_t[i], x_start[i] if memory else None)
+            batch.checkpoint(self.record, self.execution, index=int(index), state=state)
+
+    def _show_states(self, states: States, batch: WriteBatch) -> None:
+        x_t, x_start = on_host(states.x_t), on_host(states.x_start_prev)
+        for i, (index, row) in enumerate(
+            zip(states.indices.tolist(), states.rows.tolist(), strict=True)
+        ):
+            put = {"record": self.record, "execution": self.execution, "index": index}
+            batch.snapshot(t=self._paper_t(row), kind="x_t", x=x_t[i], **put)
+            if row > 0:
+                batch.snapshot(t=self._paper_t(row - 1), kind="x_start", x=x_start[i], **put)
+
+    def _paper_t(self, row: int) -> int:
+        """The paper's t (1..T) of a row of the table."""
+        return int(self.table.t[row]) + 1
 
 
 def _resumed(fresh: Start, state: bytes, shape: tuple[int, int, int]) -> Start:
@@ -69,37 +128,6 @@ def _resumed(fresh: Start, state: bytes, shape: tuple[int, int, int]) -> Start:
     return replace(fresh, row=row, x_t=x_t, x_start_prev=x_start_prev)
 
 
-def fresh_starts(model: Model, started: Started) -> list[Start]:
-    """Where the chains of a job begin: in noise, in the one x_t, or in x̄_t of each λ.
-
-    Raises MissingInput.
-    """
-    spec = started.record.spec
-    assert isinstance(spec, ChainSpec) and spec.seed is not None
-    label, indices = spec.class_label, range(spec.count)
-    match spec:
-        case ReconstructSpec():
-            x_t = given_x_t(model, started, spec)
-            return [Start(i, x_t=x_t, class_label=label) for i in indices]
-        case InterpolateSpec():
-            first, second = noised(model.schedule, uploaded(started), t=spec.t, seed=spec.seed)
-            mixed = [(1 - share) * first + share * second for share in spec.lambdas]
-            # One noise for all: two images differ by their λ, and by nothing else.
-            return [Start(i, x_t=mixed[i], class_label=label, noise_index=0) for i in indices]
-        case _:
-            return [Start(i, class_label=label) for i in indices]
-
-
-def given_x_t(model: Model, started: Started, spec: ReconstructSpec) -> Tensor:
-    """The x_t [C, H, W] that all samples of a reconstruction begin with."""
-    assert spec.seed is not None and spec.t is not None
-    if not spec.from_x_t:
-        return noised(model.schedule, uploaded(started), t=spec.t, seed=spec.seed)[0]
-    if started.x_t is None:
-        raise MissingInput("the x_t to start from is gone")
-    return torch.from_numpy(started.x_t.copy())
-
-
 def noised(schedule: Schedule, x_start: Tensor, *, t: int, seed: int) -> Tensor:
     """x_t of images [N, C, H, W] at the paper's t with one ε for all, that of (seed, image 0)."""
     shape = tuple(x_start.shape[1:])
@@ -109,12 +137,11 @@ def noised(schedule: Schedule, x_start: Tensor, *, t: int, seed: int) -> Tensor:
     return x_t
 
 
-def spec_table(served: Served, spec: ChainSpec) -> SamplerTable:
+def spec_table(served: Served, spec: ChainSpec, *, from_noise: bool) -> SamplerTable:
     """The sampler table of a filled spec; equal requests share one."""
     names = ("sampler", "steps", "spacing", "eta", "variance", "corrector_steps")
     given = {name: getattr(spec, name) for name in names}
-    first = spec.first_t(served.card)
-    given["start"] = None if isinstance(spec, GenerateSpec) else first - 1
+    given["start"] = None if from_noise else spec.first_t(served.card) - 1
     return _table(served, tuple((name, v) for name, v in given.items() if v is not None))
 
 

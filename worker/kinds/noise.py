@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.forward import q_samples_at, q_trajectory
 from diffusion.noise import Purpose, check_seed, image_normals
 from diffusion.schedule import Schedule
+from jobs.kinds.noise import NoiseSpec
 from jobs.store.writer import Started
+from worker.engine.tasks import Event, Snapshot
+from worker.flights import Flight
+from worker.kinds.inputs import uploaded
+from worker.models import Served
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,18 +60,22 @@ def stepwise(
 MODES: dict[str, Noising] = {"closed": closed, "stepwise": stepwise}
 
 
-class MissingInput(Exception):
-    """What a client sent for the job is no longer in the store."""
+class NoiseFlight(Flight[NoiseSpec]):
+    """x_t of uploaded images at many t."""
 
+    def __init__(
+        self, started: Started, execution: str, served: Served, *, spec: NoiseSpec, deadline: float
+    ) -> None:
+        super().__init__(started, execution, served, spec=spec, deadline=deadline)
+        self._x_start = uploaded(started)
 
-def uploaded(started: Started) -> Tensor:
-    """The images a client sent, float32 [N, C, H, W] in [−1, 1]. Raises MissingInput."""
-    if started.inputs is None:
-        raise MissingInput("the uploaded images are gone")
-    return x_start_of(started.inputs)
-
-
-def x_start_of(inputs: NDArray[np.uint8]) -> Tensor:
-    """float32 [N, C, H, W] in [−1, 1] of uint8 [N, H, W, C]."""
-    pixels = np.moveaxis(inputs, -1, 1).astype(np.float32, order="C")
-    return torch.from_numpy(pixels) / 127.5 - 1.0
+    def run(self, emit: Callable[[list[Event]], None], going: Callable[[], bool]) -> None:
+        """One event a t."""
+        x_start, spec = self._x_start, self.spec
+        indices = tuple(range(x_start.shape[0]))
+        ts = [t - 1 for t in spec.t]
+        for found in MODES[spec.mode](self.served.model.schedule, x_start, ts, seed=self.seed):
+            if not going():
+                return
+            planes = (found.x_t, x_start, found.eps)
+            emit([Snapshot(self.execution, indices, 0, found.t, *planes)])

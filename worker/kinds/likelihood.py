@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,13 +19,60 @@ from diffusion.model import Model
 from diffusion.term_plan import Plan, full_plan, monte_carlo_plan
 from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.results import Bits, ImageBits, LikelihoodResult, TermValues
+from jobs.store.batch import WriteBatch
 from jobs.store.writer import Started
-from worker.engine.tasks import Terms
+from worker.engine.tasks import Event, Terms
 from worker.engine.terms import TermTask
-from worker.kinds.noising import uploaded
+from worker.flights import Flight
+from worker.kinds.inputs import uploaded
 from worker.models import Served
 
 _MAGIC = b"terms-2\0"  # of the saved numbers: those of another plan are of other terms
+
+
+class LikelihoodFlight(Flight[LikelihoodSpec]):
+    """The terms of the bound of uploaded images."""
+
+    terms: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        started: Started,
+        execution: str,
+        served: Served,
+        *,
+        spec: LikelihoodSpec,
+        deadline: float,
+    ) -> None:
+        super().__init__(started, execution, served, spec=spec, deadline=deadline)
+        self._numbers = Numbers(served, started, spec)
+        self._task = self._numbers.task(execution)
+        self.done_before = self.record.work - self._task.evaluations
+
+    @classmethod
+    def provenance(cls, served: Served, spec: LikelihoodSpec) -> dict[str, Any]:
+        """The bound is taken with the clipped x̂_0, in float32."""
+        return {"clip": True, "dtype": "float32"}
+
+    def task(self) -> TermTask:
+        """The terms that are missing."""
+        return self._task
+
+    def write(self, event: Event, batch: WriteBatch) -> None:
+        """Nothing yet: `save` writes what was found, at its own pace."""
+        if isinstance(event, Terms):
+            self._numbers.take(event)
+
+    def save(self, batch: WriteBatch, *, every: float) -> Callable[[], None] | None:
+        """The numbers found since they were last saved."""
+        states = self._numbers.unsaved(every)
+        for index, state in states.items():
+            batch.checkpoint(self.record, self.execution, index=index, state=state)
+        return partial(self._numbers.saved, list(states)) if states else None
+
+    def result(self) -> dict[str, Any]:
+        """The job's result, JSON."""
+        return self._numbers.result()
 
 
 class Numbers:
@@ -33,9 +81,8 @@ class Numbers:
     Numbers of an earlier execution with the same model are kept.
     """
 
-    def __init__(self, served: Served, started: Started) -> None:
-        spec = started.record.spec
-        assert isinstance(spec, LikelihoodSpec) and spec.seed is not None
+    def __init__(self, served: Served, started: Started, spec: LikelihoodSpec) -> None:
+        assert spec.seed is not None
         self._spec, self._seed, self._model = spec, spec.seed, served.model
         self._x_start = uploaded(started)
         n = len(self._x_start)

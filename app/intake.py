@@ -1,0 +1,199 @@
+"""From a request to a spec and what it brings: pictures, an x_t, or a snapshot of another job.
+
+What a request may bring is what its kind `takes`; one code serves all kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field, create_model
+
+from app.bodies import Body, from_base64
+from app.problems import Problem, field_problem
+from app.services import Services
+from jobs.cards import ModelCard
+from jobs.errors import OutputExpired, PictureError, PictureMedia, PictureTooLarge
+from jobs.kinds.common import Input, JobSpec, Strict
+from jobs.kinds.reconstruct import SnapshotSource
+from jobs.outputs import snapshot_name
+from jobs.store.reader import JobState
+from jobs.uploads import Fit, decode, decode_x_t
+
+
+class PicturesBody(Strict):
+    """What a request about pictures has beside its spec."""
+
+    images: tuple[str, ...] = Field((), description="base64 PNG, JPEG or WebP")
+    fit: Fit = Field("error", description="what to do with a picture of another size")
+
+
+_X_T: Any = (
+    str | None,
+    Field(None, description="base64 .npy, float [C,H,W]: the state at t itself"),
+)
+
+
+def body_model(kind: type[JobSpec]) -> type[JobSpec]:
+    """The JSON body of a kind's route: its spec, and the fields that bring what it takes."""
+    if not kind.takes:
+        return kind
+    name = kind.__name__.replace("Spec", "Body")
+    fields = {"x_t": _X_T} if "x_t" in kind.takes else {}
+    bases: Any = (kind, PicturesBody) if "pictures" in kind.takes else kind
+    made: type[JobSpec] = create_model(name, __base__=bases, __doc__=kind.__doc__, **fields)
+    return made
+
+
+@dataclass(frozen=True)
+class Intake:
+    """A request understood. inputs: uint8 [N,H,W,C] or float32 [C,H,W] bytes for the worker."""
+
+    spec: JobSpec
+    card: ModelCard
+    inputs: bytes = b""
+    num_pictures: int = 0
+
+
+async def take_in(
+    held: Services, kind: type[JobSpec], body_type: type[JobSpec], body: Body
+) -> Intake:
+    """Read a request of this kind. Raises pydantic.ValidationError or Problem."""
+    parsed = body_type.model_validate_json(body.text)
+    cards = await held.reader.cards()
+    if not kind.takes:
+        return Intake(parsed, choose_card(parsed.model, cards, held))
+    spec = kind.model_construct(**{name: getattr(parsed, name) for name in kind.model_fields})
+    source = which_input(parsed, body, kind.takes)
+    if isinstance(source, SnapshotSource):
+        state = await held.job(source.job)
+        card = choose_card(parsed.model or state.record.model, cards, held)
+        return Intake(spec, card, await snapshot_plane(held, state, source, card), 1)
+    card = choose_card(parsed.model, cards, held)
+    if source is not None:
+        spec = spec.model_copy(update={"source": source})
+    if source == "x_t":
+        return Intake(spec, card, uploaded_x_t(parsed, body, card), 1)
+    settings = held.settings
+    most = kind.most_pictures or settings.max_images
+    files = uploaded(getattr(parsed, "images", ()), body.files, most=most)
+    fit: Fit = getattr(parsed, "fit", "error")
+    pixels = settings.max_upload_pixels
+    inputs = await held.pools.decoding.run(decode_all, files, card, fit=fit, pixels=pixels)
+    return Intake(spec, card, inputs, len(files))
+
+
+def which_input(parsed: Any, body: Body, takes: frozenset[Input]) -> str | SnapshotSource | None:
+    """`image`, `x_t` or a snapshot: what came must agree with what `source` says, if it does.
+
+    None where a kind takes pictures alone.
+    """
+    if takes == {"pictures"}:
+        return None
+    came = {
+        "image": bool(parsed.images or body.files),
+        "x_t": parsed.x_t is not None or body.x_t is not None,
+        "job": isinstance(parsed.source, SnapshotSource),
+    }
+    given = [name for name, is_there in came.items() if is_there]
+    if len(given) != 1:
+        what = " and ".join(given) or "nothing"
+        wanted = "one of `images` (or an `image` file), `x_t`, or source {job, t, index}"
+        raise field_problem("/source", f"{what} came: must be {wanted}")
+    [found] = given
+    if found == "job":
+        source: SnapshotSource = parsed.source
+        return source
+    if "source" in parsed.model_fields_set and parsed.source != found:
+        raise field_problem("/source", f"{parsed.source}: but {found} came")
+    return found
+
+
+def choose_card(name: str | None, cards: dict[str, ModelCard], held: Services) -> ModelCard:
+    """The card of the named model, or of the default one. Raises Problem 422 or 503."""
+    if not cards:
+        detail = "no worker has published a model yet"
+        raise Problem("no_models", detail, headers={"Retry-After": "5"})
+    known = ", ".join(sorted(cards))
+    if name is None:
+        only = next(iter(cards)) if len(cards) == 1 else "mnist"
+        name = held.settings.default_model or only
+        if name not in cards:
+            raise field_problem("/model", f"is needed here: one of {known}")
+    if name not in cards:
+        raise field_problem("/model", f"{name}: must be one of {known}")
+    return cards[name]
+
+
+def uploaded(texts: tuple[str, ...], files: Sequence[bytes], *, most: int) -> Sequence[bytes]:
+    """The pictures of a request, from either place."""
+    if texts and files:
+        raise field_problem("/images", "give `image` files or base64, not both")
+    if not texts and not files:
+        raise field_problem("/images", "at least one picture is needed")
+    if len(texts) > most:
+        raise field_problem("/images", f"{len(texts)} pictures: must be at most {most}")
+    return [from_base64(text, f"/images/{i}") for i, text in enumerate(texts)] or files
+
+
+def decode_all(files: Sequence[bytes], card: ModelCard, *, fit: Fit, pixels: int) -> bytes:
+    """uint8 [N,H,W,C] bytes. Raises Problem 413, 415 or 422 that names the picture."""
+    arrays = []
+    for i, raw in enumerate(files):
+        try:
+            arrays.append(decode(raw, card.shape, fit=fit, max_pixels=pixels))
+        except PictureError as error:
+            raise picture_problem(f"/images/{i}", error) from error
+    return np.stack(arrays).tobytes()
+
+
+def uploaded_x_t(parsed: Any, body: Body, card: ModelCard) -> bytes:
+    """float32 [C,H,W] bytes of the x_t of a request, from either place."""
+    if parsed.x_t is not None and body.x_t is not None:
+        raise field_problem("/x_t", "give an `x_t` file or base64, not both")
+    raw = body.x_t if body.x_t is not None else from_base64(parsed.x_t or "", "/x_t")
+    try:
+        return decode_x_t(raw, card.shape).astype("<f4").tobytes()
+    except PictureError as error:
+        raise picture_problem("/x_t", error) from error
+
+
+def picture_problem(pointer: str, error: PictureError) -> Problem:
+    """The problem for one uploaded file."""
+    problem = field_problem(pointer, str(error))
+    if isinstance(error, PictureTooLarge):
+        problem.code = "too_large"
+    elif isinstance(error, PictureMedia):
+        problem.code = "unsupported_media_type"
+    return problem
+
+
+async def snapshot_plane(
+    held: Services, state: JobState, source: SnapshotSource, card: ModelCard
+) -> bytes:
+    """The x_t that a job kept. Raises OutputExpired, or Problem 422 that says what there is."""
+    record = state.record
+    gone = OutputExpired(f"the outputs of job {record.id} have expired")
+    if record.outputs_gone:
+        raise gone
+    if record.shape != card.shape:
+        detail = f"its images have shape {record.shape}: model {card.name} takes {card.shape}"
+        raise field_problem("/source/job", detail)
+    kept = [(t, index) for t, kind, index in state.snapshots if kind == "x_t"]
+    if (source.t, source.index) not in kept:
+        ts = [t for t, index in kept if index == source.index]
+        if ts:
+            there = ", ".join(map(str, ts))
+            raise field_problem("/source/t", f"{source.t}: image {source.index} has x_t at {there}")
+        indices = ", ".join(str(i) for i in sorted({index for _, index in kept}))
+        there = f"of image {indices}" if kept else "at all"
+        verb = "has x_t" if kept else "has no x_t"
+        raise field_problem("/source/index", f"{source.index}: job {record.id} {verb} {there}")
+    field = snapshot_name(source.t, "x_t", source.index)
+    [plane] = await held.reader.planes(record.id, [field])
+    if plane is None:  # expired in this moment
+        raise gone
+    return plane

@@ -1,0 +1,104 @@
+"""The words of each kind's route in the documentation: what it does, and examples of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.views import EXAMPLE_ID
+
+
+@dataclass(frozen=True)
+class Words:
+    """description: default, what the spec says of itself. examples: as OpenAPI has them."""
+
+    description: str = ""
+    examples: dict[str, Any] = field(default_factory=dict)
+
+
+_PICTURE = "iVBORw0KGgo…"
+
+
+WORDS: dict[str, Words] = {
+    "generate": Words(
+        "Reverse chain: images from noise.",
+        {
+            "seven": {"summary": "One digit", "value": {"class_label": 7}},
+            "chain": {
+                "summary": "Four images in 50 DDIM steps, with the chain's x̂_0 every tenth step",
+                "value": {
+                    "num_images": 4,
+                    "seed": 1,
+                    "sampler": "ddim",
+                    "steps": 50,
+                    "snapshots": {"every": 10, "kinds": ["x_start"]},
+                },
+            },
+            "guided": {
+                "summary": "Guidance away from the unconditional",
+                "value": {"class_label": 3, "guidance": 2.5, "deterministic": True},
+            },
+        },
+    ),
+    "noise": Words(
+        "Forward process: x_t of uploaded images at many t.",
+        {
+            "four": {
+                "summary": "x_t at four t",
+                "value": {"t": [1, 250, 500, 1000], "seed": 0, "images": [_PICTURE], "fit": "pad"},
+            }
+        },
+    ),
+    "reconstruct": Words(
+        "Denoise from any point of a chain: an image noised to t, a snapshot of a job, or an "
+        "x_t.\n\n"
+        "`num_images` samples of p(x_0|x_t) come from the one x_t; `steps` counts the "
+        "evaluations from there down to the image.",
+        {
+            "image": {
+                "summary": "Four samples of p(x_0|x_t) from one picture, noised to t",
+                "value": {"images": [_PICTURE], "t": 400, "num_images": 4, "seed": 1},
+            },
+            "branch": {
+                "summary": "Go on from a snapshot of an earlier job, with other noise",
+                "value": {
+                    "source": {"job": EXAMPLE_ID, "t": 505, "index": 0},
+                    "num_images": 4,
+                    "seed": 2,
+                },
+            },
+            "x_t": {
+                "summary": "From an array of your own, as base64 .npy",
+                "value": {"x_t": "k05VTVBZAQB2AHsn…", "t": 250, "sampler": "ddim", "steps": 50},
+            },
+        },
+    ),
+    "interpolate": Words(
+        "Two images noised to t with one ε, mixed there by each λ, and denoised.\n\n"
+        "All chains share their noise: image i differs from its neighbours by λ alone.",
+        {
+            "five": {
+                "summary": "From one picture to another in five images",
+                "value": {
+                    "images": [_PICTURE, _PICTURE],
+                    "t": 500,
+                    "lambdas": [0.0, 0.25, 0.5, 0.75, 1.0],
+                    "seed": 3,
+                },
+            }
+        },
+    ),
+    "likelihood": Words(
+        "The bound on −log p of images in bits/dim, by term. The numbers are the job's `result`.",
+        {
+            "estimate": {
+                "summary": "An unbiased estimate from 50 evaluations an image",
+                "value": {"images": [_PICTURE], "mode": "monte_carlo", "samples": 50, "seed": 0},
+            },
+            "full": {
+                "summary": "All terms of the bound, and three of them told one by one",
+                "value": {"images": [_PICTURE], "mode": "full", "terms": [1, 100, 1000], "seed": 0},
+            },
+        },
+    ),
+}
