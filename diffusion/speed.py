@@ -12,9 +12,15 @@ from diffusion.model import Model
 
 
 def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> Model:
-    """A copy of the model for fast evaluation: `dtype`, channels last, compiled if asked."""
+    """A copy of the model for fast evaluation: `dtype`, channels last, compiled if asked.
+
+    The first layer takes x_t in float32 at least, and hands on `dtype`: see `UNet`.
+    """
     network = deepcopy(model.network).eval().requires_grad_(False)
+    first = {"dtype": torch.promote_types(dtype, torch.float32)}
+    conv_in = deepcopy(network.conv_in).to(**first, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = network.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.conv_in = conv_in
     if compile:
         network.compile()
     return Model(model.config, network, model.digest)

@@ -365,10 +365,24 @@ class UNet(nn.Module):
             raise ValueError("class_label: this network is unconditional and takes none")
         return F.silu(emb)
 
+    def _enter(self, x: Tensor) -> Tensor:
+        """The first layer, in float32 also where the others run in less: x_t is not rounded.
+
+        At small t the noise is a few thousandths, which bfloat16 cannot tell from none.
+        """
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.conv_in(x).to(self.time1.weight.dtype)  # type: ignore[no-any-return]
+        with torch.autocast(device, enabled=False):
+            return self.conv_in(x).to(torch.get_autocast_dtype(device))  # type: ignore[no-any-return]
+
     def forward(self, x: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
-        """x: [N, C, H, W]; t: [N], index 0..T−1; class_label: [N] or None → [N, out, H, W]."""
+        """x: [N, C, H, W], of conv_in's type; t: [N], index 0..T−1; class_label: [N] or None.
+
+        Returns [N, out, H, W].
+        """
         emb = self.embed(t, class_label)
-        h = self.conv_in(x)
+        h = self._enter(x)
         skips = [h]
         for i, level in enumerate(self.down):
             for j in range(self.config.res_blocks):

@@ -33,6 +33,7 @@ from training.features import (
     sampled_features,
 )
 from training.plots import plot_progressive, plot_rate_distortion, plot_terms
+from training.precision import DtypeCost, dtype_cost
 from training.progressive import progressive_reconstructions
 from training.rate_distortion import markdown, paper_steps, rate_distortion
 from training.sources import is_picture_folder
@@ -81,7 +82,15 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
     loaded = load(options.model, device)
     sigma = check_sigma(loaded, options.sigma)
     dtype = DTYPES.get(options.dtype) or fast_dtype(loaded)
-    run = Run(options, prepare(loaded, dtype=dtype, compile=options.compiled), sigma)
+    run = Run(options, loaded, sigma)
+    run.check()
+    cost = run.dtype_cost(dtype)
+    if cost is not None:
+        echo(str(cost))
+        if cost.too_much and options.dtype != "auto":
+            raise ValueError(f"--dtype {options.dtype}: {cost}; use --dtype fp32")
+        dtype = torch.float32 if cost.too_much else dtype
+    run.use(dtype)
     results: dict[str, Any] = {
         "model": str(options.model),
         "digest": loaded.digest,
@@ -92,10 +101,10 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
         "sigma": sigma,
         "seed": options.seed,
         "dtype": str(dtype).removeprefix("torch."),
+        "dtype_cost": None if cost is None else cost.to_dict(),
         "torch": torch.__version__,
         "splits": {},
     }
-    run.check()
     fulls: dict[str, Measured] = {}
     for split in run.splits:
         results["splits"][split] = run.bits(split, fulls, echo)
@@ -135,8 +144,26 @@ class Run:
             "digest": model.digest,
             "data": options.data,
             "labelled": self.labelled,
-            "dtype": str(model.network.conv_in.weight.dtype),
         }
+
+    def use(self, dtype: torch.dtype) -> None:
+        """Evaluate in this format from now on."""
+        self.model = prepare(self.model, dtype=dtype, compile=self.options.compiled)
+        self.key["dtype"] = str(dtype)
+
+    def dtype_cost(self, dtype: torch.dtype) -> DtypeCost | None:
+        """What a format moves bits/dim by; None where there is nothing to ask."""
+        planned = max(self.options.images, self.options.monte_carlo)
+        if dtype == torch.float32 or not planned:
+            return None
+        return dtype_cost(
+            self.model,
+            dtype,
+            self.chosen(self.splits[0], planned),
+            seed=self.options.seed,
+            sigma=self.sigma,
+            batch_size=self.options.batch_size,
+        )
 
     def check(self) -> None:
         """Open all that is asked for, before anything is computed. Raises DataError, FeatureError.

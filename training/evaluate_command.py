@@ -37,7 +37,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--pictures", default=6, show_default=True, type=COUNT, help="In progressive.png.")
 @click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="fp32")
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile; pays with bf16.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile.")
 @click.option("--batch-size", default=64, show_default=True, type=POSITIVE)
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def evaluate(**options: Any) -> None:

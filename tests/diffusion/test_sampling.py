@@ -135,6 +135,22 @@ def test_a_prepared_copy_gives_the_same_output(model: Model) -> None:
     assert 0 < error < 0.05
 
 
+def test_x_t_reaches_a_bfloat16_network_unrounded(model: Model) -> None:
+    """1 + δ with δ far below the 2⁻⁷ that bfloat16 resolves there: what the first layer makes of
+    it is seen, and only then rounded, 16 channels on their own."""
+    seen: list[torch.Tensor] = []
+    half = prepare(model, dtype=torch.bfloat16)
+    half.network.conv_in.register_forward_hook(lambda layer, given, out: seen.append(out))
+    x, delta = torch.ones(1, 1, 8, 8), 1e-3 * torch.randn(1, 1, 8, 8)
+    assert torch.equal((x + delta / 1000).bfloat16(), x.bfloat16())
+    for entered in (x, x + delta):
+        half.eps(entered, torch.tensor([1]))
+    wanted = [model.network.conv_in(entered) for entered in (x, x + delta)]
+    for found, exact in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+    assert half.network.down[0].res[0].conv1.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from PIL import Image
 import diffusion
 from diffusion.likelihood import likelihood
 from diffusion.schedule import ScheduleConfig
+from diffusion.speed import prepare
 from tests.diffusion.networks import TINY, build_model
 from training.bits import choose, mean_and_error, measure
 from training.config import DataConfig
 from training.data import load_images
 from training.evaluate_command import evaluate
 from training.partial import PartialArrays, PartialError
+from training.precision import dtype_cost
 from training.rate_distortion import paper_steps, rate_distortion
 
 T = 20
@@ -319,3 +322,54 @@ def test_compiled_code_gives_the_same_numbers(
         results = json.loads((tmp_path / name / "results.json").read_text())
         found.append(results["splits"]["test"]["full"]["small"]["bits_per_dim"])
     assert found[1] == pytest.approx(found[0], abs=1e-4)
+
+
+def test_a_number_format_that_would_be_seen_is_refused(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it costs is printed and kept; `auto` does without one that costs too much."""
+    options = ("--images", "4", "--splits", "test", "--pictures", "0", "--quiet")
+    monkeypatch.setattr("training.evaluate.fast_dtype", lambda model: torch.bfloat16)
+    for name, dtype, allowed, used in (
+        ("a", "bf16", 1e9, "bfloat16"),
+        ("b", "auto", 1e-9, "float32"),
+        ("c", "bf16", 1e-9, None),
+    ):
+        monkeypatch.setattr("training.precision.ALLOWED", allowed)
+        out = tmp_path / name
+        arguments = [str(model_folder), str(data), "--out", str(out), "--dtype", dtype, *options]
+        ran = CliRunner().invoke(evaluate, arguments)
+        assert re.search(
+            r"bfloat16 moves bits/dim by [+-]0\.\d+ ± 0\.\d+ \(4 images\); ", ran.output
+        )
+        if used is None:
+            assert ran.exit_code == 1 and "--dtype bf16: bfloat16 moves" in ran.output
+            assert "use --dtype fp32" in ran.output and not out.exists()
+        else:
+            results = json.loads((out / "results.json").read_text())
+            assert results["dtype"] == used and results["dtype_cost"]["dtype"] == "bfloat16"
+
+
+def test_what_a_number_format_costs_is_the_difference_of_two_evaluations(
+    model_folder: Path, data: Path
+) -> None:
+    model = diffusion.load(model_folder)
+    images = load_images(
+        DataConfig(source=str(data), split="train", fit="pad"),
+        channels=1, side=8, num_classes=0, progress=False,
+    )  # fmt: skip
+    chosen = choose(images, 9, seed=3)
+    found = dtype_cost(model, torch.bfloat16, chosen, seed=3, sigma="small")
+    x_start = chosen.batch(np.arange(9))[0]
+    keys = torch.from_numpy(chosen.indices)
+    by_hand = [
+        likelihood(each, x_start, samples=20, seed=3, indices=keys).bits_per_dim
+        for each in (model, prepare(model, dtype=torch.bfloat16))
+    ]
+    wanted = float((by_hand[1] - by_hand[0]).mean())
+    assert found.images == 9 and found.bits_per_dim == pytest.approx(wanted, rel=1e-3)
+    spread = float(by_hand[0].std()) / 9**0.5
+    assert found.allowed == pytest.approx(spread / 10, rel=1e-3)
+    assert found.too_much is (abs(wanted) > spread / 10)
+    none = dtype_cost(model, torch.float32, chosen, seed=3, sigma="small")
+    assert none.bits_per_dim == 0 and not none.too_much

@@ -292,3 +292,17 @@ def test_the_registry_is_what_the_config_allows(config_file: Path) -> None:
         if name == "hybrid":
             options += ["sigma=learned", "network.learned_variance=true"]
         assert load_config(config_file, options).objective == name
+
+
+def test_training_in_bfloat16_sees_x_t_unrounded() -> None:
+    """Under autocast the first layer stays in float32, as it does where the network is evaluated;
+    the others do not."""
+    network = build_model().network.requires_grad_(True)
+    seen: dict[str, torch.dtype] = {}
+    for name, layer in (("first", network.conv_in), ("second", network.down[0].res[0].conv1)):
+        layer.register_forward_hook(lambda _, given, out, name=name: seen.update({name: out.dtype}))
+    x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 5])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        network(x_t, t, torch.tensor([0, 1])).float().square().mean().backward()
+    assert seen == {"first": torch.float32, "second": torch.bfloat16}
+    assert network.conv_in.weight.grad is not None

@@ -27,9 +27,7 @@ def main(arguments: list[str]) -> None:
     fast = prepare(model, dtype=getattr(torch, dtype))
     x, t, labels = example(model, int(rows))
     with torch.no_grad():
-        program = torch.export.export(
-            fast.network, (x.to(getattr(torch, dtype)), t, labels), strict=False
-        )
+        program = torch.export.export(fast.network, (x, t, labels), strict=False)
     temporary = Path(out).with_suffix(".tmp.pt2")
     torch._inductor.aoti_compile_and_package(
         program,

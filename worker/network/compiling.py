@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import diffusion.speed
 import diffusion.unet
 from worker.models import Served
 from worker.network.network import Forward, Network
@@ -157,8 +158,8 @@ def load(package: Path) -> Forward:
 def difference(network: Network, forward: Forward, rows: int) -> float:
     """How far compiled code is from eager code on some batch, relative to its largest value."""
     x, t, labels = example(network.model, rows)
-    eager = network.eager(x.to(network.dtype), t, labels).float()
-    compiled = forward(x.to(network.dtype), t, labels).float()
+    eager = network.eager(x, t, labels).float()
+    compiled = forward(x, t, labels).float()
     return float((compiled - eager).abs().max() / eager.abs().max().clamp(min=1e-12))
 
 
@@ -193,7 +194,8 @@ def _key(served: Served, network: Network, rows: int) -> str:
 
 @cache
 def _source() -> str:
-    return Path(diffusion.unet.__file__).read_text(encoding="utf-8")
+    files = (diffusion.unet.__file__, diffusion.speed.__file__)
+    return "".join(Path(file).read_text(encoding="utf-8") for file in files)
 
 
 @cache

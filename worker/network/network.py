@@ -51,7 +51,8 @@ class Inputs:
 class Network:
     """ε_θ of one model, ready for batches of any mix of timesteps, labels and guidance.
 
-    dtype: of weights and activations; ε̂ comes back in float32. exact: the result of a row
+    dtype: of weights and activations behind the first layer, which takes x_t in float32; ε̂ comes
+    back in float32. exact: the result of a row
     depends on neither its place nor its neighbours, to the bit: eager float32, one batch shape.
     """
 
@@ -117,10 +118,10 @@ class Network:
             x, t = _pad(x, padding), _pad(t, padding)
             labels = None if labels is None else _pad(labels, padding)
         forward = self._compiled[shape.rows] if shape.compiled else self.eager
-        return forward(x.to(self.dtype), t, labels).to(torch.float32)[:rows]
+        return forward(x, t, labels).to(torch.float32)[:rows]
 
     def eager(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The raw output, uncompiled, of a batch in the network's own data type."""
+        """The raw output, uncompiled, in the network's own data type; x: float32."""
         out: Tensor = self._fast.network(x, t, labels)
         return out
 
