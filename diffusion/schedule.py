@@ -33,7 +33,10 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A forward process, given by its betas [T], 0 < β_t < 1 (β_T = 1 is allowed)."""
+    """A forward process, given by its betas [T], 0 < β_t < 1 (β_T = 1 is allowed).
+
+    Raises ScheduleError also where ᾱ_t is 0 for more than the last t, by rounding.
+    """
 
     betas: Float64
 
@@ -47,6 +50,11 @@ class Schedule:
             raise ScheduleError(f"betas[{i}] = {betas[i]}: must lie between 0 and 1")
         betas.setflags(write=False)
         object.__setattr__(self, "betas", betas)
+        if lost := int((self.alphas_cumprod[:-1] == 0).sum()):
+            raise ScheduleError(
+                f"betas: ᾱ_t is 0 from t = {self.T - lost} on, in double precision: "
+                f"the data must be lost at t = T = {self.T} at the earliest"
+            )
 
     @property
     def T(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusion import CheckpointError, Model, ModelConfig, ScheduleConfig, UNetConfig, load, save
-from diffusion.parameterization import PREDICTIONS, to_eps
+from diffusion.parameterization import PREDICTIONS, to_eps, to_x_start
 from diffusion.samplers import SamplingDefaults
 from tests.diffusion.networks import SHORT, TINY, build_model
 
@@ -154,6 +154,21 @@ def test_eps_is_converted_from_any_parameterisation(prediction: str) -> None:
     torch.testing.assert_close(model.eps(x, t), wanted, rtol=1e-6, atol=1e-6)
     if prediction == "epsilon":
         assert torch.equal(model.eps(x, t), out)
+
+
+@pytest.mark.parametrize("prediction", ["v", "sample"])
+@pytest.mark.parametrize("t", [0, 500, 999])
+def test_x_start_comes_straight_from_the_output(prediction: str, t: int) -> None:
+    """By way of ε in float32 it was 0.005 off at the last t of the cosine schedule."""
+    model = build_model(prediction=prediction, schedule=ScheduleConfig("cosine"))
+    generator = torch.Generator().manual_seed(0)
+    x, out = torch.randn(2, 1, 1, 8, 8, generator=generator).unbind(0)
+    at = torch.tensor([t])
+    found = model.read(out, x, at)
+    wanted = to_x_start(model.schedule, prediction, x_t=x.double(), t=at, out=out.double())
+    assert (found.x_start - wanted).abs().max() < 1e-6
+    eps = to_eps(model.schedule, prediction, x_t=x.double(), t=at, out=out.double())
+    torch.testing.assert_close(found.eps.double(), eps, rtol=1e-5, atol=1e-6)
 
 
 def test_a_learned_variance_is_no_part_of_eps() -> None:

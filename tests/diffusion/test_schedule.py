@@ -184,6 +184,12 @@ def test_contradictory_configs_are_refused(fields: dict[str, object], message: s
         ScheduleConfig(**fields)  # type: ignore[arg-type]
 
 
+def test_only_the_last_step_may_leave_no_signal() -> None:
+    assert Schedule(np.array([0.5, 0.5, 1.0])).alphas_cumprod[-1] == 0
+    with pytest.raises(ScheduleError, match="betas: ᾱ_t is 0 from t = 108 on, in double precision"):
+        Schedule(np.full(200, 0.999))
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_a_schedule_has_at_least_one_step(kind: str) -> None:
     with pytest.raises(ScheduleError, match=r"T = 0: must be an integer 1\.\.10000"):

@@ -8,7 +8,7 @@ from PIL import Image
 
 import diffusion
 from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
-from training.commands import sample
+from training.commands import convert, sample
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,38 @@ def test_bad_options_are_named(
     )
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_an_output_that_is_not_finite_is_an_error(model: Path, tmp_path: Path) -> None:
+    bad = diffusion.load(model)
+    bad.network.conv_out.weight.fill_(0.0)
+    bad.network.conv_out.weight[:, 0, 1, 1] = 3e38
+    bad.network.conv_out.bias.fill_(3e38)
+    diffusion.save(bad, tmp_path / "bad")
+    options = ["--model", str(tmp_path / "bad"), "--out", str(tmp_path / "x.png"), "--quiet"]
+    result = CliRunner().invoke(sample, [*options, "--steps", "3", "--dtype", "fp32"])
+    assert result.exit_code == 1
+    assert "ddpm sample: t = 20: the network's output is not finite" in result.output
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_conversion_names_what_diffusers_lacks_and_takes_another(
+    model: Path, tmp_path: Path
+) -> None:
+    given = [str(model), str(tmp_path / "out"), "--to", "diffusers"]
+    result = CliRunner().invoke(convert, [*given, "--sampling", "spacing=quadratic"])
+    assert result.exit_code == 1
+    assert "sampling: spacing = 'quadratic': diffusers would draw other images" in result.output
+    assert CliRunner().invoke(convert, [*given, "--sampling", "spacing"]).exit_code == 2
+    changes = [
+        "--sampling",
+        "sampler=ddim",
+        "--sampling",
+        "clip=false",
+        "--sampling",
+        "landing=stride",
+    ]
+    result = CliRunner().invoke(convert, [*given, *changes])
+    assert result.exit_code == 0, result.output
+    sampling = diffusion.load(tmp_path / "out").config.sampling
+    assert (sampling.sampler, sampling.clip, sampling.landing) == ("ddim", False, "stride")
