@@ -58,7 +58,7 @@ def encode_image(record: JobRecord, index: int, x: Float32, *, suffix: str, px: 
 
 
 def encode_grid(record: JobRecord, planes: Sequence[Float32], *, suffix: str, px: int = 0) -> bytes:
-    """All pictures of a job in one; a noise job's has a row an image, t from left to right."""
+    """All pictures of a job in one, in as many columns as its kind asks for."""
     pixels = pictures.grid([to_uint8(x) for x in planes], columns=record.spec.grid_columns)
     if suffix == "webp":
         return pictures.encode_webp(pixels)
@@ -99,9 +99,17 @@ def film_frames(state: JobState, kind: str, index: int | None) -> list[list[str]
     return frames
 
 
-def encode_film(frames: Sequence[Sequence[Float32]], suffix: str, px: int) -> bytes:
+def film_columns(record: JobRecord, pictures_a_frame: int) -> int:
+    """As in the job's grid, where a frame shows all that the grid does."""
+    whole = pictures_a_frame == record.images and not record.spec.film_rises
+    return record.spec.grid_columns if whole else 0
+
+
+def encode_film(
+    frames: Sequence[Sequence[Float32]], suffix: str, px: int, *, columns: int = 0
+) -> bytes:
     """An animation with one grid a frame, enlarged to `px`."""
-    grids = [pictures.grid([to_uint8(x) for x in planes]) for planes in frames]
+    grids = [pictures.grid([to_uint8(x) for x in planes], columns=columns) for planes in frames]
     return pictures.film([_enlarged(grid, px) for grid in grids], suffix)
 
 

@@ -15,6 +15,7 @@ from app.outputs import (
     encode_image,
     fetch,
     file_response,
+    film_columns,
     film_frames,
 )
 from app.problems import Problem, documented
@@ -119,7 +120,9 @@ async def film(
         raise Problem("not_found", f"job {job_id} kept no snapshots of {kind}")
     planes = iter(await fetch(held, state.record, [field for f in frames for field in f]))
     grouped = [[next(planes) for _ in fields] for fields in frames]
-    return file_response(await held.pools.encoding.run(encode_film, grouped, suffix, px), suffix)
+    columns = film_columns(state.record, len(frames[0]))
+    encoding = held.pools.encoding.run(encode_film, grouped, suffix, px, columns=columns)
+    return file_response(await encoding, suffix)
 
 
 @router.get(

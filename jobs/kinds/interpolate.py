@@ -11,6 +11,8 @@ from jobs.errors import SpecError
 from jobs.kinds.chain import ChainSpec
 from jobs.kinds.common import Input, Timestep, check_timestep
 
+_LONGEST_ROW = 16
+
 
 class InterpolateSpec(ChainSpec):
     """Two images noised to t with one ε, mixed there, and decoded: image i is of lambdas[i].
@@ -27,6 +29,11 @@ class InterpolateSpec(ChainSpec):
     lambdas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         min_length=1, description="shares of the second image; one output each, in this order"
     )
+
+    @property
+    def grid_columns(self) -> int:
+        """One row, from the first image to the second, unless it would be very long."""
+        return len(self.lambdas) if len(self.lambdas) <= _LONGEST_ROW else 0
 
     @property
     def count(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from jobs.store.writer import JobStore
 from tests.app.conftest import CARD, Worker, X, png
@@ -216,19 +217,22 @@ def test_the_source_decides_the_model(
 
 def test_interpolate(client: httpx.Client, worker: Worker) -> None:
     parts: list[Any] = [("image", (f"{i}.png", png())) for i in range(2)]
-    request = {"t": 500, "lambdas": [0.0, 0.25, 1], "steps": 50}
+    request = {"t": 500, "lambdas": [0.0, 0.25, 0.5, 0.75, 1], "steps": 50}
     parts.append(("request", (None, json.dumps(request), "application/json")))
     job = client.post("/interpolate", files=parts).json()
     started = worker.start(job["id"])
-    assert started.record.images == 3 and started.record.work == 150
+    assert started.record.images == 5 and started.record.work == 250
     assert started.inputs is not None and started.inputs.shape == (2, 8, 8, 1)
-    for index in range(3):
+    for index in range(5):
         worker.image(started, index)
-    worker.snapshot(started, 500, "x_start", 1)
+        worker.snapshot(started, 500, "x_start", index)
     assert worker.store.succeed(job["id"], "e")
-    assert client.get(job["urls"]["grid"]).status_code == 200
+    grid = Image.open(io.BytesIO(client.get(job["urls"]["grid"]).content))
+    assert grid.size == (5 * 10 - 2, 8)  # one row, from picture to picture
     done = client.get(job["urls"]["self"]).json()
-    assert [image["index"] for image in done["images"]] == [0, 1, 2]
+    assert [image["index"] for image in done["images"]] == [0, 1, 2, 3, 4]
+    film = client.get(f"/jobs/{job['id']}/snapshots.gif?kind=x_start&px=48")
+    assert Image.open(io.BytesIO(film.content)).size == (48, 8)
     assert client.get(f"/jobs/{job['id']}/snapshots.gif?kind=x_start&index=1").status_code == 200
 
 
