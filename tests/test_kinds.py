@@ -208,7 +208,7 @@ def test_a_picture_or_a_stream_in_one_call(client: httpx.Client, pictures: list[
     images = [base64.b64encode(raw).decode() for raw in pictures[:2]]
     body = {"images": images, "t": 100, "steps": 5, "lambdas": [0, 0.5, 1]}
     grid = client.post("/interpolate", json=body, headers={"Accept": "image/png"})
-    assert Image.open(io.BytesIO(grid.content)).size == (18, 18)
+    assert Image.open(io.BytesIO(grid.content)).size == (28, 8)  # one row
     # A likelihood has no picture: its answer is JSON whatever is accepted.
     numbers = client.post(
         "/likelihood", json={"images": images}, headers={**WAIT, "Accept": "image/png"}
