@@ -30,8 +30,10 @@ from diffusion.forward import q_trajectory
 from diffusion.langevin import annealed_langevin, with_correctors
 from diffusion.learned_schedule import LearnedSchedule
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import SamplerTable, ancestral, ddim, dpmpp_2m, spaced_timesteps
+from diffusion.samplers import ancestral, ddim, dpmpp_2m
 from diffusion.schedule import Schedule, linear_schedule
+from diffusion.spacings import spaced_timesteps
+from diffusion.table import SamplerTable
 from diffusion.term_plan import schedule_proposal
 from diffusion.theory.autoregressive import MaskingChain
 from diffusion.theory.exact import (
@@ -201,7 +203,7 @@ def samplers_converge() -> Any:
     for c in (0.4, 0.2, 0.1):
         counts = [2, 5, 10, 20, 50]
         errors = [
-            relative_error(annealed_langevin(PAPER, levels, steps=k, c=c, clip=False))
+            relative_error(annealed_langevin(PAPER, levels, corrector_steps=k, c=c, clip=False))
             for k in counts
         ]
         right.loglog(c * np.array(counts), errors, "o-", markersize=3, label=f"c = {c}")

@@ -28,7 +28,7 @@ from quality import RealData, classifier, load_classifier
 from torch import Tensor
 
 import diffusion
-from diffusion.sampling import build_table
+from diffusion.samplers import build_table
 from training.bits import choose, mean_and_error, measure
 from training.config import DataConfig, TrainConfig, parse_config
 from training.data import Images, load_images

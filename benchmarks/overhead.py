@@ -25,7 +25,7 @@ import httpx
 import torch
 from serving import HERE, OUR_PORT, open_client, server
 
-from diffusion.sampling import build_table
+from diffusion.samplers import build_table
 from jobs.settings import Settings
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine

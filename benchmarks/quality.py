@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 import diffusion
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import SamplerTable
-from diffusion.sampling import build_table, chain
+from diffusion.samplers import build_table
+from diffusion.sampling import chain
 from diffusion.speed import fast_dtype, prepare
+from diffusion.table import SamplerTable
 from training.config import DataConfig
 from training.data import load_images
 from training.frechet import frechet_distance

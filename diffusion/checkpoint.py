@@ -24,8 +24,8 @@ from diffusion.files import (
     write_weights,
 )
 from diffusion.model import Model, ModelConfig, build_network
-from diffusion.samplers import SamplerError
 from diffusion.size import check_memory
+from diffusion.table import SamplerError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

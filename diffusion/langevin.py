@@ -18,8 +18,8 @@ from torch import Tensor
 
 from diffusion.forward import gather
 from diffusion.noise import Purpose
-from diffusion.samplers import COLUMNS, SamplerError, SamplerTable, checked_timesteps, empty_rows
 from diffusion.schedule import Float64, Schedule
+from diffusion.table import COLUMNS, SamplerError, SamplerTable, checked_timesteps, empty_rows
 
 LEVEL_STEP = 0.4  # c of annealed Langevin: its only means to follow the levels, so it must stride
 CORRECTOR_STEP = 0.1  # c of a corrector: a = 4(r‖z‖/‖s‖)² of Song et al. with r = 0.16
@@ -72,18 +72,20 @@ def annealed_langevin(
     schedule: Schedule,
     timesteps: Sequence[int],
     *,
-    steps: int = 1,
+    corrector_steps: int = 1,
     c: float = LEVEL_STEP,
     clip: bool = True,
     branch: bool = False,
 ) -> SamplerTable:
-    """`steps` Langevin steps at each level, x ← x√(ᾱ_s/ᾱ_t) between levels (Song, Ermon 2019).
+    """Langevin steps at each level, x ← x√(ᾱ_s/ᾱ_t) between levels (Song, Ermon 2019).
 
-    From a level without signal (ᾱ_t = 0) there is none to scale, and x stays. The last of all rows
-    lands on x̂_0, clipped if asked, instead of a last noisy step. branch: the first level's x_t may
-    come from a chain that has taken Langevin steps there already. Raises SamplerError for fewer
-    than one step a level, or timesteps that do not descend.
+    corrector_steps: how many a level. From a level without signal (ᾱ_t = 0) there is none to
+    scale, and x stays. The last of all rows lands on x̂_0, clipped if asked, instead of a last
+    noisy step. branch: the first level's x_t may come from a chain that has taken Langevin steps
+    there already. Raises SamplerError for fewer than one step a level, or timesteps that do not
+    descend.
     """
+    steps = corrector_steps
     if steps < 1:
         raise SamplerError(f"corrector_steps = {steps}: langevin needs 1 or more a level")
     ts = checked_timesteps(schedule.T, timesteps)

@@ -9,26 +9,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffusion.langevin import annealed_langevin, with_correctors
 from diffusion.model import Estimate, Model
 from diffusion.noise import Purpose, check_seed, image_normals, normals
-from diffusion.samplers import (
+from diffusion.samplers import build_table
+from diffusion.speed import fast_dtype, prepare
+from diffusion.table import (
     COLUMNS,
-    LANDINGS,
-    SAMPLERS,
     DeviceTable,
     SamplerError,
     SamplerTable,
-    ancestral,
     clip_x_start,
-    ddim,
-    dpmpp_2m,
     scale_noise,
-    spaced_timesteps,
     update,
 )
-from diffusion.schedule import Schedule
-from diffusion.speed import fast_dtype, prepare
 
 ClassLabel = int | Sequence[int] | Tensor | None
 
@@ -52,61 +45,6 @@ class Step:
     x_start: Tensor
     eps: Tensor
     x_next: Tensor
-
-
-def build_table(
-    schedule: Schedule,
-    *,
-    sampler: str = "ddpm",
-    steps: int = 100,
-    spacing: str = "uniform",
-    eta: float = 0.0,
-    variance: str = "large",
-    clip: bool = True,
-    rederive_eps: bool = True,
-    landing: str = "next",
-    corrector_steps: int | None = None,
-    start: int | None = None,
-) -> SamplerTable:
-    """The table of a named sampler. Raises SamplerError naming the option.
-
-    rederive_eps and landing are of ddim: see `SamplingDefaults`.
-
-    start: index of the x_t that is to enter the first row, for a chain that does not begin with
-    noise: the `steps` timesteps then lie in start..0, and the first is `start` in any spacing.
-    corrector_steps: Langevin steps at each level: after every step but the last (default none);
-    for langevin, which has nothing else, 1 by default. So the rows are steps·corrector_steps for
-    langevin, else steps + (steps − 1)·corrector_steps.
-    """
-    if start is None:
-        timesteps = spaced_timesteps(schedule.T, steps, spacing)
-    elif 0 <= start < schedule.T:
-        timesteps = [start, *spaced_timesteps(start + 1, steps, spacing)[1:]]
-    else:
-        raise SamplerError(f"start = {start}: must be 0..{schedule.T - 1}")
-    if sampler == "langevin":
-        a_level = 1 if corrector_steps is None else corrector_steps
-        branch = start is not None
-        return annealed_langevin(schedule, timesteps, steps=a_level, clip=clip, branch=branch)
-    if sampler == "ddpm":
-        table = ancestral(schedule, timesteps, variance=variance, clip=clip)
-    elif sampler == "ddim":
-        if landing not in LANDINGS:
-            raise SamplerError(f"landing = {landing!r}: must be one of {', '.join(LANDINGS)}")
-        stride = (schedule.T if start is None else start + 1) // steps
-        table = ddim(
-            schedule,
-            timesteps,
-            eta=eta,
-            clip=clip,
-            rederive_eps=rederive_eps,
-            landings=[max(t - stride, -1) for t in timesteps] if landing == "stride" else None,
-        )
-    elif sampler == "dpmpp_2m":
-        table = dpmpp_2m(schedule, timesteps, clip=clip)
-    else:
-        raise SamplerError(f"sampler = {sampler!r}: must be one of {', '.join(SAMPLERS)}")
-    return with_correctors(table, schedule, steps=corrector_steps or 0)
 
 
 def guided_estimate(

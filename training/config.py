@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from diffusion.files import CheckpointError
 from diffusion.model import ModelConfig
 from diffusion.parameterization import PREDICTIONS
-from diffusion.samplers import SamplerError, SamplingDefaults
+from diffusion.samplers import SamplingDefaults
 from diffusion.schedule import ScheduleConfig, ScheduleError
+from diffusion.table import SamplerError
 from diffusion.unet import NetworkConfigError, UNetConfig
 
 SHIPPED = Path(__file__).parent / "configs"

@@ -19,7 +19,7 @@ from diffusion.checkpoint import load
 from diffusion.files import write_json
 from diffusion.likelihood import check_sigma
 from diffusion.model import Model
-from diffusion.sampling import build_table
+from diffusion.samplers import build_table
 from diffusion.speed import fast_dtype, prepare
 from training.bits import Chosen, Measured, choose, mean_and_error, measure
 from training.config import DataConfig

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from diffusion.model import Model
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import SamplerTable
 from diffusion.sampling import chain
 from diffusion.schedule import Float64
+from diffusion.table import SamplerTable
 from training.bits import Chosen
 from training.frechet import frechet_distance
 from training.partial import PartialArrays

@@ -12,7 +12,8 @@ from torch import Tensor
 from diffusion.likelihood import likelihood_x_t
 from diffusion.model import Model
 from diffusion.noise import check_seed
-from diffusion.sampling import build_table, chain
+from diffusion.samplers import build_table
+from diffusion.sampling import chain
 from training.bits import Chosen
 
 

@@ -16,7 +16,9 @@ import torch
 
 import diffusion
 from diffusion import CheckpointError, Model
-from jobs.cards import ModelCard, Sampling
+from diffusion.samplers import SAMPLERS
+from diffusion.spacings import SPACINGS
+from jobs.cards import ModelCard, SamplerTraits, Sampling
 from worker.memory import free_bytes
 
 log = logging.getLogger("ddpm.worker")
@@ -153,6 +155,11 @@ def card_of(model: Model, name: str, queue: str) -> ModelCard:
         null_label=network.null_label,
         prediction=config.prediction,
         learned_variance=network.learned_variance,
+        samplers={
+            name: SamplerTraits(options=sampler.options, corrector_only=sampler.corrector_only)
+            for name, sampler in SAMPLERS.items()
+        },
+        spacings=tuple(SPACINGS),
         sampling=Sampling(
             sampler=config.sampling.sampler,
             variance=config.sampling.variance,

@@ -38,8 +38,8 @@ from diffusion.files import (
 )
 from diffusion.model import Model, ModelConfig, build_network
 from diffusion.parameterization import PredictionError
-from diffusion.samplers import SamplerError
 from diffusion.size import check_memory
+from diffusion.table import SamplerError
 from diffusion.unet import UNet, UNetConfig
 
 INDEX_NAME = "model_index.json"

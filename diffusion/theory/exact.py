@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.bound import BoundTable, bound_table
-from diffusion.samplers import COLUMNS, SamplerTable
 from diffusion.schedule import Float64, Schedule
+from diffusion.table import COLUMNS, SamplerTable
 
 
 def marginal_variance(schedule: Schedule, v: float) -> Float64:

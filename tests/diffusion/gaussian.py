@@ -13,9 +13,9 @@ from diffusion.forward import gather
 from diffusion.model import Estimate
 from diffusion.noise import Purpose, image_normals
 from diffusion.parameterization import to_x_start
-from diffusion.samplers import SamplerTable
 from diffusion.sampling import chain
 from diffusion.schedule import Schedule
+from diffusion.table import SamplerTable
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from diffusion.parameterization import to_x_start
-from diffusion.samplers import SamplerTable, clip_x_start, update
 from diffusion.schedule import Schedule
+from diffusion.table import SamplerTable, clip_x_start, update
 
 
 def one_step(

@@ -22,8 +22,9 @@ import diffusion
 from diffusion import CheckpointError, Model, ModelConfig, UNet, UNetConfig
 from diffusion.diffusers.folder import export_diffusers
 from diffusion.diffusers.scheduler import read_scheduler, write_scheduler
-from diffusion.samplers import SPACINGS, SamplingDefaults, clip_x_start, spaced_timesteps, update
-from diffusion.sampling import build_table
+from diffusion.samplers import SamplingDefaults, build_table
+from diffusion.spacings import SPACINGS, spaced_timesteps
+from diffusion.table import clip_x_start, update
 from tests.diffusion.networks import build_model
 
 SHAPE = (2, 1, 4, 4)

@@ -208,7 +208,7 @@ def test_half_precision_weights_are_read_as_floats(diffusers: ModuleType, tmp_pa
 @torch.inference_mode()
 def test_their_pipeline_draws_what_our_table_draws(diffusers: ModuleType, tmp_path: Path) -> None:
     """A whole picture: our export in their pipeline, the same noise through our table."""
-    from diffusion.sampling import build_table
+    from diffusion.samplers import build_table
 
     model = build_model(
         diffusion.UNetConfig(8, 1, channels=(8, 16), attention=(False, True), groups=4),

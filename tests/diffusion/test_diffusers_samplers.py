@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from diffusion.forward import q_sample
-from diffusion.samplers import (
-    SamplerTable,
-    ancestral,
-    ddim,
-    dpmpp_2m,
-    scale_noise,
-)
+from diffusion.samplers import ancestral, ddim, dpmpp_2m
 from diffusion.schedule import linear_schedule
+from diffusion.table import SamplerTable, scale_noise
 from tests.diffusion.steps import one_step
 
 SCHEDULE = linear_schedule()

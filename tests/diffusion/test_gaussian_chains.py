@@ -14,9 +14,10 @@ from scipy import stats
 from torch import Tensor
 
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import SamplerTable
-from diffusion.sampling import build_table, chain
+from diffusion.samplers import build_table
+from diffusion.sampling import chain
 from diffusion.schedule import Schedule, linear_schedule
+from diffusion.table import SamplerTable
 from tests.diffusion.gaussian import GaussianDenoiser, assert_normal, output_moments, run_chain
 
 PAPER = linear_schedule()

@@ -21,17 +21,10 @@ from diffusion.langevin import (
     with_correctors,
 )
 from diffusion.noise import Purpose
-from diffusion.samplers import (
-    COLUMNS,
-    SamplerError,
-    SamplerTable,
-    ancestral,
-    ddim,
-    dpmpp_2m,
-    spaced_timesteps,
-)
-from diffusion.sampling import build_table
+from diffusion.samplers import ancestral, build_table, ddim, dpmpp_2m
 from diffusion.schedule import Schedule, linear_schedule
+from diffusion.spacings import spaced_timesteps
+from diffusion.table import COLUMNS, SamplerError, SamplerTable
 from diffusion.theory.exact import eps_gain, marginal_variance, output_variance
 from tests.diffusion.gaussian import GaussianDenoiser, assert_normal, output_moments, run_chain
 from tests.diffusion.networks import build_model
@@ -141,7 +134,9 @@ def test_at_one_level_the_variance_settles_where_the_bias_says(c: float) -> None
 @pytest.mark.parametrize("steps", [1, 3])
 def test_annealed_langevin_returns_its_closed_form(steps: int) -> None:
     v = 0.25
-    table = annealed_langevin(PAPER, spaced_timesteps(1000, 40, "quadratic"), steps=steps, c=0.5)
+    table = annealed_langevin(
+        PAPER, spaced_timesteps(1000, 40, "quadratic"), corrector_steps=steps, c=0.5
+    )
     table.coefficients[:, COLUMNS.index("clip")] = math.inf
     denoiser = GaussianDenoiser(PAPER, v, mean=0.1, shape=(1, 64, 64))
     mean, variance = output_moments(table, denoiser)
@@ -155,7 +150,7 @@ def test_annealed_langevin_converges_to_the_data() -> None:
     for v in (0.25, 0.04):
         errors = []
         for c, K in ((0.4, 1), (0.2, 12), (0.1, 96)):
-            table = annealed_langevin(PAPER, levels, steps=K, c=c, clip=False)
+            table = annealed_langevin(PAPER, levels, corrector_steps=K, c=c, clip=False)
             errors.append(output_variance(table, PAPER, v) / v - 1)
         assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
         assert errors[2] < 0.03

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from diffusion import Model, sample
-from diffusion.samplers import COLUMNS, SamplerError, ancestral, scale_noise
+from diffusion.samplers import ancestral
 from diffusion.sampling import guided_estimate
 from diffusion.schedule import linear_schedule
+from diffusion.table import COLUMNS, SamplerError, scale_noise
 from tests.diffusion.networks import TINY, build_model
 
 TS = [999, 500, 100, 3]

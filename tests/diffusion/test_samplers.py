@@ -9,23 +9,19 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import Purpose, image_normals, normals
-from diffusion.samplers import (
+from diffusion.samplers import SamplingDefaults, ancestral, ddim, dpmpp_2m
+from diffusion.sampling import chain
+from diffusion.schedule import Schedule, cosine_schedule, linear_schedule
+from diffusion.spacings import SPACINGS, spaced_timesteps
+from diffusion.table import (
     COLUMNS,
-    SPACINGS,
     DeviceTable,
     SamplerError,
     SamplerTable,
-    SamplingDefaults,
-    ancestral,
     checked_timesteps,
     clip_x_start,
-    ddim,
-    dpmpp_2m,
-    spaced_timesteps,
     update,
 )
-from diffusion.sampling import chain
-from diffusion.schedule import Schedule, cosine_schedule, linear_schedule
 from tests.diffusion.gaussian import GaussianDenoiser
 from tests.diffusion.steps import one_step
 
@@ -227,7 +223,7 @@ def test_without_clipping_the_two_conventions_of_ddim_agree(eta: float) -> None:
 
 
 def test_a_ddim_step_lands_where_it_is_told() -> None:
-    table = ddim(SCHEDULE, [900, 600, 300], clip=False, landings=[650, 350, 50])
+    table = ddim(SCHEDULE, [900, 600, 300], clip=False, landing="stride", stride=250)
     x_0, eps = torch.randn(2, 1, 6, dtype=torch.float64).unbind(0)
     for row, (t, s) in enumerate([(900, 650), (600, 350), (300, 50)]):
         bars = [SCHEDULE.alphas_cumprod[k] for k in (t, s)]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from diffusion import Model, sample
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import SamplingDefaults
-from diffusion.sampling import Step, build_table, chain, guided_estimate
+from diffusion.samplers import SamplingDefaults, build_table
+from diffusion.sampling import Step, chain, guided_estimate
 from diffusion.speed import prepare
 from tests.diffusion.networks import TINY, build_model
 

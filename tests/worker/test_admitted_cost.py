@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffusion.samplers import SAMPLERS
-from diffusion.sampling import build_table
+from diffusion.samplers import SAMPLERS, build_table
 from diffusion.schedule import linear_schedule
 from jobs.cards import ModelCard
 from jobs.kinds.common import SpecError

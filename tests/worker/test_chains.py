@@ -10,8 +10,10 @@ import torch
 
 import diffusion
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import SAMPLERS, SPACINGS, SamplerError
-from diffusion.sampling import build_table, chain
+from diffusion.samplers import SAMPLERS, build_table
+from diffusion.sampling import chain
+from diffusion.spacings import SPACINGS
+from diffusion.table import SamplerError
 from jobs.kinds.reconstruct import ReconstructSpec
 from jobs.kinds.table import admit
 from jobs.pictures import from_bytes

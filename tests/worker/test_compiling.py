@@ -12,7 +12,7 @@ import torch
 
 import diffusion
 from diffusion import Model
-from diffusion.sampling import build_table
+from diffusion.samplers import build_table
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
 from worker.engine.tasks import Event, Images, Start, Task

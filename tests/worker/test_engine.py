@@ -11,7 +11,7 @@ from torch import Tensor
 
 import diffusion
 from diffusion import Model
-from diffusion.sampling import build_table
+from diffusion.samplers import build_table
 from tests.diffusion.steps import one_step
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine

@@ -16,7 +16,7 @@ import diffusion
 from diffusion import Model
 from diffusion.bound import bits_per_dim, bound_table
 from diffusion.likelihood import likelihood
-from diffusion.sampling import build_table
+from diffusion.samplers import build_table
 from diffusion.term_plan import full_plan, monte_carlo_plan
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine

@@ -17,14 +17,7 @@ from torch import Tensor
 
 from diffusion.model import Model
 from diffusion.noise import Purpose, image_normals, normals
-from diffusion.samplers import (
-    COLUMNS,
-    DeviceTable,
-    SamplerTable,
-    clip_x_start,
-    scale_noise,
-    update,
-)
+from diffusion.table import COLUMNS, DeviceTable, SamplerTable, clip_x_start, scale_noise, update
 from worker.engine.runs import NEVER, Run, Sample
 from worker.engine.tasks import States, Task
 from worker.network.costs import Shape

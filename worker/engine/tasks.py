@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.model import Model
-from diffusion.samplers import SamplerTable
+from diffusion.table import SamplerTable
 
 
 class EngineError(Exception):

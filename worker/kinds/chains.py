@@ -13,9 +13,9 @@ from torch import Tensor
 
 from diffusion.forward import q_samples_at
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import SamplerTable
-from diffusion.sampling import build_table
+from diffusion.samplers import build_table
 from diffusion.schedule import Schedule
+from diffusion.table import SamplerTable
 from jobs.kinds.chain import ChainSpec, Snapshots
 from jobs.store.batch import WriteBatch
 from jobs.store.writer import Started

@@ -1,0 +1,160 @@
+"""A sampler as a table: one row a network evaluation, one fused update for a mixed batch.
+
+A row evaluates the network at index t, which gives x̂_0 and ε̂ (`Model.read`), and then updates
+
+    x̂_0 ← clip(x̂_0)
+    x   ← a·x̂_0 + b·x + d·x̂_0,prev + c·z + e·ε̂
+
+so rows of different samplers, at different timesteps, step together in one batch. A learned
+variance scales z first, by exp(spread·v) with v the second half of the network's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusion.noise import Purpose
+from diffusion.schedule import Float64
+
+COLUMNS = ("clip", "a", "b", "d", "c", "e")
+
+
+class SamplerError(ValueError):
+    """Sampler options that make no table; the message names the field."""
+
+
+def check_name(field: str, value: object, allowed: Collection[str]) -> None:
+    """Raise SamplerError, naming the field, for a value that is not allowed."""
+    if value not in allowed:
+        raise SamplerError(f"{field} = {value!r}: must be one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerTable:
+    """Rows of one sampler.
+
+    t: [R] int64, index 0..T−1 of each evaluation. coefficients: [R, 6] float64, see COLUMNS (clip
+    is the bound on |x̂_0|, ∞ for none). purpose: [R], the stream of each row's noise, and noise:
+    [R], its place there (default t; see `Purpose`). spread: [R], ¼ ln(β/β̃) of a row with a
+    learned variance, else 0 (default). Raises SamplerError where two rows would draw the same.
+    """
+
+    t: NDArray[np.int64]
+    coefficients: Float64
+    purpose: NDArray[np.int64]
+    spread: Float64 = field(default_factory=lambda: np.zeros(0))
+    noise: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if not self.spread.size:
+            object.__setattr__(self, "spread", np.zeros(len(self)))
+        if not self.noise.size:
+            object.__setattr__(self, "noise", self.t)
+        if len({*zip(self.purpose.tolist(), self.noise.tolist(), strict=True)}) < len(self):
+            raise SamplerError("noise: two rows of a table have the same purpose and place")
+
+    def __len__(self) -> int:
+        return int(self.t.size)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a row reads x̂_0 of the row before it."""
+        return bool(np.any(self.coefficients[:, COLUMNS.index("d")]))
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether a row reads v, the second half of the network's output."""
+        return bool(np.any(self.spread))
+
+
+def checked_timesteps(T: int, timesteps: Sequence[int]) -> list[int]:
+    """The indices as a list, or SamplerError unless strictly descending within 0..T−1."""
+    ts = [int(t) for t in timesteps]
+    if not ts or ts[0] >= T or ts[-1] < 0 or any(a <= b for a, b in pairwise(ts)):
+        raise SamplerError(f"timesteps = {ts}: must be strictly descending within 0..{T - 1}")
+    return ts
+
+
+def empty_rows(n: int, clip: bool) -> Float64:
+    """Rows [n, 6] with clip filled in, and the rest 0."""
+    rows = np.zeros((n, len(COLUMNS)))
+    rows[:, 0] = 1.0 if clip else math.inf
+    return rows
+
+
+def put(rows: Float64, i: int, **columns: float) -> None:
+    """Fill in columns of row i, by name; those that are not named stay as they are."""
+    for name, value in columns.items():
+        rows[i, COLUMNS.index(name)] = value
+
+
+def stepping(ts: list[int], rows: Float64) -> SamplerTable:
+    """The table of rows at indices ts that draw the noise of plain steps."""
+    purpose = np.full(len(ts), Purpose.STEP, dtype=np.int64)
+    return SamplerTable(np.array(ts, dtype=np.int64), rows, purpose)
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceTable:
+    """Tables laid end to end on a device: a row index is all a sample has to carry.
+
+    t, purpose, noise: [R] int64; coefficients: [R, 6] float32; spread: [R] float32.
+    """
+
+    t: Tensor
+    coefficients: Tensor
+    purpose: Tensor
+    spread: Tensor
+    noise: Tensor
+
+    @classmethod
+    def of(cls, tables: Sequence[SamplerTable], device: torch.device | str) -> DeviceTable:
+        """Concatenate tables; the rows of table k start at the sum of the lengths before it."""
+        return cls(
+            torch.from_numpy(np.concatenate([table.t for table in tables])).to(device),
+            torch.from_numpy(np.concatenate([table.coefficients for table in tables]))
+            .to(torch.float32)
+            .to(device),
+            torch.from_numpy(np.concatenate([table.purpose for table in tables])).to(device),
+            torch.from_numpy(np.concatenate([table.spread for table in tables]))
+            .to(torch.float32)
+            .to(device),
+            torch.from_numpy(np.concatenate([table.noise for table in tables])).to(device),
+        )
+
+
+def clip_x_start(rows: Tensor, x_start: Tensor) -> Tensor:
+    """x̂_0 of each sample, clipped as its row says. rows: [N, 6]; x_start: [N, ...]."""
+    bound = _column(rows, "clip", x_start)
+    return torch.maximum(torch.minimum(x_start, bound), -bound)
+
+
+def scale_noise(spread: Tensor, v: Tensor, z: Tensor) -> Tensor:
+    """z·exp(spread·v), the noise of a learned variance; z itself where spread = 0.
+
+    spread: [N], gathered at each sample's row; v, z: [N, ...].
+    """
+    return z * torch.exp(spread.view(-1, *([1] * (z.ndim - 1))) * v)
+
+
+def update(
+    rows: Tensor, x: Tensor, *, x_start: Tensor, eps: Tensor, x_start_prev: Tensor, z: Tensor
+) -> Tensor:
+    """The next x of each sample: a·x̂_0 + b·x + d·x̂_0,prev + c·z + e·ε̂.
+
+    rows: [N, 6], the table's coefficients gathered at each sample's row; the rest [N, ...].
+    """
+    a, b, d, c, e = (_column(rows, name, x) for name in COLUMNS[1:])
+    return a * x_start + b * x + d * x_start_prev + c * z + e * eps
+
+
+def _column(rows: Tensor, name: str, like: Tensor) -> Tensor:
+    return rows[:, COLUMNS.index(name)].view(-1, *([1] * (like.ndim - 1)))
