@@ -42,12 +42,14 @@ class Held:
 
 
 class Roster:
-    """The engine's book. threads: write on a thread of its own, else where it is called.
+    """The engine's book. threads: write on a thread of its own, else where it is called. single:
+    this process runs one job and no other, so there is nothing to arrange.
 
     `isolate`, `beside`, `turn`, `forget` and `landed` are for the thread that begins the jobs.
     """
 
-    def __init__(self, store: JobStore, *, threads: bool) -> None:
+    def __init__(self, store: JobStore, *, threads: bool, single: bool) -> None:
+        self.single = single
         self.engine: Engine | None = None
         self.failure: BaseException | None = None
         self.closing = threading.Event()
@@ -84,14 +86,14 @@ class Roster:
 
     def at_start(self, *, room: bool) -> InBatch:
         """How a job is marked as it is begun. room: it would be stepped at once."""
-        if not self._threads:
+        if self.single:
             return InBatch.ALONE
         return InBatch.SHARED if room and not self.busy and not self._excused else InBatch.NO
 
     def add(self, flight: AnyFlight) -> None:
         """A flight began."""
         self._flights[flight.execution] = flight
-        if not self._threads:
+        if self.single:
             self._alone, self._launched = Held(flight, _nothing), True
 
     # Suspects, one after the other
@@ -105,7 +107,7 @@ class Roster:
     def beside(self, flight: AnyFlight, launch: Callable[[], object]) -> None:
         """Launch what works beside the engine, but not while a suspect is alone."""
         with self._lock:
-            if self.busy and self._threads and self._alone_execution() != flight.execution:
+            if self.busy and not self.single and self._alone_execution() != flight.execution:
                 self._later.append(Held(flight, launch))
                 return
             self._beside.add(flight.execution)
@@ -212,7 +214,7 @@ class Roster:
         self._alone, self._launched = None, False
         later, self._later = self._later, []
         self._beside.update(held.flight.execution for held in later)
-        if self._threads:
+        if not self.single:
             self._command(lambda engine: engine.only(None))
         for held in later:
             self._do(lambda held=held: self._launch_later(held))  # type: ignore[misc]

@@ -77,7 +77,7 @@ class Runtime:
             dtype=DTYPES[settings.dtype],
             checkpoint_every=settings.checkpoint_s,
         )
-        self.roster = Roster(store, threads=threads)
+        self.roster = Roster(store, threads=threads, single=not threads)
         self.engine = Engine(self._tell, options, book=self.roster)
         self.roster.engine = self.engine
         self._compiler = Compiler(
@@ -241,7 +241,7 @@ class Runtime:
             deadline=time.monotonic() + self.settings.job_deadline_s,
         )
         self._register(flight)
-        if started.crashes and self._threads:
+        if started.crashes and not self.roster.single:
             self.roster.isolate(flight, lambda: self._launch_suspect(flight))
         else:
             self._launch(flight, held=started.in_batch is InBatch.NO)

@@ -1,0 +1,158 @@
+"""Any order of what can happen to jobs, workers and the janitor: hypothesis looks for one in
+which something is lost, doubled, miscounted or blamed on the wrong job.
+
+A failure prints the steps that lead to it, and its seed: DDPM_SIMULATION_SEED=… replays it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from tests.worker.simulation import POISON, Clock, World
+from worker.models import ModelFolder, card_of
+from worker.network.networks import Networks
+
+WHO = st.integers(0, 2)
+WHICH = st.integers(0, 11)
+
+
+class Machine(RuleBasedStateMachine):
+    """Hypothesis chooses what happens next."""
+
+    parts: ClassVar[tuple[Any, ...]]
+    clock: ClassVar[Clock]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(*self.parts)
+        self.world.clock = self.clock
+
+    @rule(
+        client=st.sampled_from("ab"),
+        images=st.integers(1, 3),
+        steps=st.integers(3, 8),
+        seed=st.sampled_from([0, 1, 2, 3, 0, 1, 2, 3, POISON]),
+        high=st.booleans(),
+    )
+    def admit(self, client: str, images: int, steps: int, seed: int, high: bool) -> None:
+        if len(self.world.jobs) < 10:
+            self.world.admit(
+                client, num_images=images, steps=steps, seed=seed,
+                priority="high" if high else "normal",
+            )  # fmt: skip
+
+    @rule(who=WHO, count=st.integers(1, 4))
+    def board(self, who: int, count: int) -> None:
+        puppet = self.world.worker(who)
+        for _ in range(count):
+            puppet.act(puppet.board)
+
+    @rule(who=WHO, count=st.integers(1, 6))
+    def step(self, who: int, count: int) -> None:
+        puppet = self.world.worker(who)
+        for _ in range(count):
+            puppet.act(puppet.runtime.engine.tick)
+
+    @rule(who=WHO)
+    def round(self, who: int) -> None:
+        puppet = self.world.worker(who)
+        puppet.act(puppet.round)
+
+    @rule(seconds=st.sampled_from([0.3, 0.6, 6.0, 25.0, 70.0, 200.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.sleep(seconds)
+
+    @rule(who=WHO)
+    def kill(self, who: int) -> None:
+        self.world.worker(who).die()
+
+    @rule(who=WHO, commands=st.integers(0, 25))
+    def kill_soon(self, who: int, commands: int) -> None:
+        self.world.worker(who).pool.fuse = commands
+
+    @rule(who=WHO, commands=st.integers(1, 3))
+    def lose_connection(self, who: int, commands: int) -> None:
+        self.world.worker(who).pool.away = commands
+
+    @rule(who=WHO)
+    def freeze_or_thaw(self, who: int) -> None:
+        puppet = self.world.worker(who)
+        puppet.frozen = not puppet.frozen
+
+    @rule(who=WHO)
+    def deploy(self, who: int) -> None:
+        puppet = self.world.worker(who)
+        puppet.act(puppet.stop)
+
+    @rule(which=WHICH)
+    def cancel(self, which: int) -> None:
+        self.world.cancel(which)
+
+    @rule(which=WHICH)
+    def purge(self, which: int) -> None:
+        self.world.purge(which)
+
+    @rule()
+    def clean(self) -> None:
+        self.world.janitor.run()
+
+    @invariant()
+    def holds(self) -> None:
+        self.world.check()
+
+    def teardown(self) -> None:
+        try:
+            self.world.settle()
+            self.world.check()
+        finally:
+            self.world.close()
+
+
+@pytest.fixture
+def machine(redis_url: str, model_folder: Path) -> Iterator[type[Machine]]:
+    """The machine, with what all its runs share."""
+    folder = ModelFolder(model_folder, queue="ddpm")
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock()
+        folder.rescan()
+        networks = Networks(torch.float32, 8)
+        [served] = folder.served.values()
+        networks.prepare(served.model)
+        World.install(patch, clock)
+        Machine.parts = (redis_url, folder, networks, card_of(served.model, "tiny", "ddpm"))
+        Machine.clock = clock
+        yield Machine
+
+
+def run(machine: type[Machine], *, examples: int, steps: int) -> None:
+    chosen = int(os.environ.get("DDPM_SIMULATION_SEED") or secrets.randbits(32))
+    print(f"DDPM_SIMULATION_SEED={chosen}")  # noqa: T201 - pytest shows it where the test fails
+    found = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(seed(chosen)(machine), settings=found)
+
+
+def test_nothing_is_lost_or_blamed_in_any_order(machine: type[Machine]) -> None:
+    run(machine, examples=12, steps=30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_nothing_is_lost_or_blamed_in_thousands_of_orders(machine: type[Machine]) -> None:
+    run(machine, examples=int(os.environ.get("DDPM_SIMULATION_RUNS", "2000")), steps=60)
