@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -24,7 +25,10 @@ from jobs.errors import (
     Refused,
     SpecError,
 )
+from jobs.store.trouble import CODES as TROUBLES
+from jobs.store.trouble import trouble_of
 
+log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 LONGEST_VALUE = 60  # characters of a wrong value that an error repeats
 # An answer stays small, whatever was asked: a field's name may be as long as a request.
@@ -55,7 +59,7 @@ CODES: dict[str, int] = {
     "no_models": 503,
     "queue_full": 503,
     "storage_full": 503,
-    "store_unavailable": 503,
+    **dict.fromkeys(TROUBLES, 503),
 }
 
 
@@ -172,9 +176,8 @@ def from_error(error: Exception) -> Problem | None:
             return Problem("unsupported_media_type", str(error))
         case PictureError():
             return Problem("invalid_request", str(error))
-        case RedisError():
-            detail = "Redis does not answer; jobs that were taken in are kept"
-            return Problem("store_unavailable", detail, headers={"Retry-After": "5"})
+        case RedisError() if trouble := trouble_of(error):
+            return Problem(trouble.code, trouble.detail, headers={"Retry-After": "5"})
         case _:
             return None
 
@@ -198,7 +201,10 @@ def response(problem: Problem, request_id: str) -> Response:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return response(from_error(error) or internal(), request.scope.get("request_id", ""))
+    problem, request_id = from_error(error), request.scope.get("request_id", "")
+    if problem is None:
+        log.error("request %s", request_id, exc_info=error)
+    return response(problem or internal(), request_id)
 
 
 def internal() -> Problem:
@@ -250,8 +256,13 @@ def install(app: FastAPI) -> None:
 
 
 def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route: these codes, each with its schema and an example."""
+    """`responses` of a route: these codes, each with its schema and an example.
+
+    store_unavailable stands for all that Redis can be troubled by.
+    """
     by_status: dict[int | str, dict[str, Any]] = {}
+    if "store_unavailable" in codes:
+        codes = tuple(dict.fromkeys([*codes, *TROUBLES]))
     for code in codes:
         status = CODES[code]
         entry = by_status.setdefault(status, {"description": HTTPStatus(status).phrase})

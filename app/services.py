@@ -22,9 +22,10 @@ from jobs.errors import JobNotFound
 from jobs.rates import eta_s
 from jobs.settings import Settings
 from jobs.store.admission import Admission, Admitted
+from jobs.store.connections import connect_async
 from jobs.store.hub import BLOCK_MS, EventHub
 from jobs.store.janitor import Janitor
-from jobs.store.reader import JobReader, JobState, connect
+from jobs.store.reader import JobReader, JobState
 from jobs.store.records import known_form
 from jobs.store.writer import JobStore
 from jobs.webhooks import WebhookQueue
@@ -43,8 +44,8 @@ class Services:
         self.store = JobStore.connect(settings)
         self.admission = Admission(self.store)
         self.admitter = Admitter(self.admission)
-        self._redis = connect(settings)
-        self._blocked = connect(settings, socket_timeout=3 * BLOCK_MS / 1000)
+        self._redis = connect_async(settings)
+        self._blocked = connect_async(settings, socket_timeout=3 * BLOCK_MS / 1000)
         self.reader = JobReader(self._redis)
         self.pools = Pools()
         self.previews = Previews(self.reader, self.pools.encoding, self.metrics)

@@ -11,7 +11,8 @@ import redis
 import torch
 
 from jobs.settings import Settings, load_settings
-from jobs.store.writer import JobStore, connect
+from jobs.store.connections import connect, wait_until_writable
+from jobs.store.writer import JobStore
 from worker.models import ModelFolder
 from worker.network.device import DeviceError, pick_device
 from worker.network.threads import reserve_team
@@ -70,6 +71,7 @@ def serve(settings: Settings, folder: ModelFolder, *, name: str, verbose: bool) 
     """Run a worker until it is told to stop."""
     runtime = Runtime(settings, JobStore.connect(settings), folder)
     rq_worker = EngineWorker(runtime, connect(settings), name=name)
+    wait_until_writable(runtime.store.redis)
     runtime.start()
     runtime.store.retire_strangers(settings.queue, folder.served)
     if not folder.served:

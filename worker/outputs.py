@@ -17,6 +17,7 @@ from typing import TypeVar
 import redis
 
 from jobs.store.batch import Fate, WriteBatch
+from jobs.store.trouble import passes
 from jobs.store.writer import JobStore
 from worker.engine.tasks import (
     Advanced,
@@ -87,10 +88,10 @@ class Outputs:
         while True:
             try:
                 return write()
-            except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-                if self.closing.is_set():
+            except redis.exceptions.RedisError as error:
+                if self.closing.is_set() or not passes(error):
                     raise
-                log.warning("Redis is away (%s); the work goes on, writing waits", error)
+                log.warning("Redis cannot serve (%s); the work goes on, writing waits", error)
                 time.sleep(RETRY_S)
 
     def _write(self, pairs: list[tuple[AnyFlight, Event]]) -> dict[str, Fate]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import redis
 
 from jobs.store.batch import InBatch
+from jobs.store.trouble import passes
 from jobs.store.writer import JobStore
 from worker.engine.loop import Engine
 from worker.engine.tasks import Advanced, EngineStopped, Event
@@ -239,10 +240,12 @@ class Roster:
             try:
                 batch.send()
                 return
-            except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+            except redis.exceptions.RedisError as error:
                 if self.closing.is_set():
                     return
-                log.warning("Redis is away (%s); who is in the batch is not written", error)
+                if not passes(error):
+                    raise
+                log.warning("Redis cannot serve (%s); who is in the batch is not written", error)
                 time.sleep(RETRY_S)
 
     def _command(self, command: Callable[[Engine], None]) -> None:

@@ -19,7 +19,7 @@ import socket
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -42,6 +42,7 @@ from rq.version import VERSION
 from rq.worker import BaseWorker, WorkerStatus
 
 from jobs.store.rq_queue import JOB_FUNCTION
+from jobs.store.trouble import passes
 from worker.engine.tasks import EngineStopped
 from worker.flights import AnyFlight, Ending, Flight, Intent, Outcome
 from worker.patience import Patience
@@ -59,7 +60,7 @@ POLL_S = 0.5  # between two looks at whether the jobs are still ours
 AT_ONCE = 8  # jobs taken a round while the batch is not full, else one
 RELEASE_S = 10.0  # for the state of a job to be written at a stop
 ENDED = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED, JobStatus.CANCELED)
-AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+SOCKET_S = 5  # for an answer, beyond what a blocking call waits by itself
 EXIT_HUNG = 75
 
 
@@ -151,6 +152,7 @@ class EngineWorker(BaseWorker):
         self.runtime = runtime
         self._boarded: dict[str, Boarded] = {}  # by execution
         self._orders: deque[dict[str, Any]] = deque()  # from the pub/sub thread
+        self._ends: deque[Outcome] = deque()  # of flights, not yet told to RQ
         self._stop_at: float | None = None
         self._impatient = self._excused = False
         self._released_at: float | None = None
@@ -165,7 +167,6 @@ class EngineWorker(BaseWorker):
     ) -> tuple[Job, Queue] | None:
         """Wait for a job in short slices, so that a stop and the duties are never far off."""
         idle_since = time.monotonic()
-        self.set_state(WorkerStatus.IDLE)
         while not self._stop_requested:
             try:
                 self._idle_round()
@@ -173,12 +174,48 @@ class EngineWorker(BaseWorker):
             except DequeueTimeout:
                 if max_idle_time is not None and time.monotonic() - idle_since > max_idle_time:
                     return None
-            except AWAY as error:
-                log.warning("Redis is away (%s)", error)
+            except redis.exceptions.RedisError as error:
+                if not passes(error):
+                    raise
+                log.warning("Redis cannot serve (%s)", error)
                 time.sleep(POLL_S)
         return None
 
+    # RQ's loop ends at an error of any of these three
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """Say that this worker lives, if Redis is there to hear it."""
+        with self._patiently():
+            super().heartbeat(timeout, pipeline)
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """Wait while all workers are suspended."""
+        with self._patiently():
+            super().check_for_suspension(burst)
+
+    def run_maintenance_tasks(self) -> None:
+        """Clean up after dead workers; what cannot be done now is done next time."""
+        with self._patiently():
+            super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def _patiently(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.exceptions.RedisError as error:
+            if not passes(error):
+                raise
+            log.warning("Redis cannot serve (%s)", error)
+            time.sleep(POLL_S)
+
+    @property
+    def connection_timeout(self) -> int:
+        """Seconds until a dropped connection is noticed."""
+        return IDLE_SLICE_S + SOCKET_S
+
     def _idle_round(self) -> None:
+        if self.get_state() != WorkerStatus.IDLE:
+            self.set_state(WorkerStatus.IDLE)
         self.heartbeat()
         self.check_for_suspension(burst=False)
         self._maintain()
@@ -200,9 +237,17 @@ class EngineWorker(BaseWorker):
         return job, queue
 
     def _maintain(self) -> None:
-        self.runtime.duties(self.name)
+        if self.runtime.duties(self.name):
+            self._stay_registered()
         if self.should_run_maintenance_tasks:
-            self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+            self.run_maintenance_tasks()
+
+    def _stay_registered(self) -> None:
+        """RQ knows this worker again, if Redis came back empty or took it for dead."""
+        if not self.connection.sismember(self.redis_workers_keys, self.key):
+            log.warning("RQ does not know this worker any more; registering anew")
+            self.connection.delete(self.key)
+            self.register_birth()  # type: ignore[no-untyped-call]
 
     def clean_registries(self) -> None:
         """RQ's cleaning, under the one lock that the API's janitor takes too: two at once would
@@ -223,16 +268,16 @@ class EngineWorker(BaseWorker):
         while True:
             try:
                 work()
-            except AWAY as error:
+            except Exception as error:
+                if not passes(error):
+                    log.exception("a fault of this worker; handing the jobs on")
+                    self._abandon()
+                    raise
                 if self._stop_at is not None and self._late(self._stop_at, RELEASE_S):
                     log.error("Redis is away (%s) at the end; RQ will hand the jobs on", error)
                     self._boarded.clear()
-                log.warning("Redis is away (%s); the jobs in flight go on", error)
+                log.warning("Redis cannot serve (%s); the jobs in flight go on", error)
                 time.sleep(POLL_S)
-            except Exception:
-                log.exception("a fault of this worker; handing the jobs on")
-                self._abandon()
-                raise
             if not self._boarded and not self._patience.pausing:
                 return
             work = self._busy_round
@@ -323,16 +368,17 @@ class EngineWorker(BaseWorker):
 
     def _land_ended(self) -> None:
         """End, with RQ, the jobs that have ended; waits a moment for the first."""
-        try:
-            outcome = self.runtime.outcomes.get(timeout=ROUND_S)
+        with contextlib.suppress(queues.Empty):
+            self._ends.append(self.runtime.outcomes.get(timeout=ROUND_S))
             while True:
-                self.runtime.landed(outcome)
-                boarded = self._boarded.get(outcome.execution)
-                if boarded is not None:
-                    self._land(boarded, outcome)
-                outcome = self.runtime.outcomes.get_nowait()
-        except queues.Empty:
-            return
+                self._ends.append(self.runtime.outcomes.get_nowait())
+        while self._ends:
+            outcome = self._ends[0]
+            self.runtime.landed(outcome)
+            boarded = self._boarded.get(outcome.execution)
+            if boarded is not None:
+                self._land(boarded, outcome)
+            self._ends.popleft()  # only now: if Redis could not serve, this comes again
 
     def _land(self, boarded: Boarded, outcome: Outcome) -> None:
         job, queue, execution = boarded.job, boarded.queue, boarded.execution
@@ -458,9 +504,9 @@ class EngineWorker(BaseWorker):
 
     def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
         """Hear RQ again after any absence of Redis: stock RQ goes deaf at a time-out."""
-        if not isinstance(exc, AWAY):
+        if not passes(exc):
             raise exc
-        log.warning("Redis is away (%s); subscribing again", exc)
+        log.warning("Redis cannot serve (%s); subscribing again", exc)
         time.sleep(POLL_S)
 
     def request_stop_execution(self, execution_id: str) -> None:
@@ -532,8 +578,8 @@ class EngineWorker(BaseWorker):
         try:
             super().teardown()  # type: ignore[no-untyped-call]
             self.runtime.store.goodbye(self.name)
-        except AWAY as error:
-            log.warning("Redis is away (%s); this worker's record will lapse", error)
+        except redis.exceptions.RedisError as error:
+            log.warning("Redis cannot serve (%s); this worker's record will lapse", error)
 
     @staticmethod
     def _late(since: float, seconds: float) -> bool:

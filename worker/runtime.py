@@ -138,13 +138,14 @@ class Runtime:
             digests = {served.model.digest for served in self.folder.served.values()}
             self.engine.keep_only(digests)
 
-    def duties(self, worker: str) -> None:
-        """What is due every few seconds, busy or not: rescan, and say that this worker lives.
+    def duties(self, worker: str) -> bool:
+        """What is due every few seconds, busy or not: rescan, and say that this worker lives and
+        what it serves. False: it was not due.
 
         Returns at once: a heartbeat must not wait for a model that loads.
         """
         if time.monotonic() < self._duties_at:
-            return
+            return False
         self._duties_at = time.monotonic() + DUTIES_S
         self._loader.scan()
         self._compiler.poll(self.folder.served.values())
@@ -158,7 +159,9 @@ class Runtime:
             device=next((s.model.device.type for s in served.values()), "cpu"),
             active=sum(flight.record.images for flight in list(self.flights.values())),
         )
-        self.store.heartbeat(info, {name: rate for name, rate in rates.items() if rate})
+        cards = [s.card for s in served.values()]
+        self.store.heartbeat(info, {name: r for name, r in rates.items() if r}, cards=cards)
+        return True
 
     # Jobs
 
@@ -243,8 +246,12 @@ class Runtime:
         self._register(flight)
         if started.crashes and not self.roster.single:
             self.roster.isolate(flight, lambda: self._launch_suspect(flight))
-        else:
+            return flight
+        try:
             self._launch(flight, held=started.in_batch is InBatch.NO)
+        except Exception:
+            self._strike(flight)
+            raise
         return flight
 
     def _launch(self, flight: AnyFlight, *, held: bool) -> None:
@@ -276,6 +283,12 @@ class Runtime:
         if flight is not None:
             self.roster.landed(flight)
         return flight
+
+    def _strike(self, flight: AnyFlight) -> None:
+        """Take a flight that was never launched off all lists."""
+        self.flights.pop(flight.execution, None)
+        self.roster.landed(flight)
+        self.outputs.remove(flight)
 
     def end(self, flight: AnyFlight, intent: Intent) -> None:
         """Ask a flight to end; it is answered by an outcome."""

@@ -80,7 +80,7 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Ready: Redis answers and at least one model is known."""
+    """Ready: Redis takes writes and at least one model is known."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"status": "ready", "models": 1, "workers": 1}}
@@ -133,7 +133,7 @@ async def healthz() -> Response:
 async def readyz(request: Request) -> Response:
     """Whether jobs can be taken in. No worker needs to live for that: they wait."""
     reader = services(request).reader
-    await reader.ping()
+    await reader.check_writable()
     cards = await reader.cards()
     if not cards:
         detail = "no worker has published a model yet"

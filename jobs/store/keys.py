@@ -19,6 +19,7 @@ ddpm:models_more         hash    name → the other fields of its card, and its 
 ddpm:rates:{model}       hash    worker → measured image-steps/s
 ddpm:workers             hash    name → what the worker last said of itself
 ddpm:begun               hash    worker → the job that it began last
+ddpm:probe               string  written to see whether it can be
 ddpm:suspects            hash    id → since when our record and RQ's disagree
 """
 
@@ -37,6 +38,7 @@ MODELS = PREFIX + "models"
 MODELS_MORE = PREFIX + "models_more"
 WORKERS = PREFIX + "workers"
 BEGUN = PREFIX + "begun"
+PROBE = PREFIX + "probe"
 SUSPECTS = PREFIX + "suspects"
 
 

@@ -14,10 +14,10 @@ from redis.exceptions import ResponseError
 from jobs.cards import ModelCard
 from jobs.outputs import parse_name
 from jobs.rates import combined_rate, eta_s
-from jobs.settings import Settings
 from jobs.states import ACTIVE, Status
 from jobs.store import keys, scripts
 from jobs.store.cards import parse_cards
+from jobs.store.connections import probe
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.rq_queue import queue_key
 from jobs.store.tolerance import UNREADABLE, count, each, items, text
@@ -61,13 +61,8 @@ class Page:
     cursor: str | None
 
 
-def connect(settings: Settings, **options: Any) -> aioredis.Redis:
-    """An asynchronous connection with the protocol of the synchronous one."""
-    return aioredis.Redis.from_url(settings.redis_url, protocol=2, **options)
-
-
 class JobReader:
-    """Reads what admission, workers and the janitor write. Writes nothing."""
+    """Reads what admission, workers and the janitor write. Writes nothing but a probe."""
 
     def __init__(self, connection: aioredis.Redis) -> None:
         self._redis: Any = connection  # redis-py types every reply as sync or async
@@ -75,9 +70,9 @@ class JobReader:
         self._cards: tuple[float, dict[str, ModelCard]] = (-_CARDS_S, {})
         self._rates: dict[str, tuple[float, float | None]] = {}
 
-    async def ping(self) -> bool:
-        """True, or a redis.RedisError."""
-        return bool(await self._redis.ping())
+    async def check_writable(self) -> None:
+        """Raise the redis.RedisError that says why no job could be taken in, if there is one."""
+        await probe(self._redis)
 
     async def cards(self) -> dict[str, ModelCard]:
         """Every known model by name, at most a second old."""

@@ -48,6 +48,7 @@ from jobs.states import Status
 from jobs.store import events, keys, scripts
 from jobs.store.batch import InBatch, WriteBatch
 from jobs.store.cards import parse_cards
+from jobs.store.connections import connect
 from jobs.store.events import JobFault
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.tolerance import each, is_data_fault, items, number, tell_once
@@ -107,11 +108,6 @@ class WorkerInfo:
     def alive(self, now: float) -> bool:
         """Whether it spoke lately."""
         return now - self.at <= WORKER_TTL_S
-
-
-def connect(settings: Settings) -> redis.Redis:
-    """A synchronous connection as RQ needs it: RESP2, bytes."""
-    return redis.Redis.from_url(settings.redis_url, protocol=2, decode_responses=False)
 
 
 class JobStore:
@@ -313,13 +309,23 @@ class JobStore:
             pipe.hgetall(keys.MODELS_MORE)
             return parse_cards(*pipe.execute())
 
-    def heartbeat(self, info: WorkerInfo, rates: Mapping[str, float]) -> None:
-        """Say that a worker lives, and how fast each model runs here (image-steps/s)."""
+    def heartbeat(
+        self, info: WorkerInfo, rates: Mapping[str, float], *, cards: Iterable[ModelCard] = ()
+    ) -> None:
+        """Say that a worker lives, and how fast each model runs here (image-steps/s).
+
+        Publishes again what of `cards` is not known: Redis may have come back empty.
+        """
         with self.redis.pipeline() as pipe:
             pipe.hset(keys.WORKERS, info.name, json.dumps(asdict(info)))
+            pipe.sadd(keys.QUEUES, info.queue)
             for model, rate in rates.items():
                 pipe.hset(keys.rates(model), info.name, json.dumps([rate, info.at]))
-            pipe.execute()
+            pipe.hkeys(keys.MODELS)
+            known = {name.decode(errors="replace") for name in pipe.execute()[-1]}
+        for card in cards:
+            if card.name not in known:
+                self.publish_card(card)
 
     def goodbye(self, worker: str) -> None:
         """Say that a worker is gone. Its measured rates stay until newer ones come."""

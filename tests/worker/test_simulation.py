@@ -70,7 +70,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.3, 0.6, 6.0, 25.0, 70.0, 200.0]))
     def wait(self, seconds: float) -> None:
-        self.clock.sleep(seconds)
+        self.world.wait(seconds)
 
     @rule(who=WHO)
     def kill(self, who: int) -> None:

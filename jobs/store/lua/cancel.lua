@@ -1,4 +1,5 @@
 -- ARGV: id, now, status data, final data. Returns missing, canceled, requested or ended.
+begin_to_free()
 local id = ARGV[1]
 if not mend(id) then return 'missing' end
 local status = get(id, 'status')

@@ -1,5 +1,6 @@
 -- ARGV: id, execution ('' for the janitor: any active job), status, now, status data,
 -- name and data of the last event, error, result. Returns 1 or 0 (lost).
+begin_to_free()
 local id = ARGV[1]
 if not mend(id) then return 0 end
 if ARGV[2] == '' then

@@ -4,6 +4,10 @@ local function key(id) return P .. 'job:' .. id end
 local function get(id, field) return redis.call('HGET', key(id), field) end
 local function number(id, field) return tonumber(get(id, field) or '0') or 0 end
 
+-- What frees memory must not be refused for want of it: Redis lets a script that has written
+-- something go on, and a delete is always allowed.
+local function begin_to_free() redis.call('DEL', P .. 'probe') end
+
 local function emit(id, name, data)
   local maxlen = get(id, 'maxlen')
   redis.call('HINCRBY', key(id), 'events', 1)

@@ -1,4 +1,5 @@
 -- ARGV: now, seconds a record outlives its outputs, most entries to handle. Returns how many.
+begin_to_free()
 local now, record_ttl = tonumber(ARGV[1]), tonumber(ARGV[2])
 local due = redis.call('ZRANGEBYSCORE', P .. 'due', '-inf', now, 'LIMIT', 0, ARGV[3])
 local function handle(what, id)
