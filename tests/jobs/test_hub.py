@@ -6,8 +6,8 @@ from contextlib import aclosing, asynccontextmanager
 
 from jobs.settings import Settings
 from jobs.store import keys
+from jobs.store.connections import connect_async
 from jobs.store.hub import BLOCK_MS, EventHub
-from jobs.store.reader import connect
 from jobs.store.writer import JobStore
 
 Submit = Callable[..., str]
@@ -15,8 +15,8 @@ Submit = Callable[..., str]
 
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[EventHub]:
-    connection = connect(settings)
-    blocked = connect(settings, socket_timeout=3 * BLOCK_MS / 1000)
+    connection = connect_async(settings)
+    blocked = connect_async(settings, socket_timeout=3 * BLOCK_MS / 1000)
     hub = EventHub(connection, blocked)
     task = asyncio.create_task(hub.run())
     try:
