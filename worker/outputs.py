@@ -61,6 +61,10 @@ class Outputs:
         """Events of this job are to be written from now on."""
         self._flights[flight.execution] = flight
 
+    def remove(self, flight: AnyFlight) -> None:
+        """A flight that was added was never launched."""
+        self._flights.pop(flight.execution, None)
+
     def drop(self, flight: AnyFlight) -> None:
         """The job is not ours any more: write nothing further."""
         flight.intent = Intent.LOSE
