@@ -193,7 +193,7 @@ async def snapshot_plane(
         verb = "has x_t" if kept else "has no x_t"
         raise field_problem("/source/index", f"{source.index}: job {record.id} {verb} {there}")
     field = snapshot_name(source.t, "x_t", source.index)
-    [plane] = await held.reader.planes(record.id, [field])
+    [plane] = await held.reader.outputs.get(record.id, [field])
     if plane is None:  # expired in this moment
         raise gone
     return plane

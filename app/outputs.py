@@ -39,7 +39,7 @@ async def fetch(services: Services, record: JobRecord, fields: Sequence[str]) ->
     """Output planes [C,H,W]. Raises OutputExpired, Problem not_ready or not_found."""
     if record.outputs_gone:
         raise OutputExpired(f"the outputs of job {record.id} have expired")
-    planes = await services.reader.planes(record.id, list(fields)) if fields else []
+    planes = await services.reader.outputs.get(record.id, fields) if fields else []
     found = [from_bytes(plane, record.shape) for plane in planes if plane is not None]
     if found and len(found) == len(fields):
         return found

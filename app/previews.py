@@ -54,7 +54,7 @@ class Previews:
 
     async def _make(self, record: JobRecord, fields: list[str], px: int) -> dict[str, str]:
         try:
-            planes = await self._reader.planes(record.id, fields)
+            planes = await self._reader.outputs.get(record.id, fields)
             there = {f: plane for f, plane in zip(fields, planes, strict=True) if plane is not None}
             made = await self._pool.run(_encode, there, record, px)
         finally:

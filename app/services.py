@@ -46,7 +46,7 @@ class Services:
         self.admitter = Admitter(self.admission)
         self._redis = connect_async(settings)
         self._blocked = connect_async(settings, socket_timeout=3 * BLOCK_MS / 1000)
-        self.reader = JobReader(self._redis)
+        self.reader = JobReader(self._redis, settings)
         self.pools = Pools()
         self.previews = Previews(self.reader, self.pools.encoding, self.metrics)
         self.hub = EventHub(self._redis, self._blocked)

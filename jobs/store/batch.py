@@ -14,6 +14,7 @@ from jobs.outputs import image_name, snapshot_name
 from jobs.pictures import Float32, to_uint8
 from jobs.store import events
 from jobs.store.events import ImageEvent, ProgressEvent, SnapshotEvent
+from jobs.store.outputs import OutputStore, Put
 from jobs.store.records import JobRecord
 
 
@@ -35,14 +36,19 @@ class InBatch(StrEnum):
 
 
 class WriteBatch:
-    """Writes for any number of jobs, sent in one round trip, one atomic script for each job."""
+    """Writes for any number of jobs: first the bytes of outputs, then one atomic script a job."""
 
-    def __init__(self, write: Callable[[list[list[Any]]], list[int]]) -> None:
+    def __init__(self, outputs: OutputStore, write: Callable[[list[list[Any]]], list[int]]) -> None:
+        self._outputs = outputs
         self._write = write
         self._jobs: dict[tuple[str, str], list[Any]] = {}
+        self._bytes: dict[tuple[str, str], dict[str, bytes]] = {}
 
     def _ops(self, job_id: str, execution: str) -> list[Any]:
         return self._jobs.setdefault((job_id, execution), [])
+
+    def _keep(self, record: JobRecord, execution: str, name: str, x: Float32) -> None:
+        self._bytes.setdefault((record.id, execution), {})[name] = _plane(x, record)
 
     def progress(
         self, record: JobRecord, execution: str, *, done: int, t: int, eta_s: float | None = None
@@ -59,8 +65,9 @@ class WriteBatch:
         event = events.dump(ImageEvent(index=index, url=url, sha256=sha256))
         meta = json.dumps({"sha256": sha256})
         name = image_name(index)
+        self._keep(record, execution, name, x)
         ops = self._ops(record.id, execution)
-        ops.extend(["o", name, _plane(x, record), meta, "image", event, "x", index])
+        ops.extend(["o", name, meta, "image", event, "x", index])
 
     def snapshot(
         self, record: JobRecord, execution: str, *, t: int, kind: str, index: int, x: Float32
@@ -70,8 +77,8 @@ class WriteBatch:
         fields = {"t": t, "index": index, "kind": kind, "url": url}
         event = events.dump(SnapshotEvent.model_validate(fields))
         name = snapshot_name(t, kind, index)
-        ops = self._ops(record.id, execution)
-        ops.extend(["o", name, _plane(x, record), "{}", "snapshot", event])
+        self._keep(record, execution, name, x)
+        self._ops(record.id, execution).extend(["o", name, "{}", "snapshot", event])
 
     def checkpoint(self, record: JobRecord, execution: str, *, index: int, state: bytes) -> None:
         """The chain state of one image, in whatever form the engine reads back."""
@@ -83,9 +90,12 @@ class WriteBatch:
 
     def send(self) -> dict[str, Fate]:
         """Write everything. Returns what became of each job; the batch is empty afterwards."""
+        found, self._bytes = self._bytes, {}
         jobs, self._jobs = self._jobs, {}
         if not jobs:
             return {}
+        if found:
+            self._outputs.put([Put(*key, outputs) for key, outputs in found.items()])
         replies = self._write([[*key, *ops] for key, ops in jobs.items()])
         return {job_id: Fate(r) for (job_id, _), r in zip(jobs, replies, strict=True)}
 

@@ -108,8 +108,10 @@ class Janitor:
     def sweep(self) -> None:
         """Delete outputs and records whose time is over."""
         args = [time.time(), self._store.settings.record_ttl_s, _SWEEP_AT_ONCE]
-        while int(self._sweep(args=args)) == _SWEEP_AT_ONCE:
-            pass
+        handled = _SWEEP_AT_ONCE
+        while handled == _SWEEP_AT_ONCE:
+            handled, *gone = self._sweep(args=args)
+            self._store.outputs.delete([text(job_id) for job_id in gone])
 
     def recount(self) -> None:
         """Recompute every counter from the records."""

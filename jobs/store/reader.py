@@ -14,10 +14,12 @@ from redis.exceptions import ResponseError
 from jobs.cards import ModelCard
 from jobs.outputs import parse_name
 from jobs.rates import combined_rate, eta_s
+from jobs.settings import Settings
 from jobs.states import ACTIVE, Status
 from jobs.store import keys, scripts
 from jobs.store.cards import parse_cards
 from jobs.store.connections import probe
+from jobs.store.outputs import open_outputs
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.rq_queue import queue_key
 from jobs.store.tolerance import UNREADABLE, count, each, items, text
@@ -64,7 +66,8 @@ class Page:
 class JobReader:
     """Reads what admission, workers and the janitor write. Writes nothing but a probe."""
 
-    def __init__(self, connection: aioredis.Redis) -> None:
+    def __init__(self, connection: aioredis.Redis, settings: Settings) -> None:
+        self.outputs = open_outputs(settings, reading=connection)
         self._redis: Any = connection  # redis-py types every reply as sync or async
         self._view: Any = connection.register_script(scripts.VIEW)
         self._cards: tuple[float, dict[str, ModelCard]] = (-_CARDS_S, {})
@@ -165,11 +168,6 @@ class JobReader:
         now = time.time()
         records = [parse_reply(i, reply) for i, reply in zip(ids, replies, strict=True)]
         return [(i, r and r.as_of(now)) for i, r in zip(ids, records, strict=True)]
-
-    async def planes(self, job_id: str, fields: list[str]) -> list[bytes | None]:
-        """Output planes (float32 bytes) by their names (jobs.outputs)."""
-        planes: list[bytes | None] = await self._redis.hmget(keys.outputs(job_id), fields)
-        return planes
 
     async def queues(self) -> list[QueueState]:
         """Every queue that was ever used."""

@@ -50,7 +50,9 @@ from jobs.store.batch import InBatch, WriteBatch
 from jobs.store.cards import parse_cards
 from jobs.store.connections import connect
 from jobs.store.events import JobFault
+from jobs.store.outputs import open_outputs
 from jobs.store.records import JobRecord, parse_record, parse_reply
+from jobs.store.sending import send_all
 from jobs.store.tolerance import each, is_data_fault, items, number, tell_once
 
 MAX_LONE_CRASHES = 3  # deaths of workers that ran nothing else, before a job is given up
@@ -122,7 +124,7 @@ class JobStore:
         self._purge = connection.register_script(scripts.PURGE)
         self._requeue = connection.register_script(scripts.REQUEUE)
         self._unlock = connection.register_script(scripts.UNLOCK)
-        self._write = connection.register_script(scripts.WRITE)
+        self.outputs = open_outputs(settings, connection)
 
     @classmethod
     def connect(cls, settings: Settings) -> Self:
@@ -178,22 +180,11 @@ class JobStore:
 
     def batch(self) -> WriteBatch:
         """An empty batch of writes."""
-        return WriteBatch(self.write)
+        return WriteBatch(self.outputs, self.write)
 
     def write(self, calls: list[list[Any]]) -> list[int]:
         """Run the write script for each list of arguments, in one round trip."""
-        # Not Script(client=pipe): that asks SCRIPT EXISTS before every pipeline.
-        try:
-            return self._write_once(calls)
-        except redis.exceptions.NoScriptError:  # a restarted Redis; writing twice is harmless
-            self.redis.script_load(scripts.WRITE)
-            return self._write_once(calls)
-
-    def _write_once(self, calls: list[list[Any]]) -> list[int]:
-        with self.redis.pipeline(transaction=False) as pipe:
-            for args in calls:
-                pipe.evalsha(self._write.sha, 0, *args)
-            replies = pipe.execute(raise_on_error=False)
+        replies = send_all(self.redis, scripts.WRITE, calls)
         return [self._fate(args[0], reply) for args, reply in zip(calls, replies, strict=True)]
 
     def _fate(self, job_id: str, reply: Any) -> int:
@@ -268,7 +259,9 @@ class JobStore:
 
     def purge(self, job_id: str) -> bool:
         """Delete a job and everything of it, running or not. False: there was none."""
-        return bool(self._purge(args=[job_id]))
+        there = bool(self._purge(args=[job_id]))
+        self.outputs.delete([job_id])
+        return there
 
     def record(self, job_id: str) -> JobRecord | None:
         """The record, or None."""

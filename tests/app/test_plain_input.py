@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from jobs.outputs import image_name
 from jobs.store import keys
 from jobs.store.hub import order
 from jobs.store.writer import JobStore
@@ -85,7 +86,7 @@ def test_a_stream_that_cannot_go_on_ends_with_an_error(
     job_id = client.post("/generate", json={}).json()["id"]
     worker.finish(job_id)
     if damage:
-        store.redis.hset(keys.outputs(job_id), keys.image_field(0), damage)
+        store.redis.hset(keys.outputs(job_id), image_name(0), damage)
     else:
         store.redis.delete(keys.outputs(job_id))
         store.redis.set(keys.outputs(job_id), "text")

@@ -1,4 +1,4 @@
--- A record with all that belongs to it goes.
+-- A record goes, with all that belongs to it but the bytes of its outputs.
 local function forget(id)
   local status, queue, idem = get(id, 'status'), get(id, 'queue'), get(id, 'idempotency')
   advance(id, active(status) and number(id, 'work') or number(id, 'done'))
@@ -12,7 +12,7 @@ local function forget(id)
   redis.call('HDEL', P .. 'webhook_attempts', id)
   redis.call('HDEL', P .. 'suspects', id)
   if idem and idem ~= '' then redis.call('DEL', idem) end
-  for _, part in ipairs({'', ':outputs', ':index', ':inputs', ':events', ':state'}) do
+  for _, part in ipairs({'', ':index', ':inputs', ':events', ':state'}) do
     redis.call('DEL', key(id) .. part)
   end
 end

@@ -51,11 +51,11 @@ local function finish(id, status, now, status_data, final, final_data)
   redis.call('HSET', key(id), 'done', done, 'completed_at', now)
   local ttl = number(id, 'ttl_s')
   local inputs = redis.call('STRLEN', key(id) .. ':inputs')
-  set_bytes(id, redis.call('HLEN', key(id) .. ':outputs') * number(id, 'unit') + inputs)
+  set_bytes(id, redis.call('HLEN', key(id) .. ':index') * number(id, 'unit') + inputs)
   redis.call('HSET', key(id), 'expires_at', now + ttl)
   redis.call('ZADD', P .. 'due', now + ttl, 'expire:' .. id)
   redis.call('DEL', key(id) .. ':state')
-  for _, part in ipairs({':outputs', ':index', ':inputs', ':events'}) do
+  for _, part in ipairs({':index', ':inputs', ':events'}) do
     redis.call('EXPIRE', key(id) .. part, ttl + 60)
   end
   redis.call('HDEL', key(id), 'eta_s')
@@ -86,7 +86,7 @@ local function held(id, execution)
 end
 
 local PARTS = {
-  [''] = 'hash', [':outputs'] = 'hash', [':index'] = 'hash', [':state'] = 'hash',
+  [''] = 'hash', [':index'] = 'hash', [':state'] = 'hash',
   [':inputs'] = 'string', [':events'] = 'stream'}
 local COUNTS = {
   work = 0, done = 0, bytes = 0, unit = 0, ttl_s = 0, events = 0, crashes = 0, lone_crashes = 0,

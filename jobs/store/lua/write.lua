@@ -1,5 +1,5 @@
 -- ARGV: id, execution, then operations:
---   p done t eta data | o field bytes meta event data | c index bytes | x index |
+--   p done t eta data | o name meta event data | c index bytes | x index |
 --   b how: the job is in the batch shared, alone or not at all (''), or shared again and cleared
 -- Returns a store.Fate: 0 not this execution's job, 1 written, 2 written, but stop the job.
 local id = ARGV[1]
@@ -18,10 +18,9 @@ while n <= #ARGV do
     emit(id, 'progress', ARGV[n + 4])
     n = n + 5
   elseif op == 'o' then
-    redis.call('HSET', key(id) .. ':outputs', ARGV[n + 1], ARGV[n + 2])
-    redis.call('HSET', key(id) .. ':index', ARGV[n + 1], ARGV[n + 3])
-    emit(id, ARGV[n + 4], ARGV[n + 5])
-    n = n + 6
+    redis.call('HSET', key(id) .. ':index', ARGV[n + 1], ARGV[n + 2])
+    emit(id, ARGV[n + 3], ARGV[n + 4])
+    n = n + 5
   elseif op == 'c' then
     redis.call('HSET', key(id) .. ':state', ARGV[n + 1], ARGV[n + 2])
     n = n + 3
