@@ -23,7 +23,7 @@ from diffusion.samplers import build_table
 from diffusion.speed import fast_dtype, prepare
 from training.bits import Chosen, Measured, choose, mean_and_error, measure
 from training.config import DataConfig
-from training.data import Images, load_images
+from training.data import Images
 from training.features import (
     Draw,
     Features,
@@ -36,9 +36,8 @@ from training.plots import plot_progressive, plot_rate_distortion, plot_terms
 from training.precision import DtypeCost, dtype_cost
 from training.progressive import progressive_reconstructions
 from training.rate_distortion import markdown, paper_steps, rate_distortion
-from training.sources import is_picture_folder
+from training.splits import ALL, default_splits, load_split
 
-ALL = "all"  # what a folder of pictures is called that no split was named of
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -118,11 +117,6 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
     return results
 
 
-def default_splits(data: str) -> tuple[str, ...]:
-    """All of a folder of pictures; train and test of what has splits of its own."""
-    return (ALL,) if is_picture_folder(data) else ("train", "test")
-
-
 class Run:
     """One evaluation of one model: the parts of `evaluate`, in their order."""
 
@@ -181,25 +175,18 @@ class Run:
         return choose(self._loaded[split], n, seed=self.options.seed, labelled=labelled)
 
     def _load(self, split: str) -> Images:
-        options, network = self.options, self.model.config.network
+        options = self.options
         fit = options.fit if options.fit != "auto" else "pad" if self.model.config.crop else "error"
+        data = {
+            "source": options.data,
+            "split": split if options.splits or split != ALL else None,
+            "fit": fit,
+            "image_column": options.image_column,
+            "label_column": options.label_column,
+        }
         labelled = self.labelled or options.features is not None  # samples are drawn by label
-        config = DataConfig.model_validate(
-            {
-                "source": options.data,
-                "split": split if options.splits or split != ALL else None,
-                "fit": fit,
-                "image_column": options.image_column,
-                "label_column": options.label_column,
-            }
-        )
-        return load_images(
-            config,
-            channels=network.in_channels,
-            side=network.image_size,
-            num_classes=network.num_classes if labelled else 0,
-            progress=not options.quiet,
-        )
+        config = DataConfig.model_validate(data)
+        return load_split(config, self.model, labelled=labelled, progress=not options.quiet)
 
     def bits(
         self, split: str, fulls: dict[str, Measured], echo: Callable[[str], None]

@@ -291,6 +291,16 @@ def test_every_split_is_checked_before_any_is_computed(
         assert not (out / "partial").exists()
 
 
+def test_labels_that_would_mean_other_classes_are_refused(data: Path, tmp_path: Path) -> None:
+    model = build_model(schedule=ScheduleConfig(T=T, beta_end=0.4), class_names=("c1", "c0", "c2"))
+    diffusion.save(model, tmp_path / "named")
+    arguments = [str(tmp_path / "named"), str(data), "--splits", "test", "--fit", "pad"]
+    arguments += ["--out", str(tmp_path / "o"), "--quiet"]
+    result = CliRunner().invoke(evaluate, [*arguments, "--labelled"])
+    assert result.exit_code == 1
+    assert "its classes are c0, c1, c2, the model's c1, c0, c2" in result.output
+
+
 def test_without_splits_a_folder_is_measured_whole(
     model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
