@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.views import EXAMPLE_ID
+from jobs.formats import FORMATS, PICTURES
 from jobs.kinds.common import JobSpec
 from jobs.store.events import EVENTS
 
@@ -105,15 +106,11 @@ _LOCATION = {
 
 def files(*suffixes: str) -> dict[str, Any]:
     """A 200 that is a file of one of these kinds."""
-    media = {
-        "png": "image/png",
-        "webp": "image/webp",
-        "gif": "image/gif",
-        "npy": "application/x-npy",
-        "zip": "application/zip",
-    }
     binary = {"schema": {"type": "string", "format": "binary"}}
-    return {"description": "The file", "content": {media[suffix]: binary for suffix in suffixes}}
+    return {
+        "description": "The file",
+        "content": {FORMATS[suffix].media: binary for suffix in suffixes},
+    }
 
 
 CREATED: dict[int | str, dict[str, Any]] = {
@@ -124,7 +121,7 @@ CREATED: dict[int | str, dict[str, Any]] = {
         "headers": _LOCATION,
         "content": {
             **_JOB,
-            **files("png", "webp")["content"],
+            **files(*PICTURES)["content"],
             **EVENT_STREAM["content"],
         },
     },

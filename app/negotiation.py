@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from jobs.formats import FORMATS, PICTURES
+
 MOST_WAIT_S = 60
 
 
@@ -15,7 +17,7 @@ class Wish:
     """How a client wants its answer.
 
     wait_s: hold the request for so long. applied: value of Preference-Applied, or None.
-    media: `json`, `png`, `webp` or `events`.
+    media: `json`, `events`, or the suffix of a picture's format.
     """
 
     wait_s: float
@@ -32,7 +34,7 @@ def wish(request: Request) -> Wish:
     media = accepted(request.headers.get("accept", ""))
     if wait is not None:
         return Wish(wait, f"wait={wait}", media)
-    return Wish(MOST_WAIT_S if media in ("png", "webp") else 0, None, media)
+    return Wish(MOST_WAIT_S if media in PICTURES else 0, None, media)
 
 
 def prefer_wait(values: list[str]) -> int | None:
@@ -60,8 +62,7 @@ def accepted(accept: str) -> str:
 
 
 _KINDS = {
-    "image/png": "png",
-    "image/webp": "webp",
+    **{FORMATS[suffix].media: suffix for suffix in PICTURES},
     "text/event-stream": "events",
     "application/json": "json",
     "application/*": "json",

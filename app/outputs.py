@@ -11,19 +11,13 @@ from app.services import Services
 from app.views import manifest
 from jobs import pictures
 from jobs.errors import OutputExpired
+from jobs.formats import FORMATS
 from jobs.outputs import image_name, snapshot_name
 from jobs.pictures import Float32, UInt8, from_bytes, to_uint8
 from jobs.states import ACTIVE
 from jobs.store.reader import JobState
 from jobs.store.records import JobRecord
 
-MEDIA = {
-    "png": "image/png",
-    "webp": "image/webp",
-    "gif": "image/gif",
-    "npy": "application/x-npy",
-    "zip": "application/zip",
-}
 _KEEP = {"Cache-Control": "private, max-age=3600"}  # an output never changes
 
 
@@ -32,7 +26,7 @@ def file_response(content: bytes, suffix: str, name: str | None = None) -> Respo
     headers = dict(_KEEP)
     if name is not None:
         headers["Content-Disposition"] = f'inline; filename="{name}"'
-    return Response(content, media_type=MEDIA[suffix], headers=headers)
+    return Response(content, media_type=FORMATS[suffix].media, headers=headers)
 
 
 async def fetch(services: Services, record: JobRecord, fields: Sequence[str]) -> list[Float32]:
@@ -49,20 +43,20 @@ async def fetch(services: Services, record: JobRecord, fields: Sequence[str]) ->
 
 
 def encode_image(record: JobRecord, index: int, x: Float32, *, suffix: str, px: int = 0) -> bytes:
-    """One image as png (with its manifest), webp or npy."""
-    if suffix == "npy":
-        return pictures.encode_npy(x)
-    if suffix == "webp":
-        return pictures.encode_webp(to_uint8(x))
-    return pictures.encode_png(to_uint8(x), manifest(record, index=index), px=px)
+    """One image: as a picture (with its manifest, where the format takes one), or as an array."""
+    chosen = FORMATS[suffix]
+    if chosen.array is not None:
+        return chosen.array(x)
+    assert chosen.picture is not None
+    return chosen.picture(to_uint8(x), manifest(record, index=index), px=px)
 
 
 def encode_grid(record: JobRecord, planes: Sequence[Float32], *, suffix: str, px: int = 0) -> bytes:
     """All pictures of a job in one, in as many columns as its kind asks for."""
     pixels = pictures.grid([to_uint8(x) for x in planes], columns=record.spec.grid_columns)
-    if suffix == "webp":
-        return pictures.encode_webp(pixels)
-    return pictures.encode_png(pixels, manifest(record), px=px)
+    encode = FORMATS[suffix].picture
+    assert encode is not None
+    return encode(pixels, manifest(record), px=px)
 
 
 async def picture(services: Services, state: JobState, suffix: str) -> Response:
@@ -110,7 +104,9 @@ def encode_film(
 ) -> bytes:
     """An animation with one grid a frame, enlarged to `px`."""
     grids = [pictures.grid([to_uint8(x) for x in planes], columns=columns) for planes in frames]
-    return pictures.film([_enlarged(grid, px) for grid in grids], suffix)
+    encode = FORMATS[suffix].film
+    assert encode is not None
+    return encode([_enlarged(grid, px) for grid in grids])
 
 
 def _enlarged(pixels: UInt8, px: int) -> UInt8:

@@ -65,9 +65,9 @@ def read_manifest(png: bytes) -> dict[str, Any] | None:
     return None if text is None else dict(json.loads(text))
 
 
-def encode_webp(pixels: UInt8) -> bytes:
-    """Lossless WebP of uint8 [H,W,C]."""
-    return _save(to_image(pixels), "WEBP", lossless=True)
+def encode_webp(pixels: UInt8, manifest: Mapping[str, Any] | None = None, *, px: int = 0) -> bytes:
+    """Lossless WebP of uint8 [H,W,C], which has no place for `manifest`; px: as in a PNG."""
+    return _save(_enlarged(to_image(pixels), px), "WEBP", lossless=True)
 
 
 def encode_npy(array: NDArray[Any]) -> bytes:

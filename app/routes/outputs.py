@@ -23,6 +23,7 @@ from app.services import services
 from app.views import manifest
 from jobs import pictures
 from jobs.errors import OutputExpired
+from jobs.formats import FILMS, IMAGES, PICTURES, OneOf
 from jobs.outputs import image_name, snapshot_name
 from jobs.pictures import Float32
 from jobs.store.records import JobRecord
@@ -32,7 +33,9 @@ ERRORS = documented(
     "unauthorized", "not_found", "not_ready", "expired", "invalid_request", "store_unavailable"
 )
 Index = Annotated[int, Path(ge=0)]
-Suffix = Literal["png", "webp", "npy"]
+ImageSuffix = Annotated[str, OneOf(IMAGES)]
+PictureSuffix = Annotated[str, OneOf(PICTURES)]
+FilmSuffix = Annotated[str, OneOf(FILMS)]
 Kind = Literal["x_t", "x_start", "eps"]
 Px = Annotated[int, Query(ge=8, le=2048, description="enlarge the longer side to about this")]
 NO_PX = 0
@@ -44,7 +47,9 @@ NO_PX = 0
     responses={200: documents.files("zip"), **ERRORS},
 )
 async def images_zip(
-    request: Request, job_id: str, suffix: Annotated[Suffix | None, Query(alias="format")] = None
+    request: Request,
+    job_id: str,
+    suffix: Annotated[ImageSuffix | None, Query(alias="format")] = None,
 ) -> Response:
     """All images of a job, and `manifest.json`."""
     held = services(request)
@@ -68,10 +73,10 @@ def _zip(record: JobRecord, planes: list[Float32], suffix: str) -> bytes:
 @router.get(
     "/jobs/{job_id}/images/{index}.{suffix}",
     response_class=Response,
-    responses={200: documents.files("png", "webp", "npy"), **ERRORS},
+    responses={200: documents.files(*IMAGES), **ERRORS},
 )
 async def image(
-    request: Request, job_id: str, index: Index, suffix: Suffix, px: Px = NO_PX
+    request: Request, job_id: str, index: Index, suffix: ImageSuffix, px: Px = NO_PX
 ) -> Response:
     """One image. A PNG carries the manifest that makes it again; npy is float32 [C,H,W]."""
     held = services(request)
@@ -84,11 +89,9 @@ async def image(
 @router.get(
     "/jobs/{job_id}/grid.{suffix}",
     response_class=Response,
-    responses={200: documents.files("png", "webp"), **ERRORS},
+    responses={200: documents.files(*PICTURES), **ERRORS},
 )
-async def grid(
-    request: Request, job_id: str, suffix: Literal["png", "webp"], px: Px = NO_PX
-) -> Response:
+async def grid(request: Request, job_id: str, suffix: PictureSuffix, px: Px = NO_PX) -> Response:
     """All images of a job in one picture; of a noise job, x_t with t from left to right."""
     held = services(request)
     record = (await held.job(job_id)).record
@@ -100,12 +103,12 @@ async def grid(
 @router.get(
     "/jobs/{job_id}/snapshots.{suffix}",
     response_class=Response,
-    responses={200: documents.files("gif", "webp"), **ERRORS},
+    responses={200: documents.files(*FILMS), **ERRORS},
 )
 async def film(
     request: Request,
     job_id: str,
-    suffix: Literal["gif", "webp"],
+    suffix: FilmSuffix,
     kind: Annotated[Kind, Query()] = "x_t",
     index: Annotated[int | None, Query(ge=0, description="one image; else all in a grid")] = None,
     px: Px = 128,
@@ -128,14 +131,14 @@ async def film(
 @router.get(
     "/jobs/{job_id}/snapshots/{t}/{index}.{suffix}",
     response_class=Response,
-    responses={200: documents.files("png", "npy"), **ERRORS},
+    responses={200: documents.files(*IMAGES), **ERRORS},
 )
 async def snapshot(
     request: Request,
     job_id: str,
     t: Annotated[int, Path(ge=1)],
     index: Index,
-    suffix: Literal["png", "npy"],
+    suffix: ImageSuffix,
     kind: Annotated[Kind, Query()] = "x_t",
     px: Px = NO_PX,
 ) -> Response:

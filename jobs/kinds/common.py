@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
+from jobs.formats import IMAGES, OneOf
 from jobs.outputs import image_name
 from jobs.settings import Settings
 
@@ -76,7 +77,7 @@ class JobSpec(Strict):
         None, ge=0, le=MAX_SEED, description="image i uses the noise of (seed, i); drawn if absent"
     )
     deterministic: bool = Field(False, description="the same bytes in any batch, on one backend")
-    format: Literal["png", "webp", "npy"] = Field("png", description="what `images[].url` gives")
+    format: Annotated[str, OneOf(IMAGES)] = Field("png", description="what `images[].url` gives")
     ttl_s: int | None = Field(None, ge=1, description="seconds to keep the outputs")
     webhook_url: str | None = Field(
         None, max_length=2000, pattern=r"^https?://", description="told when the job ends"
