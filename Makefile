@@ -30,7 +30,6 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.dev
-	$(PIP) install 'playwright>=1.60'  # the page's tests drive the chromium of the machine, if any
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev

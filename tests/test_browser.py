@@ -15,10 +15,7 @@ from tests.diffusion.networks import build_model
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +68,7 @@ def test_a_click_draws_pictures_and_keeps_their_chain(page: Any) -> None:
     assert drawn(page) == images
 
 
+@pytest.mark.slow
 def test_the_film_is_of_the_kind_that_is_shown(page: Any) -> None:
     for kind in ("x_t", "x_start"):
         page.select_option("#kind", kind)
@@ -83,12 +81,14 @@ def test_the_film_is_of_the_kind_that_is_shown(page: Any) -> None:
         opened.value.close()
 
 
+@pytest.mark.slow
 def test_an_earlier_job_lends_its_settings(page: Any) -> None:
     page.fill("#seed", "")
     page.click("#recent button")
     assert page.input_value("#seed") == "7" and page.input_value("#steps") == "20"
 
 
+@pytest.mark.slow
 def test_cancel_stops_a_long_job(page: Any) -> None:
     generate(page, images=36, steps=1000)
     page.wait_for_function("document.getElementById('status').textContent.startsWith('t = ')")
@@ -98,6 +98,7 @@ def test_cancel_stops_a_long_job(page: Any) -> None:
     page.wait_for_selector("#go:enabled")
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_said(page: Any) -> None:
     page.evaluate("document.getElementById('form').noValidate = true")
     generate(page, images=0, steps=10)
@@ -105,6 +106,7 @@ def test_what_is_refused_is_said(page: Any) -> None:
     assert "num_images" in page.inner_text("#status")
 
 
+@pytest.mark.slow
 def test_the_documentation_needs_no_other_host(page: Any) -> None:
     documentation = page.context.browser.new_page()
     asked: list[str] = []

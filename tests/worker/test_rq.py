@@ -230,7 +230,6 @@ def test_a_stop_and_a_crash_later_the_images_are_the_same(
     assert record.work <= steps < record.work + 250
 
 
-@pytest.mark.slow
 def test_a_frozen_worker_that_thaws_writes_nothing(
     service: Service, undisturbed: dict[str, bytes]
 ) -> None:
@@ -245,7 +244,7 @@ def test_a_frozen_worker_that_thaws_writes_nothing(
     events = service.redis.xlen(f"ddpm:job:{job_id}:events")
     assert service.outputs(job_id) == undisturbed
     first.send_signal(signal.SIGCONT)
-    time.sleep(3)
+    time.sleep(1.5)
     assert service.redis.xlen(f"ddpm:job:{job_id}:events") == events
     assert service.outputs(job_id) == undisturbed
     assert service.record(job_id).execution == record.execution
@@ -256,18 +255,35 @@ def test_a_frozen_worker_that_thaws_writes_nothing(
     service.ended(service.admit(steps=3))
 
 
-@pytest.mark.slow
-def test_a_killed_workers_job_is_back_within_half_a_minute(service: Service) -> None:
+# The times between which a worker that died is noticed, a tenth of what they are.
+QUICK = """
+from worker import rq_adapter
+rq_adapter.MONITOR_S, rq_adapter.SLACK_S, rq_adapter.MAINTENANCE_S = 1, 2, 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("times", "limit", "size"),
+    [
+        pytest.param(QUICK, 15, {"num_images": 4, "steps": 400}, id="quick"),
+        pytest.param(
+            "", 35, {"num_images": 16, "steps": 1000}, id="as it is", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_killed_workers_job_is_back_within_half_a_minute(
+    service: Service, times: str, limit: float, size: dict[str, int]
+) -> None:
     """By the other worker's own maintenance; the API's janitor does the same."""
-    workers = [service.worker(), service.worker()]
-    job_id = service.admit(num_images=16, steps=1000)
+    workers = [service.worker(fault=times), service.worker(fault=times)]
+    job_id = service.admit(**size)
     started(service, job_id, 100)
     before = service.record(job_id)
     (holder,) = [w for w in workers if f".{w.pid}." in before.worker]
     service.kill(holder, signal.SIGKILL)
     killed = time.monotonic()
     service.until(lambda: service.record(job_id).execution not in (None, before.execution))
-    assert time.monotonic() - killed < 35
+    assert time.monotonic() - killed < limit
     assert service.record(job_id).worker != before.worker
     service.ended(job_id, seconds=200)
 
@@ -278,7 +294,7 @@ from worker.engine.pool import Pool
 step, steps = Pool.step, []
 def hang(self, batch, shape):
     steps.append(1)
-    return step(self, batch, shape) if len(steps) < 200 else time.sleep(10_000)
+    return step(self, batch, shape) if len(steps) < 80 else time.sleep(10_000)
 Pool.step = hang
 """
 LOST = (
@@ -291,7 +307,6 @@ def lost():
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "status"), [(HANGS, 75), (LOST, 1)], ids=["hangs", "lost"])
 def test_a_device_that_fails_takes_no_job_with_it(
     service: Service, undisturbed: dict[str, bytes], fault: str, status: int
