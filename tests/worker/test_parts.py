@@ -16,10 +16,14 @@ import diffusion
 from diffusion import Model
 from diffusion.samplers import SAMPLERS, build_table
 from jobs.kinds.chain import Snapshots
+from jobs.kinds.generate import GenerateSpec
+from jobs.kinds.table import admit
+from jobs.settings import Settings
 from worker import rq_adapter
 from worker.commands import worker as worker_command
 from worker.kinds.chain_state import StateError, pack, unpack
-from worker.kinds.chains import snapshot_rows
+from worker.kinds.chains import snapshot_rows, spec_table
+from worker.kinds.generate import GenerateFlight
 from worker.kinds.inputs import x_start_of
 from worker.kinds.noise import closed, stepwise
 from worker.models import ModelFolder, card_of
@@ -95,6 +99,32 @@ def test_a_diffusers_folder_is_served_too(tmp_path: Path, make_model: Callable[.
     convert(tmp_path / "ours", tmp_path / "theirs", "diffusers")
     cards = {s.name: s.card for s in ModelFolder(tmp_path, queue="q").rescan().loaded}
     assert cards["theirs"].betas == pytest.approx(cards["ours"].betas)
+
+
+def test_the_conventions_of_an_imported_model_hold_for_its_jobs(
+    tmp_path: Path, make_model: Callable[..., Model]
+) -> None:
+    from diffusion.checkpoint import convert
+
+    diffusion.save(make_model(classes=0), tmp_path / "ours")
+    changes = {"sampler": "ddim", "rederive_eps": False, "landing": "stride"}
+    convert(tmp_path / "ours", tmp_path / "theirs", "diffusers", sampling=changes)
+    served = {s.name: s for s in ModelFolder(tmp_path, queue="q").rescan().loaded}
+    tables = {}
+    for name in ("ours", "theirs"):
+        spec, _ = admit(GenerateSpec(sampler="ddim", steps=7), served[name].card, Settings())
+        assert isinstance(spec, GenerateSpec)
+        table = spec_table(served[name], spec, from_noise=True)
+        tables[name] = table.coefficients.tolist()
+        made = GenerateFlight.provenance(served[name], spec)
+        assert (made["rederive_eps"], made["landing"]) == (
+            (True, "next") if name == "ours" else (False, "stride")
+        )
+    schedule = served["theirs"].model.schedule
+    own = build_table(schedule, steps=7, **changes)  # type: ignore[arg-type]
+    assert tables["theirs"] == own.coefficients.tolist()
+    assert tables["ours"] == build_table(schedule, sampler="ddim", steps=7).coefficients.tolist()
+    assert tables["ours"] != tables["theirs"]
 
 
 def test_the_card_says_what_the_api_must_know(make_model: Callable[..., Model]) -> None:
