@@ -112,7 +112,9 @@ class JobView(BaseModel):
     )
     error: JobFault | None = None
     manifest: dict[str, Any] | None = Field(
-        None, description="post it again, to the same route, for the same images"
+        None,
+        description="post it again, to the same route, for the same images: to the byte where the "
+        "job was deterministic, else but for rounding",
     )
     urls: Urls
 

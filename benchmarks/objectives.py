@@ -32,7 +32,7 @@ from diffusion.samplers import build_table
 from training.bits import choose, mean_and_error, measure
 from training.config import DataConfig, TrainConfig, parse_config
 from training.data import Images, load_images
-from training.features import Draw, distance, draw_images, real_features, sampled_features
+from training.features import Draw, distance, draw_images, real, sampled
 from training.pictures import grid
 from training.state import find_state
 from training.trainer import Trainer
@@ -160,7 +160,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     def features(images: Tensor) -> Tensor:
         return network.features(enlarged(images))
 
-    samples = sampled_features(
+    samples = sampled(
         features,
         draw,
         width=128,
@@ -168,18 +168,18 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         key={**key, "images": arguments.drawn},
         batch_size=50,
         progress=False,
-    )
+    ).features
     grid(draw_images(draw, torch.arange(16))).save(folder / "samples.png")
-    real = real_features(
+    reference = real(
         features, choose(test, 10_000, seed=0), device=model.device, batch_size=500
-    )
+    ).features
     mean, error = mean_and_error(bits.bits_per_dim(sigma))
     print(f"{name}: measured, {time.monotonic() - began:.0f} s", flush=True)
     return {
         "title": row.title,
         "bits_per_dim": mean,
         "standard_error": error,
-        "frechet": distance(samples, real),
+        "frechet": distance(samples, reference),
     }
 
 

@@ -6,7 +6,8 @@ Trains a small classifier on the real training set (fixed seed, 128 features), d
 class-conditional samples without guidance, and prints: the share that the classifier recognises
 as the class asked for, and the Fréchet distance in its penultimate features between the samples
 and the real test set, beside that of as many real training images. Samples are kept in
-runs/quality/*.npz; an interrupted run goes on where it was.
+runs/quality/*.npz; an interrupted run goes on where it was. The classifier goes to
+runs/quality/judge.pt too, for `ddpm evaluate --quality --features`; --classifier makes that alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -112,6 +114,25 @@ def load_classifier(folder: Path) -> Classifier:
     return network.eval()
 
 
+class Judge(nn.Module):
+    """Features and logits together, as `ddpm evaluate --quality` wants them."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.classifier.features(x)
+        return features, self.classifier.out(features)
+
+
+def export(network: Classifier, path: Path) -> None:
+    """Write the classifier as a TorchScript file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(Judge(network), torch.zeros(2, 1, 32, 32)).save(str(path))
+
+
 @torch.inference_mode()
 def evaluate(network: Classifier, images: Tensor) -> tuple[np.ndarray, Tensor]:
     """Features [N, 128] and predicted labels [N]."""
@@ -147,16 +168,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--ancestral", type=int, default=500, help="samples at T = 1000")
     parser.add_argument("--ddim", type=int, default=5000, help="samples at DDIM 50")
+    parser.add_argument("--classifier", action="store_true", help="make judge.pt and stop")
     parser.add_argument("--eager", action="store_true", help="do not compile the network")
     arguments = parser.parse_args()
 
+    train = load_split(arguments.data, "train")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    network = classifier(train, arguments.out)
+    export(network, arguments.out / "judge.pt")
+    if arguments.classifier:
+        return
     model = diffusion.load(arguments.model)
     dtype = fast_dtype(model)
     fast = prepare(model, dtype=dtype, compile=not arguments.eager)
     out = arguments.out / model.digest[:12]
     out.mkdir(parents=True, exist_ok=True)
-    train, test = load_split(arguments.data, "train"), load_split(arguments.data, "test")
-    network = classifier(train, arguments.out)
+    test = load_split(arguments.data, "test")
     real_features, predicted = evaluate(network, test.images(slice(None)))
     real_accuracy = float((predicted == test.labels).float().mean())
     report: dict[str, object] = {

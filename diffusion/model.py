@@ -55,18 +55,22 @@ class ModelConfig:
                 f"class_names: {len(self.class_names)} names for "
                 f"num_classes = {self.network.num_classes}"
             )
+        steps, T = self.sampling.steps or 1, self.schedule.build().T
+        if steps > T:
+            raise CheckpointError(f"sampling: steps = {steps}: must be at most T = {T}")
         if self.sampling.variance == "learned" and not self.network.learned_variance:
             raise CheckpointError("sampling: variance = 'learned' needs learned_variance = true")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
+        sampling = dataclasses.asdict(self.sampling)
         out: dict[str, Any] = {
             "format": FORMAT,
             "network": dataclasses.asdict(self.network),
             "schedule": self.schedule.to_dict(),
             "prediction": self.prediction,
             "class_names": list(self.class_names),
-            "sampling": dataclasses.asdict(self.sampling),
+            "sampling": {name: value for name, value in sampling.items() if value is not None},
         }
         if self.crop is not None:
             out["crop"] = list(self.crop)

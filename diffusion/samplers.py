@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from diffusion.table import (
 
 VARIANCES = ("large", "small", "learned")
 LANDINGS = ("next", "stride")
+DEFAULT_STEPS = 100
 
 
 def ancestral(
@@ -146,7 +148,8 @@ SAMPLERS: dict[str, Sampler] = {
 class SamplingDefaults:
     """How a model is meant to be sampled: what holds where the caller says nothing.
 
-    sampler, variance, clip, spacing: as in the functions below. A `learned` variance is that of
+    sampler, variance, clip, spacing: as in the functions below. steps: of this sampler; None, and
+    for any other sampler: 100, or all where there are fewer. A `learned` variance is that of
     a network with `learned_variance`. Two conventions of ddim: rederive_eps, whether ε̂ is the one
     that agrees with the clipped x̂_0, or the network's own as in diffusers; landing, whether a step
     lands on the `next` timestep, or T // steps lower (`stride`) as in diffusers.
@@ -158,6 +161,7 @@ class SamplingDefaults:
     spacing: str = "uniform"
     rederive_eps: bool = True
     landing: str = "next"
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         check_name("sampler", self.sampler, SAMPLERS)
@@ -167,6 +171,20 @@ class SamplingDefaults:
         for name in ("clip", "rederive_eps"):
             if not isinstance(value := getattr(self, name), bool):
                 raise SamplerError(f"{name} = {value!r:.200}: must be true or false")
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
+            raise SamplerError(f"steps = {self.steps!r:.200}: must be an integer, 1 or more")
+
+    def options(self, most: int, **given: Any) -> dict[str, Any]:
+        """Keywords of `build_table`: what is given and not None, else these; at most `most` steps.
+
+        A number of steps that is given is left as it is.
+        """
+        said = {name: value for name, value in given.items() if value is not None}
+        found = asdict(self) | said
+        if "steps" not in said:
+            own = self.steps if found["sampler"] == self.sampler else None
+            found["steps"] = min(own or DEFAULT_STEPS, most)
+        return found
 
 
 def build_table(

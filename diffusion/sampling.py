@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -127,7 +126,7 @@ def sample(
     num_images: int = 1,
     *,
     sampler: str | None = None,
-    steps: int = 100,
+    steps: int | None = None,
     seed: int = 0,
     class_label: ClassLabel = None,
     guidance: float = 1.0,
@@ -145,8 +144,8 @@ def sample(
 ) -> Tensor:
     """Images [num_images, C, H, W] in [−1, 1], float32.
 
-    sampler, spacing, variance, clip, rederive_eps, landing: by default as the model's config says
-    (`SamplingDefaults`). class_label: one label for all, or one an image. Image i depends on
+    sampler, steps, spacing, variance, clip, rederive_eps, landing: by default as the model's config
+    says (`SamplingDefaults`). class_label: one label for all, or one an image. Image i depends on
     (seed, i) and not on `batch_size`. dtype: of the network (default: bfloat16 where a probe finds
     it faster, else float32). compile: through torch.compile (about a minute at first).
     on_step(first image of the batch, rows done, Step) is called after every evaluation.
@@ -157,13 +156,17 @@ def sample(
             raise SamplerError(f"{field} = {value}: must be 1 or more")
     if guidance != 1.0 and class_label is None:
         raise SamplerError(f"guidance = {guidance}: needs a class_label to guide towards")
-    asked = {"sampler": sampler, "spacing": spacing, "variance": variance, "clip": clip}
-    asked |= {"rederive_eps": rederive_eps, "landing": landing}
-    given = {name: value for name, value in asked.items() if value is not None}
-    defaults = dataclasses.asdict(model.config.sampling) | given
-    table = build_table(
-        model.schedule, steps=steps, eta=eta, corrector_steps=corrector_steps, **defaults
+    chosen = model.config.sampling.options(
+        model.schedule.T,
+        sampler=sampler,
+        steps=steps,
+        spacing=spacing,
+        variance=variance,
+        clip=clip,
+        rederive_eps=rederive_eps,
+        landing=landing,
     )
+    table = build_table(model.schedule, eta=eta, corrector_steps=corrector_steps, **chosen)
     if table.learned_variance and not model.config.network.learned_variance:
         raise SamplerError("variance = 'learned': this model has no learned variance")
     labels = class_labels(model, class_label, num_images)

@@ -91,6 +91,10 @@ class ModelCard(BaseModel):
     )
     spacings: tuple[str, ...] = _SPACINGS_0_1
     sampling: Sampling = Sampling(sampler="ddpm", variance="large", spacing="uniform")
+    steps: int | None = Field(
+        None, description="of its own sampler where a request says nothing; none: 100, or all"
+    )
+    noise: int = Field(1, description="version of what a seed draws")
     parameters: int | None = None
     schedule_kind: str = "betas"
     description: str = ""

@@ -122,7 +122,7 @@ def _find_model(name: str) -> Path:
 @click.option("--class-label", help="A label or class name; several with commas, used in turn.")
 @click.option("--guidance", default=1.0, show_default=True, help="ε_u + g(ε_c − ε_u); 1 is off.")
 @click.option("--sampler", help="By name (a wrong one lists all); default: the model's.")
-@click.option("--steps", default=100, show_default=True, help="Network evaluations an image.")
+@click.option("--steps", type=int, help="Evaluations an image; default: the model's, or 100.")
 @click.option("--spacing", help="By name (a wrong one lists all); default: the model's.")
 @click.option("--eta", default=0.0, show_default=True, help="Noise of ddim: 0 none, 1 ancestral.")
 @click.option("--variance", help="σ² of ddpm: large, small or learned; default: the model's.")

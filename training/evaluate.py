@@ -6,7 +6,6 @@ network call, so that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +18,12 @@ from diffusion.checkpoint import load
 from diffusion.files import write_json
 from diffusion.likelihood import check_sigma
 from diffusion.model import Model
-from diffusion.samplers import build_table
 from diffusion.speed import fast_dtype, prepare
 from training.bits import Chosen, Measured, choose, mean_and_error, measure
 from training.config import DataConfig
 from training.data import Images
-from training.features import (
-    Draw,
-    Features,
-    distance,
-    load_features,
-    real_features,
-    sampled_features,
-)
+from training.features import Features, load_features
+from training.judged import frechet, quality
 from training.plots import plot_progressive, plot_rate_distortion, plot_terms
 from training.precision import DtypeCost, dtype_cost
 from training.progressive import progressive_reconstructions
@@ -61,8 +53,13 @@ class EvaluateOptions:
     label_column: str
     features: str | None
     frechet_images: int
+    quality: bool
+    quality_images: int
+    quality_samplers: tuple[str, ...]
+    quality_spacings: tuple[str, ...]
+    quality_steps: tuple[int, ...]
     sampler: str | None
-    steps: int
+    steps: int | None
     pictures: int
     device: str | None
     dtype: str
@@ -111,8 +108,10 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
     if fulls:
         results["rate_distortion"] = run.curves(fulls, last, echo)
     run.progressive(last)
-    if options.features is not None:
-        results["frechet"] = run.frechet(last, echo)
+    if options.quality:
+        results["quality"] = quality(run, echo)
+    elif options.features is not None:
+        results["frechet"] = frechet(run, last, echo)
     write_json(results, options.out / "results.json")
     return results
 
@@ -133,7 +132,7 @@ class Run:
         self.labelled = options.labelled or (network.num_classes > 0 and not network.null_class)
         self.splits = options.splits or default_splits(options.data)
         self._loaded: dict[str, Images] = {}
-        self._features: Features | None = None
+        self.features: Features | None = None
         self.key = {
             "digest": model.digest,
             "data": options.data,
@@ -167,7 +166,7 @@ class Run:
         for split in self.splits:
             self._loaded[split] = self._load(split)
         if self.options.features is not None:
-            self._features = load_features(self.options.features, self.model.device)
+            self.features = load_features(self.options.features, self.model.device)
 
     def chosen(self, split: str, n: int, *, labelled: bool | None = None) -> Chosen:
         """n images of a split, shuffled by the seed."""
@@ -263,46 +262,6 @@ class Run:
         chosen = self.chosen(split, options.pictures)
         found = progressive_reconstructions(self.model, chosen, seed=options.seed)
         plot_progressive(found, options.out / "progressive.png")
-
-    def frechet(self, split: str, echo: Callable[[str], None]) -> dict[str, Any]:
-        """Distance of samples to a split, beside that of as many images of the first split."""
-        options, features, name = self.options, self._features, self.options.features
-        assert features is not None  # `check` opened them
-        conditional = self.model.config.network.num_classes > 0
-        real = {
-            which: self.chosen(which, options.frechet_images, labelled=conditional)
-            for which in dict.fromkeys((self.splits[0], split))
-        }
-        found = {
-            which: real_features(
-                features, chosen, device=self.model.device, batch_size=options.batch_size
-            )
-            for which, chosen in real.items()
-        }
-        first = real[self.splits[0]]
-        labels = first.batch(np.arange(len(first)))[1]
-        default = dataclasses.asdict(self.model.config.sampling)
-        asked = {} if options.sampler is None else {"sampler": options.sampler}
-        table = build_table(self.model.schedule, steps=options.steps, **default | asked)
-        samples = sampled_features(
-            features,
-            Draw(self.model, table, len(first), options.seed, labels),
-            width=found[split].shape[1],
-            path=options.out / "partial" / "frechet.npz",
-            key=self.key
-            | {"features": name, "sampler": options.sampler, "steps": options.steps}
-            | {"seed": options.seed, "images": len(first), "labels_of": self.splits[0]},
-            batch_size=options.batch_size,
-            progress=not options.quiet,
-        )
-        result: dict[str, Any] = {"features": name, "images": len(samples), "steps": options.steps}
-        for which, values in found.items():
-            result[f"samples_to_{which}"] = distance(samples, values)
-            echo(f"Fréchet distance of samples to {which}: {result[f'samples_to_{which}']:.4f}")
-        if len(found) == 2:
-            a, b = found.values()
-            result["real_to_real"] = distance(a, b)
-        return result
 
 
 def terms_of(measured: Measured, sigma: str) -> dict[str, list[float]]:

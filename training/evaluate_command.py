@@ -32,8 +32,13 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--label-column", default="label", show_default=True)
 @click.option("--features", help="For the Fréchet distance: a TorchScript file, or inception.")
 @click.option("--frechet-images", default=10_000, show_default=True, type=click.IntRange(min=2))
+@click.option("--quality", is_flag=True, help="Not one Fréchet distance, but a table of samplers.")
+@click.option("--quality-images", default=2000, show_default=True, type=click.IntRange(min=2))
+@click.option("--quality-samplers", default="ddpm,ddim,dpmpp_2m", show_default=True)
+@click.option("--quality-spacings", default="uniform,quadratic,trailing", show_default=True)
+@click.option("--quality-steps", default="5,10,15,20,50,100,250", show_default=True)
 @click.option("--sampler", help="Of the samples; default what the model's config says.")
-@click.option("--steps", default=100, show_default=True, type=POSITIVE, help="Of the sampler.")
+@click.option("--steps", type=POSITIVE, help="Of the sampler; default the model's, or 100.")
 @click.option("--pictures", default=6, show_default=True, type=COUNT, help="In progressive.png.")
 @click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="fp32")
@@ -57,9 +62,17 @@ def evaluate(**options: Any) -> None:
     model = _find_model(options.pop("model"))
     out = options.pop("out") or Path("runs") / f"evaluate-{model.name}"
     named = options.pop("splits")
-    splits = tuple(name.strip() for name in (named or "").split(",") if name.strip())
+    splits = _names(named or "")
     if named is not None and not splits:
         sys.exit("ddpm evaluate: --splits: must name at least one split")
+    if options["quality"] and options["features"] is None:
+        sys.exit("ddpm evaluate: --quality: needs --features")
+    for name in ("samplers", "spacings"):
+        options[f"quality_{name}"] = _names(options[f"quality_{name}"])
+    try:
+        options["quality_steps"] = tuple(int(n) for n in _names(options["quality_steps"]))
+    except ValueError as error:
+        sys.exit(f"ddpm evaluate: --quality-steps: {error}")
     try:
         run(EvaluateOptions(model=model, out=out, splits=splits, **options), click.echo)
     except KeyboardInterrupt:
@@ -67,3 +80,8 @@ def evaluate(**options: Any) -> None:
     except (CheckpointError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm evaluate: {error}")
     click.echo(f"\n{out}/results.json")
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(name.strip() for name in listed.split(",") if name.strip())

@@ -1,7 +1,8 @@
 """Fréchet distance of a model's samples to a data set, in the features of any network.
 
 The network is a TorchScript file that maps float32 images [N, C, H, W] in [−1, 1] to features
-[N, F], or `inception`: torchmetrics' Inception v3 (2048 features), where its weights can be had.
+[N, F], or to a pair of features and the logits [N, classes] of a classifier; or `inception`:
+torchmetrics' Inception v3 (2048 features), where its weights can be had.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from training.bits import Chosen
 from training.frechet import frechet_distance
 from training.partial import PartialArrays
 
-Features = Callable[[Tensor], Tensor]
+Features = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 
 
 class FeatureError(ValueError):
@@ -71,14 +72,23 @@ def _inception(device: torch.device) -> Features:
     return features
 
 
-def real_features(
-    features: Features, chosen: Chosen, *, device: torch.device, batch_size: int
-) -> Float64:
-    """Features of the chosen images, [N, F]."""
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """What a network sees in images: features [N, F], and labels [N] if it classifies."""
+
+    features: Float64
+    labels: Float64 | None = None
+
+
+def real(features: Features, chosen: Chosen, *, device: torch.device, batch_size: int) -> Looked:
+    """What the network sees in the chosen images."""
     blocks = np.array_split(np.arange(len(chosen)), -(-len(chosen) // batch_size))
-    parts = [_evaluated(features, chosen.batch(block)[0].to(device)) for block in blocks]
-    found: Float64 = np.concatenate(parts)
-    return found
+    parts = [_look(features, chosen.batch(block)[0].to(device)) for block in blocks]
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Looked(
+        np.concatenate([part.features for part in parts]),
+        np.concatenate(labels) if labels else None,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +102,7 @@ class Draw:
     labels: Tensor | None
 
 
-def sampled_features(
+def sampled(
     features: Features,
     draw: Draw,
     *,
@@ -101,9 +111,11 @@ def sampled_features(
     key: dict[str, Any],
     batch_size: int,
     progress: bool,
-) -> Float64:
-    """Features [n, width] of samples 0..n−1, keeping what is done in `path`."""
-    partial = PartialArrays(path, {"features": (draw.n, width)}, key)
+    classified: bool = False,
+) -> Looked:
+    """Features [n, width] of samples 0..n−1, keeping what is done in `path`; labels if wanted."""
+    shapes: dict[str, tuple[int, ...]] = {"features": (draw.n, width)}
+    partial = PartialArrays(path, shapes | ({"labels": (draw.n,)} if classified else {}), key)
     left = np.unique(partial.missing() // width)
     bar = tqdm(
         total=draw.n, initial=draw.n - len(left), desc=path.stem, unit="image", disable=not progress
@@ -112,10 +124,13 @@ def sampled_features(
         for first in range(0, len(left), batch_size):
             which = left[first : first + batch_size]
             images = draw_images(draw, torch.from_numpy(which))
-            partial.arrays["features"][which] = _evaluated(features, images)
+            looked = _look(features, images)
+            partial.arrays["features"][which] = looked.features
+            if classified and looked.labels is not None:
+                partial.arrays["labels"][which] = looked.labels
             bar.update(len(which))
             save_now_and_then()
-    return partial.arrays["features"]
+    return Looked(partial.arrays["features"], partial.arrays.get("labels"))
 
 
 @torch.inference_mode()
@@ -132,12 +147,14 @@ def draw_images(draw: Draw, indices: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _evaluated(features: Features, images: Tensor) -> Float64:
+def _look(features: Features, images: Tensor) -> Looked:
     found = features(images)
-    if found.ndim != 2:
-        raise FeatureError(f"features: the network gave shape {list(found.shape)}, not [N, F]")
-    values: Float64 = found.double().cpu().numpy()
-    return values
+    found, logits = found if isinstance(found, tuple) else (found, None)
+    for name, value in (("features", found), ("logits", logits)):
+        if value is not None and value.ndim != 2:
+            raise FeatureError(f"{name}: the network gave shape {list(value.shape)}, not [N, F]")
+    labels = None if logits is None else logits.argmax(1).double().cpu().numpy()
+    return Looked(found.double().cpu().numpy(), labels)
 
 
 def distance(a: Float64, b: Float64) -> float:

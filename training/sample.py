@@ -33,7 +33,7 @@ class SampleOptions:
     class_label: str | None
     guidance: float
     sampler: str | None
-    steps: int
+    steps: int | None
     spacing: str | None
     eta: float
     variance: str | None
@@ -120,7 +120,9 @@ class Snapshots:
     """Collects what x_t or x̂_0 was every N steps; for a film, at most about 120 frames."""
 
     def __init__(self, options: SampleOptions, model: Model) -> None:
-        film_every = max(1, options.steps // 100) if options.film else None
+        way = {"sampler": options.sampler, "steps": options.steps}
+        steps = model.config.sampling.options(model.schedule.T, **way)["steps"]
+        film_every = max(1, steps // 100) if options.film else None
         self.every = options.every or film_every
         self.kind, self.shape = options.kind, model.shape
         self.frames: dict[int, list[Tensor]] = {}

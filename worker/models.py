@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from diffusion import CheckpointError, Model
+from diffusion import CheckpointError, Model, noise
 from diffusion.samplers import SAMPLERS
 from diffusion.spacings import SPACINGS
 from jobs.cards import ModelCard, SamplerTraits, Sampling
@@ -165,6 +165,8 @@ def card_of(model: Model, name: str, queue: str) -> ModelCard:
             variance=config.sampling.variance,
             spacing=config.sampling.spacing,
         ),
+        steps=config.sampling.steps,
+        noise=noise.VERSION,
         parameters=_parameters(model),
         schedule_kind=config.schedule.kind,
     )

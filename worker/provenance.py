@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusion import noise
 from jobs.kinds.common import JobSpec
 from jobs.version import VERSION
 from worker.kinds.table import FLIGHTS
 from worker.models import Served
+from worker.network.network import Network
 
 
-def provenance(served: Served, spec: JobSpec) -> dict[str, Any]:
-    """Beside the request: model, schedule, software, device."""
+def provenance(served: Served, spec: JobSpec, network: Network | None) -> dict[str, Any]:
+    """Beside the request: model, schedule, software, device, and what the network runs as.
+
+    network: None for a job that asks none. Its code is that of the start: where a job is not
+    deterministic, code that has been compiled meanwhile is swapped in.
+    """
     model = served.model
     config = model.config
     schedule = config.schedule.to_dict()
@@ -28,7 +34,10 @@ def provenance(served: Served, spec: JobSpec) -> dict[str, Any]:
         "prediction": config.prediction,
         "device": _device_name(model.device),
         "versions": versions(),
+        "noise": noise.VERSION,
     }
+    if network is not None:
+        made |= network.provenance()
     return made | FLIGHTS[spec.kind].provenance(served, spec)
 
 

@@ -6,10 +6,12 @@ single job on a stock RQ worker. Nothing here knows of RQ.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import redis
 import torch
@@ -202,7 +204,7 @@ class Runtime:
             return None
         served = None if record is None else self.folder.served.get(record.model)
         try:
-            made = None if record is None or served is None else provenance(served, record.spec)
+            made = None if record is None or served is None else self._provenance(record, served)
             started = self.store.start(
                 job_id,
                 execution,
@@ -225,6 +227,16 @@ class Runtime:
             log.exception("job %s cannot be started", job_id)
             self.store.fail(job_id, execution, code="worker_error", detail=str(error))
         return Ending.FAILED
+
+    def _provenance(self, record: JobRecord, served: Served) -> dict[str, Any]:
+        spec, network = record.spec, None
+        if spec.runs_network:
+            terms = FLIGHTS[spec.kind].terms
+            with contextlib.suppress(Exception):  # to submit the job then says why it cannot be
+                network = self.engine.networks.prepare(
+                    served.model, exact=spec.deterministic, terms=terms
+                )
+        return provenance(served, spec, network)
 
     def _has_room(self, record: JobRecord) -> bool:
         """Whether a job would be stepped at once."""

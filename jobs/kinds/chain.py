@@ -70,7 +70,8 @@ class ChainSpec(JobSpec):
         None,
         ge=1,
         description="network evaluations an image, from the t where the chain starts down to the "
-        "image (so at most that t); default 100, or all where there are fewer",
+        "image (so at most that t); default: the model's own for its own sampler, else 100, or all "
+        "where there are fewer",
     )
     spacing: str | None = Field(
         None,
@@ -167,7 +168,8 @@ class ChainSpec(JobSpec):
         sampler = card.samplers[name]
         defaults["sampler"] = name
         defaults["spacing"] = self.spacing or card.sampling.spacing
-        defaults["steps"] = self.steps or min(DEFAULT_STEPS, self.first_t(card))
+        own = card.steps if name == card.sampling.sampler else None
+        defaults["steps"] = self.steps or min(own or DEFAULT_STEPS, self.first_t(card))
         if "eta" in sampler.options and self.eta is None:
             defaults["eta"] = 0.0
         if "variance" in sampler.options and self.variance is None:

@@ -76,7 +76,12 @@ class JobSpec(Strict):
     seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="image i uses the noise of (seed, i); drawn if absent"
     )
-    deterministic: bool = Field(False, description="the same bytes in any batch, on one backend")
+    deterministic: bool = Field(
+        False,
+        description="the same bytes in any batch, and at any later time on the same kind of "
+        "machine: eager float32 in one batch shape. Without it equal requests may differ by "
+        "rounding: batch shape and compiled code are what is fast at the time",
+    )
     format: Annotated[str, OneOf(IMAGES)] = Field("png", description="what `images[].url` gives")
     ttl_s: int | None = Field(None, ge=1, description="seconds to keep the outputs")
     webhook_url: str | None = Field(
@@ -84,7 +89,10 @@ class JobSpec(Strict):
     )
     priority: Literal["normal", "high"] = Field("normal", description="high: front of the queue")
     provenance: dict[str, Any] | None = Field(
-        None, exclude=True, description="ignored, so that a manifest can be posted as it is"
+        None,
+        exclude=True,
+        description="of a manifest, so that it can be posted as it is: refused if its `noise` is "
+        "of another version than the model draws, and else ignored",
     )
 
     # What a kind says of one request
@@ -134,6 +142,14 @@ class JobSpec(Strict):
         """Raise SpecError for what this model or these limits do not allow."""
         if self.model_digest is not None and self.model_digest != card.digest:
             raise SpecError("/model_digest", f"model {card.name} is {card.digest} now")
+        made_with = (self.provenance or {}).get("noise", 1)
+        if self.provenance is not None and made_with != card.noise:
+            raise SpecError(
+                "/provenance/noise",
+                f"{made_with!r:.100}: made with another version of the noise, and "
+                f"model {card.name} draws version {card.noise}, so they cannot be made again here; "
+                "without `provenance`, others like them can",
+            )
         if self.ttl_s is not None and self.ttl_s > settings.max_ttl_s:
             raise SpecError("/ttl_s", f"{self.ttl_s}: must be at most {settings.max_ttl_s}")
         if self.webhook_url is not None and settings.webhook_secret is None:

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffusion import Model, sample
+from diffusion import CheckpointError, Model, load, sample, save
 from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import SamplingDefaults, build_table
 from diffusion.sampling import Step, chain, guided_estimate
 from diffusion.speed import prepare
+from diffusion.table import SamplerError
 from tests.diffusion.networks import TINY, build_model
 
 FAST = {"steps": 6, "dtype": torch.float32}
@@ -183,3 +185,24 @@ def test_labels_and_guidance_need_a_network_that_has_them() -> None:
         sample(no_null, 1, **FAST)
     with pytest.raises(ValueError, match=r"guidance = 2.0: needs a model with a null label"):
         sample(no_null, 1, class_label=0, guidance=2.0, **FAST)
+
+
+def test_a_models_own_steps_hold_for_its_own_sampler(tmp_path: Path) -> None:
+    """They are kept in its folder; a config without them stays as it was."""
+    model = build_model(sampling=SamplingDefaults(sampler="ddim", steps=4))
+    assert "steps" not in build_model().config.to_dict()["sampling"]
+    save(model, tmp_path / "own")
+    loaded = load(tmp_path / "own")
+    assert loaded.config == model.config
+
+    def steps_of(**options: object) -> int:
+        heard: list[int] = []
+        sample(loaded, 1, dtype=torch.float32, on_step=lambda *a: heard.append(a[1]), **options)
+        return heard[-1]
+
+    assert steps_of() == steps_of(sampler="ddim") == 4
+    assert steps_of(sampler="ddpm") == 100 and steps_of(steps=7) == 7
+    with pytest.raises(SamplerError, match="steps = 0: must be an integer, 1 or more"):
+        SamplingDefaults(steps=0)
+    with pytest.raises(CheckpointError, match="sampling: steps = 101: must be at most T = 100"):
+        build_model(sampling=SamplingDefaults(steps=101))

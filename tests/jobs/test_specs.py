@@ -79,6 +79,41 @@ def test_a_filled_spec_is_a_fixed_point_and_survives_json(card: ModelCard) -> No
     assert admit(filled, card, Settings()) == (filled, plan)
 
 
+def test_a_manifest_of_another_noise_is_refused_by_name(card: ModelCard) -> None:
+    """One that says nothing of it is of the first version."""
+    second = card.model_copy(update={"noise": 2})
+    for served, provenance in (
+        (second, {"noise": 2}),
+        (card, {"noise": 1}),
+        (card, {"torch": "2"}),
+    ):
+        admit(GenerateSpec(provenance=provenance), served, Settings())
+    for served, provenance in ((second, {"noise": 1}), (second, {}), (card, {"noise": 2})):
+        with pytest.raises(SpecError, match="another version of the noise") as refused:
+            admit(GenerateSpec(provenance=provenance), served, Settings())
+        assert refused.value.pointer == "/provenance/noise"
+    admit(GenerateSpec(), second, Settings())
+
+
+def test_steps_are_the_models_own_for_its_own_sampler(card: ModelCard) -> None:
+    own = card.model_copy(
+        update={
+            "steps": 20,
+            "sampling": Sampling(sampler="ddim", variance="small", spacing="uniform"),
+        }
+    )
+    for fields, steps in (
+        ({}, 20),
+        ({"sampler": "ddim"}, 20),
+        ({"sampler": "ddpm"}, 100),
+        ({"steps": 7}, 7),
+    ):
+        spec, _ = admit(GenerateSpec.model_validate(fields), own, Settings())
+        assert isinstance(spec, GenerateSpec) and spec.steps == steps
+    part, _ = admit(ReconstructSpec(t=9), own, Settings(), 1)
+    assert isinstance(part, ReconstructSpec) and part.steps == 9
+
+
 def test_seeds_are_drawn_anew(card: ModelCard) -> None:
     seeds = {admit(GenerateSpec(), card, Settings())[0].seed for _ in range(20)}
     assert len(seeds) == 20

@@ -20,6 +20,7 @@ from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
 import diffusion
+from diffusion.noise import VERSION
 from jobs.pictures import from_bytes
 from jobs.store.rq_queue import Queues
 from worker.models import card_of
@@ -50,6 +51,10 @@ def test_a_job_from_end_to_end(running: Service) -> None:
     assert record.provenance is not None
     assert record.provenance["model_digest"] == model.digest
     assert record.provenance["versions"]["torch"] == torch.__version__
+    assert record.provenance["noise"] == VERSION == running.card.noise
+    asked = {name: record.provenance[name] for name in ("dtype", "code", "threads")}
+    assert asked["dtype"] in ("float32", "bfloat16") and asked["code"] == "eager"
+    assert asked["threads"] >= 1
 
 
 def test_jobs_of_every_kind_share_the_worker(running: Service) -> None:
@@ -152,6 +157,33 @@ def test_a_foreign_job_fails_with_a_reason_and_harms_nobody(running: Service) ->
     running.until(lambda: Queue("ddpm", connection=running.redis).failed_job_registry.count >= 2)
     assert "takes worker.run.run_job" in (running.rq_job(foreign.id).latest_result().exc_string)
     assert pickled.get_status() == JobStatus.FAILED
+
+
+def test_the_same_request_gives_the_same_bytes_after_another_model_came(
+    running: Service, make_model: Any
+) -> None:
+    """Where it is deterministic; else its batches may be others meanwhile."""
+    request = {"num_images": 4, "steps": 30, "seed": 5, "deterministic": True}
+    jobs = [running.admit(**request)]
+    running.ended(jobs[0])
+    diffusion.save(make_model(seed=9, T=1000), running.models / "second")
+    try:
+        running.until(lambda: "second" in running.store.cards())
+        jobs += [running.admit(**request)]
+        busy = [running.admit(steps=50, seed=i) for i in range(3)]
+        other = running.admit(steps=5, deterministic=True)
+        running.redis.hset(f"ddpm:job:{other}", "model", "second")
+        jobs += [running.admit(**request)]
+        for job_id in (*jobs, *busy, other):
+            running.ended(job_id)
+    finally:
+        shutil.rmtree(running.models / "second")
+    running.until(lambda: set(running.store.cards()) == {"tiny"})
+    jobs += [running.admit(**request)]
+    running.ended(jobs[-1])
+    first, *others = [running.outputs(job_id) for job_id in jobs]
+    assert all(outputs == first for outputs in others)
+    assert running.record(jobs[0]).provenance["dtype"] == "float32"
 
 
 def test_a_model_put_into_the_folder_serves_without_a_restart(

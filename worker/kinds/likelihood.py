@@ -51,8 +51,8 @@ class LikelihoodFlight(Flight[LikelihoodSpec]):
 
     @classmethod
     def provenance(cls, served: Served, spec: LikelihoodSpec) -> dict[str, Any]:
-        """The bound is taken with the clipped x̂_0, in float32."""
-        return {"clip": True, "dtype": "float32"}
+        """The bound is taken with the clipped x̂_0."""
+        return {"clip": True}
 
     def task(self) -> TermTask:
         """The terms that are missing."""

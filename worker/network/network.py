@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from diffusion.model import Estimate, Model
 from diffusion.speed import fast_dtype, prepare
 from worker.engine.tasks import TaskError
 from worker.network.costs import CostModel, Shape
+from worker.network.threads import team_size
 
 # A CPU gains nothing from one more row of padding, and its kernels are set up anew for each shape.
 EAGER_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -81,6 +83,13 @@ class Network:
     def eager_shapes(self) -> list[Shape]:
         """The shapes that run whatever happens."""
         return [Shape(size) for size in self._sizes]
+
+    def provenance(self) -> dict[str, Any]:
+        """All beside weights, software and device that rounding depends on; JSON."""
+        made: dict[str, Any] = {"dtype": str(self.dtype).removeprefix("torch."), "code": "eager"}
+        if self._compiled:
+            made |= {"code": "compiled", "compiled_batches": sorted(self._compiled)}
+        return made | {"threads": team_size()}
 
     def add_compiled(self, rows: int, forward: Forward) -> None:
         """Offer compiled code (x, t, labels) → raw output for batches of `rows`. Any thread."""

@@ -1,0 +1,150 @@
+"""The table of samplers, spacings and steps, and the default that is chosen from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import diffusion
+from diffusion.schedule import ScheduleConfig
+from tests.diffusion.networks import build_model
+from training.evaluate_command import evaluate
+from training.quality import Cell, Real, cheapest, ways
+
+T = 20
+
+
+class Judge(torch.nn.Module):
+    """Two features, and a class by the mean of the picture."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = x.mean(dim=(1, 2, 3))
+        features = torch.stack([mean, x[:, :, 2:6, 2:6].mean(dim=(1, 2, 3))], 1)
+        return features, torch.stack([-mean, 0.0 * mean, mean], 1)
+
+
+class Features(torch.nn.Module):
+    """The same features alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = x.mean(dim=(1, 2, 3))
+        return torch.stack([mean, x[:, :, 2:6, 2:6].mean(dim=(1, 2, 3))], 1)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A model, a data set with train and test, and two networks to look at samples."""
+    model = build_model(schedule=ScheduleConfig(T=T, beta_end=0.4))
+    model.network.conv_out.weight.mul_(0.1)
+    diffusion.save(model, tmp_path / "model")
+    generator = np.random.default_rng(1)
+    for split, count in (("train", 12), ("test", 9)):
+        for i in range(count):
+            folder = tmp_path / "data" / split / f"c{i % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    for name, network in (("judge", Judge()), ("features", Features())):
+        torch.jit.script(network).save(str(tmp_path / f"{name}.pt"))
+    return tmp_path
+
+
+def invoke(place: Path, *options: str) -> str:
+    arguments = [str(place / "model"), str(place / "data"), "--out", str(place / "out"), "--quiet"]
+    small = ["--images", "0", "--pictures", "0", "--quality", "--quality-images", "12"]
+    cells = ["--quality-samplers", "ddim,ddpm", "--quality-spacings", "uniform,trailing"]
+    result = CliRunner().invoke(
+        evaluate,
+        [
+            *arguments,
+            "--splits",
+            "train,test",
+            *small,
+            *cells,
+            "--quality-steps",
+            "2,5,30",
+            *options,
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_the_table_has_every_cell_and_goes_on_where_it_was(place: Path) -> None:
+    printed = invoke(place, "--features", str(place / "judge.pt"))
+    found = json.loads((place / "out" / "results.json").read_text())["quality"]
+    names = [(cell["sampler"], cell["spacing"], cell["steps"]) for cell in found["cells"]]
+    assert names[0] == ("ddpm", "uniform", T) and len(names) == 1 + 2 * 2 * 2
+    for cell in found["cells"]:
+        assert cell["images"] == 12 and cell["ratio"] > 0 and cell["ratio_error"] > 0
+        assert 0 <= cell["recognised"] <= 1
+        assert f"| {cell['sampler']} | {cell['spacing']} | {cell['steps']} | " in printed
+    assert found["sampling"] in [
+        {"sampler": sampler, "spacing": spacing, "steps": steps}
+        for sampler, spacing, steps in names
+    ]
+    kept = {path: path.read_bytes() for path in (place / "out" / "partial").iterdir()}
+    assert len(kept) == len(names)
+    gone = next(iter(kept))
+    gone.unlink()  # as if interrupted before this one
+    invoke(place, "--features", str(place / "judge.pt"))
+    again = json.loads((place / "out" / "results.json").read_text())["quality"]
+    assert again == found and gone.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_features_alone_give_ratios_alone(place: Path) -> None:
+    printed = invoke(place, "--features", str(place / "features.pt"))
+    found = json.loads((place / "out" / "results.json").read_text())["quality"]
+    assert all(cell["recognised"] is None for cell in found["cells"])
+    assert "| sampler | spacing | steps | Fréchet ratio |\n" in printed
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_table_needs_a_network(place: Path) -> None:
+    arguments = [str(place / "model"), str(place / "data"), "--quality"]
+    result = CliRunner().invoke(evaluate, arguments)
+    assert result.exit_code == 1 and "--quality: needs --features" in result.output
+    arguments += ["--features", "x.pt", "--quality-steps", "5,ten"]
+    result = CliRunner().invoke(evaluate, arguments)
+    assert result.exit_code == 1 and "--quality-steps: invalid literal" in result.output
+
+
+def test_the_ratio_of_equals_is_one_within_its_error() -> None:
+    generator = np.random.default_rng(0)
+    ratios = []
+    for seed in range(30):
+        real = Real(generator.normal(size=(4000, 3)), generator.normal(size=(300, 3)))
+        ratios.append(real.ratio(generator.normal(size=(300, 3)), seed=seed))
+    found, told = np.log([r for r, _ in ratios]), np.array([e / r for r, e in ratios])
+    assert abs(found.mean()) < 4 * found.std() / 30**0.5
+    assert 0.4 < np.sqrt((told**2).mean()) / found.std() < 2
+
+
+def test_the_default_is_the_cheapest_that_is_as_good() -> None:
+    def cell(sampler: str, steps: int, ratio: float, recognised: float | None = None) -> Cell:
+        error = None if recognised is None else 0.004
+        return Cell(sampler, "uniform", steps, 100, ratio, 0.05, recognised, error)
+
+    reference = cell("ddpm", 1000, 0.78, 0.986)
+    cells = [
+        reference,
+        cell("ddim", 10, 0.95, 0.986),  # too far in one
+        cell("ddpm", 15, 0.75, 0.97),  # and in the other
+        cell("dpmpp_2m", 20, 0.80, 0.984),
+        cell("ddim", 20, 0.71, 0.985),
+        cell("ddpm", 100, 0.68, 0.986),
+    ]
+    assert cheapest(cells) is cells[4]
+    assert cheapest([reference, cells[1]]) is reference
+    assert cheapest([cell("ddpm", 1000, 0.8), cell("ddim", 5, 0.82)]).steps == 5
+    assert ways(50, ["ddim"], ["uniform", "trailing"], [100, 5, 5]) == [
+        ("ddpm", "uniform", 50), ("ddim", "uniform", 5), ("ddim", "trailing", 5),
+    ]  # fmt: skip

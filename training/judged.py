@@ -1,0 +1,89 @@
+"""The parts of `ddpm evaluate` that ask a feature network what it thinks of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffusion.samplers import build_table
+from training.bits import Chosen
+from training.features import Draw, Features, Looked, distance, real, sampled
+from training.quality import Quality, Real, table, ways
+
+if TYPE_CHECKING:
+    from training.evaluate import Run
+
+
+def frechet(run: Run, split: str, echo: Callable[[str], None]) -> dict[str, Any]:
+    """Distance of samples to a split, beside that of as many images of the first split."""
+    options, features, name = run.options, run.features, run.options.features
+    assert features is not None  # `check` opened them
+    conditional = run.model.config.network.num_classes > 0
+    chosen_of = {
+        which: run.chosen(which, options.frechet_images, labelled=conditional)
+        for which in dict.fromkeys((run.splits[0], split))
+    }
+    found = {which: _look(run, features, chosen).features for which, chosen in chosen_of.items()}
+    first = chosen_of[run.splits[0]]
+    labels = first.batch(np.arange(len(first)))[1]
+    way = run.model.config.sampling.options(
+        run.model.schedule.T, sampler=options.sampler, steps=options.steps
+    )
+    samples = sampled(
+        features,
+        Draw(run.model, build_table(run.model.schedule, **way), len(first), options.seed, labels),
+        width=found[split].shape[1],
+        path=options.out / "partial" / "frechet.npz",
+        key=run.key
+        | {"features": name, "sampler": options.sampler, "steps": way["steps"]}
+        | {"seed": options.seed, "images": len(first), "labels_of": run.splits[0]},
+        batch_size=options.batch_size,
+        progress=not options.quiet,
+    ).features
+    result: dict[str, Any] = {"features": name, "images": len(samples), "steps": way["steps"]}
+    for which, values in found.items():
+        result[f"samples_to_{which}"] = distance(samples, values)
+        echo(f"Fréchet distance of samples to {which}: {result[f'samples_to_{which}']:.4f}")
+    if len(found) == 2:
+        a, b = found.values()
+        result["real_to_real"] = distance(a, b)
+    return result
+
+
+def _look(run: Run, features: Features, chosen: Chosen) -> Looked:
+    device, batch_size = run.model.device, run.options.batch_size
+    return real(features, chosen, device=device, batch_size=batch_size)
+
+
+def quality(run: Run, echo: Callable[[str], None]) -> dict[str, Any]:
+    """The table of samplers, spacings and steps: see `training.quality`."""
+    options, features = run.options, run.features
+    assert features is not None  # the command asks for them
+    conditional = run.model.config.network.num_classes > 0
+    first, last = run.splits[0], run.splits[-1]
+    others = run.chosen(first, options.quality_images, labelled=conditional)
+    chosen = run.chosen(last, options.frechet_images)
+    if first == last:  # halve it, so that no image is held against itself
+        all_of_it = run.chosen(first, options.quality_images + options.frechet_images)
+        n = min(options.quality_images, len(all_of_it) // 2)
+        others = replace(others, indices=all_of_it.indices[:n])
+        chosen = replace(chosen, indices=all_of_it.indices[n:])
+    reference = _look(run, features, chosen)
+    judge = Quality(
+        run.model,
+        features,
+        Real(reference.features, _look(run, features, others).features),
+        labels=others.batch(np.arange(len(others)))[1],
+        classifies=reference.labels is not None,
+        seed=options.seed,
+        folder=options.out / "partial",
+        key=run.key | {"features": options.features, "labels_of": first},
+        batch_size=options.batch_size,
+        progress=not options.quiet,
+    )
+    T = run.model.schedule.T
+    cells = ways(T, options.quality_samplers, options.quality_spacings, options.quality_steps)
+    return table(judge, cells, echo)

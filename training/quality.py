@@ -1,0 +1,180 @@
+"""How good samples are by sampler, spacing and steps, and which a model should take by default.
+
+Beside the Fréchet distance of n samples to real images stands that of as many other real images;
+their ratio is 1 for samples that cannot be told from those. Errors are by bootstrap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from diffusion.model import Model
+from diffusion.samplers import build_table
+from diffusion.schedule import Float64
+from diffusion.table import SamplerTable
+from training.features import Draw, FeatureError, Features, Looked, distance, sampled
+
+RESAMPLES = 40
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A line of the table: one way to sample, and how good what it gives is.
+
+    recognised: the share that the network classifies as the label asked for; None where it tells
+    features alone, or the model has no labels. The errors are standard errors.
+    """
+
+    sampler: str
+    spacing: str
+    steps: int
+    images: int
+    ratio: float
+    ratio_error: float
+    recognised: float | None = None
+    recognised_error: float | None = None
+
+    def __str__(self) -> str:
+        name = f"{self.sampler}, {self.spacing}, {self.steps} steps"
+        ratio = f"Fréchet ratio {self.ratio:.3f} ± {self.ratio_error:.3f}"
+        return f"{name}: {ratio}{', recognised ' + self.share if self.share else ''}"
+
+    @property
+    def share(self) -> str:
+        """`recognised` with its error, or nothing."""
+        if self.recognised is None or self.recognised_error is None:
+            return ""
+        return f"{self.recognised:.1%} ± {self.recognised_error:.1%}"
+
+    def as_good_as(self, other: Cell) -> bool:
+        """Whether it is not worse, but for what the errors of both allow."""
+        error = float(np.hypot(self.ratio_error, other.ratio_error))
+        if self.ratio > other.ratio + error:
+            return False
+        if self.recognised is None or other.recognised is None:
+            return True
+        errors = (self.recognised_error or 0.0, other.recognised_error or 0.0)
+        return self.recognised >= other.recognised - float(np.hypot(*errors))
+
+
+@dataclass(frozen=True, eq=False)
+class Real:
+    """What samples are held against: features of real images [M, F] and of n others [n, F]."""
+
+    reference: Float64
+    others: Float64
+
+    def ratio(self, samples: Float64, *, seed: int) -> tuple[float, float]:
+        """The Fréchet ratio of samples [n, F] and its standard error."""
+        found = self._ratio(samples, self.others)
+        generator = np.random.Generator(np.random.Philox(key=seed))
+        n, m = len(samples), len(self.others)
+        again = [
+            self._ratio(
+                samples[generator.integers(n, size=n)], self.others[generator.integers(m, size=m)]
+            )
+            for _ in range(RESAMPLES)
+        ]
+        return found, float(np.std(again, ddof=1))
+
+    def _ratio(self, samples: Float64, others: Float64) -> float:
+        return distance(samples, self.reference) / distance(others, self.reference)
+
+
+@dataclass(frozen=True, eq=False)
+class Quality:
+    """Measures cells, keeping the features of every sample in `folder`.
+
+    features: the network, which `classifies` or not. labels: of each sample, int64 [n], or None.
+    key: what the samples depend on beside the cell.
+    """
+
+    model: Model
+    features: Features
+    real: Real
+    labels: Tensor | None
+    classifies: bool
+    seed: int
+    folder: Path
+    key: dict[str, Any]
+    batch_size: int = 64
+    progress: bool = True
+
+    def measure(self, sampler: str, spacing: str, steps: int) -> Cell:
+        """Draw what is missing of this cell's samples, and judge them."""
+        n = len(self.real.others)
+        cell = {"sampler": sampler, "spacing": spacing, "steps": steps}
+        looked = sampled(
+            self.features,
+            Draw(self.model, self._table(sampler, spacing, steps), n, self.seed, self.labels),
+            width=self.real.reference.shape[1],
+            classified=self.classifies and self.labels is not None,
+            path=self.folder / f"quality-{sampler}-{spacing}-{steps}.npz",
+            key=self.key | cell | {"seed": self.seed, "images": n},
+            batch_size=self.batch_size,
+            progress=self.progress,
+        )
+        ratio, error = self.real.ratio(looked.features, seed=self.seed)
+        share = self._share(looked)
+        return Cell(sampler, spacing, steps, n, ratio, error, *share)
+
+    def _table(self, sampler: str, spacing: str, steps: int) -> SamplerTable:
+        schedule, own = self.model.schedule, self.model.config.sampling
+        way = own.options(schedule.T, sampler=sampler, spacing=spacing, steps=steps)
+        return build_table(schedule, **way)
+
+    def _share(self, looked: Looked) -> tuple[float | None, float | None]:
+        if self.labels is None or looked.labels is None:
+            return None, None
+        share = float((looked.labels == self.labels.numpy()).mean())
+        return share, float(np.sqrt(share * (1 - share) / len(self.labels)))
+
+
+def ways(
+    T: int, samplers: Sequence[str], spacings: Sequence[str], steps: Iterable[int]
+) -> list[tuple[str, str, int]]:
+    """(sampler, spacing, steps) of the cells, the first all T steps of ddpm."""
+    some = [n for n in dict.fromkeys(steps) if n <= T]
+    cells = [(a, b, n) for a in samplers for b in spacings for n in some]
+    return list(dict.fromkeys([("ddpm", "uniform", T), *cells]))
+
+
+def table(
+    quality: Quality, cells: Sequence[tuple[str, str, int]], echo: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure the cells in turn, the first of which is the one to equal; JSON form of all."""
+    if len(quality.real.others) < 2:
+        raise FeatureError(f"{len(quality.real.others)} images: at least 2 are needed")
+    found = []
+    for cell in cells:
+        found.append(quality.measure(*cell))
+        echo(str(found[-1]))
+    best = cheapest(found)
+    echo(f"\n{markdown(found)}\n\nas good as {found[0].steps} steps of ddpm, in the fewest: {best}")
+    default = {"sampler": best.sampler, "spacing": best.spacing, "steps": best.steps}
+    return {"cells": [dataclasses.asdict(cell) for cell in found], "sampling": default}
+
+
+def cheapest(cells: Sequence[Cell]) -> Cell:
+    """The cell of the fewest steps that is as good as the first; the better of equally many."""
+    good = [cell for cell in cells if cell.as_good_as(cells[0])]
+    return min(good, key=lambda cell: (cell.steps, cell.ratio))
+
+
+def markdown(cells: Sequence[Cell]) -> str:
+    """The cells as a table."""
+    shares = any(cell.share for cell in cells)
+    head = ["sampler", "spacing", "steps", "Fréchet ratio", *["recognised"] * shares]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for cell in cells:
+        ratio = f"{cell.ratio:.3f} ± {cell.ratio_error:.3f}"
+        entries = [cell.sampler, cell.spacing, str(cell.steps), ratio, *[cell.share] * shares]
+        lines.append(f"| {' | '.join(entries)} |")
+    return "\n".join(lines)
