@@ -4,6 +4,7 @@
 #   make test             what CI runs: lint, types, tests
 #   make test-slow        the tests that take minutes
 #   make lint             lint and types alone
+#   make audit            vulnerabilities known of the pinned packages, licences of all
 #   make format           let ruff rewrite what `make lint` would complain about
 
 PORT ?= 8000
@@ -18,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 pyth
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help up test test-slow lint format clean
+.PHONY: help up test test-slow lint format audit clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -40,6 +41,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+audit: $(VENV)/.dev
+	.ci/audit $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -122,11 +122,29 @@ async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         yield chunk
 
 
+class _FormParser(MultiPartParser):
+    """Keeps files in memory, where they are limited, and refuses a form without its end."""
+
+    spool_max_size = 2**31
+    _complete = False
+
+    def on_end(self) -> None:
+        self._complete = True
+
+    async def parse(self) -> FormData:
+        form = await super().parse()
+        if not self._complete:  # Starlette would drop the part that is cut, and leave it open
+            for file in self._files_to_close_on_error:
+                file.close()
+            raise MultiPartException("the form is cut short")
+        return form
+
+
 async def _multipart(request: Request, limit: int, most_files: int) -> Body:
     try:
         async with aclosing(_limited(request, limit)) as chunks:
             # More than allowed, so that the error can be ours.
-            parser = MultiPartParser(
+            parser = _FormParser(
                 request.headers, chunks, max_files=most_files + 2, max_fields=2, max_part_size=limit
             )
             form = await parser.parse()

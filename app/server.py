@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 from types import FrameType
@@ -47,4 +48,6 @@ def serve(settings: Settings, listener: socket.socket, *, log_level: str = "warn
     # The admission thread waits for this long to get the interpreter back after each reply of
     # Redis while the event loop is busy; the default is 5 ms.
     sys.setswitchinterval(0.001)
+    # It says what is wrong with each form, which is the client's to hear and not the log's.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     Server(create_app(settings), log_level=log_level).run(sockets=[listener])

@@ -219,7 +219,7 @@ def test_ci_runs_make_test() -> None:
     assert os.access(script, os.X_OK)
     assert git("ls-files", "--stage", ".ci/run").startswith("100755")
     targets = re.findall(r"^make (\S+)", script.read_text("utf-8"), re.MULTILINE)
-    assert targets == ["test"]
+    assert targets == ["test", "audit"]
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
 
 

@@ -45,7 +45,7 @@ class ModelView(BaseModel):
 
     name: str
     digest: str
-    shape: tuple[int, int, int]
+    shape: list[int] = Field(min_length=3, max_length=3, description="C, H, W")
     T: int
     schedule: str
     class_names: tuple[str, ...]
@@ -131,7 +131,7 @@ async def _view(request: Request, card: ModelCard) -> ModelView:
     return ModelView(
         name=card.name,
         digest=card.digest,
-        shape=card.shape,
+        shape=list(card.shape),
         T=card.T,
         schedule=card.schedule_kind,
         class_names=card.class_names,
