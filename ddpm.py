@@ -31,6 +31,7 @@ COMMANDS: dict[str, Entry] = {
     "up": Entry("app.commands:up", "serve", "Serve: start Redis, a worker and the HTTP API."),
     "env": Entry("app.commands:env", "api", "Print REDIS_URL of the `ddpm up` that runs here."),
     "api": Entry("app.commands:api", "api", "Run the HTTP API alone, against REDIS_URL."),
+    "key": Entry("app.commands:key", "api", "Make an API key; only its hash is kept."),
     "worker": Entry("worker.commands:worker", "worker", "Run one worker alone, on REDIS_URL."),
     "train": Entry(
         "training.commands:train", "train", "Train a network on pictures, or as a TOML file says."

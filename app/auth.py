@@ -9,10 +9,12 @@ import ipaddress
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from app.keyfile import KeyFile
 from jobs.settings import Settings
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
 OPEN_PREFIX = "/static/"
+_KEY = "key:"
 
 
 class PublicWithoutKeys(ValueError):
@@ -21,11 +23,12 @@ class PublicWithoutKeys(ValueError):
 
 def check_bind(host: str, settings: Settings) -> None:
     """Raise PublicWithoutKeys unless the address is loopback, keys are set, or it is forced."""
-    if settings.api_keys or settings.allow_public_without_keys or _is_loopback(host):
+    has_keys = settings.api_keys or settings.api_keys_file is not None
+    if has_keys or settings.allow_public_without_keys or _is_loopback(host):
         return
     raise PublicWithoutKeys(
-        f"--host {host} is reachable from outside and no key is set: set DDPM_API_KEYS, "
-        "or DDPM_ALLOW_PUBLIC_WITHOUT_KEYS=1 if something else guards it"
+        f"--host {host} is reachable from outside and no key is set: set DDPM_API_KEYS "
+        "or DDPM_API_KEYS_FILE, or DDPM_ALLOW_PUBLIC_WITHOUT_KEYS=1 if something else guards it"
     )
 
 
@@ -39,28 +42,44 @@ def _is_loopback(host: str) -> bool:
 
 
 class Keyring:
-    """The keys of the settings. Empty: everyone may do everything."""
+    """Who may do what: everyone everything, unless there are keys.
+
+    Keys of the settings, and of a file that is read again when it changes. Only digests are kept.
+    Raises KeyFileError.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self._digests = [_digest(key.get_secret_value()) for key in settings.api_keys]
+        digests = [digest_of(key.get_secret_value()) for key in settings.api_keys]
+        self._fixed = {digest: digest.hex()[:16] for digest in digests}
+        self._file = None if settings.api_keys_file is None else KeyFile(settings.api_keys_file)
+        self._needed = bool(self._fixed) or self._file is not None
 
-    def admits(self, scope: Scope) -> bool:
-        """Whether the request may pass; every key is compared, in constant time."""
+    def client(self, scope: Scope) -> str | None:
+        """Who asks, for quotas, idempotency and metrics: `key:` and the key's name; where there
+        are no keys, `ip:` and the address. None: a key is needed, and this is none."""
+        if not self._needed:
+            peer = scope.get("client")
+            return f"ip:{peer[0]}" if peer else "local"
+        name = self._name(digest_of(_bearer(scope) or ""))
+        if name is not None:
+            return f"{_KEY}{name}"
         path = scope["path"]
-        if not self._digests or path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
-            return True
-        given = _digest(_bearer(scope) or "")
-        return any([hmac.compare_digest(given, known) for known in self._digests])  # noqa: C419
+        return "open" if path in OPEN_PATHS or path.startswith(OPEN_PREFIX) else None
 
-    def client(self, scope: Scope) -> str:
-        """Who asks, for quotas and idempotency: the key if there are any, else the address."""
-        if self._digests:
-            return "key:" + _digest(_bearer(scope) or "").hex()[:16]
-        peer = scope.get("client")
-        return f"ip:{peer[0]}" if peer else "local"
+    def _name(self, given: bytes) -> str | None:
+        """The name of the key with this digest; all are compared, each in constant time."""
+        known = self._fixed if self._file is None else {**self._fixed, **self._file.keys()}
+        [*found] = [name for digest, name in known.items() if hmac.compare_digest(given, digest)]
+        return found[0] if found else None
 
 
-def _digest(key: str) -> bytes:
+def key_name(client: str) -> str:
+    """The key's name of a client that has one, else ""."""
+    return client.removeprefix(_KEY) if client.startswith(_KEY) else ""
+
+
+def digest_of(key: str) -> bytes:
+    """What is kept of a key. Keys are random and long: a slow hash would add nothing."""
     return hashlib.sha256(key.encode()).digest()
 
 

@@ -66,6 +66,32 @@ def api(host: str, port: int, log_level: str) -> None:
 
 
 @click.command()
+@click.argument("name")
+@click.option(
+    "--file",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Add the key to this file (DDPM_API_KEYS_FILE), instead of printing its line.",
+)
+def key(name: str, path: Path | None) -> None:
+    """Make an API key for NAME. It is printed once: only its hash is kept."""
+    from app.keyfile import NAME, new_key
+
+    if not NAME.fullmatch(name):
+        raise click.ClickException(f"NAME {name!r}: must match {NAME.pattern}")
+    made, line = new_key(name)
+    if path is None:
+        click.echo(f"for DDPM_API_KEYS_FILE: {line}", err=True)
+    else:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except OSError as error:
+            raise click.ClickException(f"--file {path}: {error.strerror or error}") from error
+    click.echo(made)
+
+
+@click.command()
 @HOST
 @PORT
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1))

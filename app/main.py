@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from app import problems
+from app import pages, problems
 from app.middleware import Edge
 from app.receiving import Uploads
 from app.routes import create, jobs, models, outputs, system
@@ -26,7 +24,6 @@ from jobs.settings import Settings
 from jobs.store.events import EVENTS
 from jobs.version import VERSION
 
-STATIC = Path(__file__).parent / "static"
 DESCRIPTION = """Denoising diffusion as a service: images from noise, noise from images, and every
 state in between. A request makes a job; the job is there at once, can be watched, canceled,
 repeated to the byte, and fetched again."""
@@ -41,32 +38,27 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         async with services.running():
             yield
 
-    app = FastAPIOffline(  # /docs with Swagger UI of our own: clusters often see no CDN
+    app = FastAPIOffline(  # it brings the files of Swagger UI
         title="ddpm-serve",
         version=VERSION,
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # app/pages.py has it, with its policy
         redoc_url=None,
         redirect_slashes=False,
-        static_url="/static/docs",
+        static_url=pages.DOCS_STATIC,
     )
     app.state.services = services
     problems.install(app)
     app.include_router(create.router())
     for module in (jobs, outputs, models, system):
         app.include_router(module.router)
-    app.add_api_route("/", page, include_in_schema=False)
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.include_router(pages.router)
+    app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
     app.add_middleware(Uploads, settings=services.settings)
     app.add_middleware(Edge, keyring=services.keyring, metrics=services.metrics)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
     return app
-
-
-async def page() -> FileResponse:
-    """The web page."""
-    # An upgrade must not meet a page from a browser's cache; the ETag makes the check cheap.
-    return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from app.auth import key_name
 from jobs.states import ENDED
 from jobs.store.reader import JobReader, QueueState
 
@@ -22,6 +23,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "ddpm_http_requests", "HTTP requests", ["method", "route", "status"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.of_clients = Counter(
+            "ddpm_client_requests", "HTTP requests by the name of their key", ["client"],
             registry=self.registry,
         )  # fmt: skip
         self.seconds = Histogram(
@@ -48,6 +53,11 @@ class Metrics:
                 queues=await reader.queues(),
                 totals=await reader.totals(),
                 workers=len(await reader.workers()),
+                clients={
+                    name: steps
+                    for client, steps in (await reader.clients()).items()
+                    if (name := key_name(client))
+                },
                 rates={model: await reader.rate(model) for model in models},
             )
         )
@@ -67,6 +77,7 @@ def store_metrics(
     queues: Sequence[QueueState],
     totals: Mapping[str, int],
     workers: int,
+    clients: Mapping[str, int],
     rates: Mapping[str, float | None],
 ) -> Iterable[Metric]:
     """What the store knows, as metric families."""
@@ -88,7 +99,13 @@ def store_metrics(
     )
     for model, rate in rates.items():
         speed.add_metric([model], rate or 0.0)
-    yield from (jobs, work, ended, admitted, speed)
+    owed = GaugeMetricFamily(
+        "ddpm_client_image_steps", "Image-steps not yet done, by the name of a key",
+        labels=["client"],
+    )  # fmt: skip
+    for name, steps in sorted(clients.items()):
+        owed.add_metric([name], steps)
+    yield from (jobs, work, ended, admitted, speed, owed)
     yield CounterMetricFamily(
         "ddpm_image_steps", "Image-steps done", value=totals.get("image_steps", 0)
     )

@@ -11,11 +11,19 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.auth import Keyring
+from app.auth import Keyring, key_name
 from app.metrics import Metrics
 from app.problems import Problem, internal, response
 
 log = logging.getLogger(__name__)
+# For browsers, on every answer: no page of ours in a frame, nothing run that is not a page.
+_SAFE = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "frame-ancestors 'none'; sandbox",
+}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -40,18 +48,23 @@ class Edge:
             scope = {**scope, "method": "GET", "head": True}
         request_id = _request_id(scope)
         scope["request_id"] = request_id
-        scope["client_id"] = self._keyring.client(scope)
+        client = self._keyring.client(scope)
+        scope["client_id"] = client or "unknown"
         began, started = time.perf_counter(), False
 
         async def send_marked(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                for name, value in _SAFE.items():
+                    headers.setdefault(name, value)
                 self._count(method, scope, message["status"], time.perf_counter() - began)
+                self._metrics.of_clients.labels(key_name(scope["client_id"])).inc()
             await send(message)
 
-        if not self._keyring.admits(scope):
+        if client is None:
             problem = Problem(
                 "unauthorized",
                 "this service needs a key: Authorization: Bearer …",

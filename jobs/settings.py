@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from redis import ConnectionPool
 
 MIB = 2**20
+_USER = re.compile(r"://([^:@/]*)(:.*)?@", re.DOTALL)
+_QUERY = re.compile(r"(password=)[^&]*")
 DAY_S = 86_400
 PREFIX = "DDPM_"
 
@@ -84,6 +87,9 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         default=(), description="bearer keys, separated by commas; none: no authentication"
     )
+    api_keys_file: Path | None = Field(
+        default=None, description="file of named keys, hashed (`ddpm key`); read as it changes"
+    )
     allow_public_without_keys: bool = Field(
         default=False, description="let the API listen on a public address without keys"
     )
@@ -128,6 +134,12 @@ class Settings(BaseSettings):
         return value
 
 
+def shown(url: str) -> str:
+    """A URL of Redis as it may be printed: without its password, whatever else is wrong with it."""
+    hidden = _USER.sub(lambda m: f"://{m[1]}:***@" if m[2] else f"://{m[1]}@", url)
+    return _QUERY.sub(r"\1***", hidden)
+
+
 def load_settings(**given: Any) -> Settings:
     """For a command: options over the environment; None is not given.
 
@@ -141,7 +153,8 @@ def load_settings(**given: Any) -> Settings:
         first = error.errors()[0]
         name = str(first["loc"][0])
         variable = name if name == "REDIS_URL" else f"DDPM_{name.upper()}"
-        detail = f"{variable} = {first['input']!r}: {first['msg']}"
+        given_as = _told(name, first["input"])
+        detail = f"{variable} = {given_as}: {first['msg']}"
         raise click.ClickException(detail) from error
 
 
@@ -155,3 +168,11 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
             hint = f"did you mean {like}?" if like else "see the README's table of settings"
             sentences.append(f"{name} is no setting; {hint}")
     return sentences
+
+
+def _told(name: str, value: object) -> str:
+    """A wrong value as an error may repeat it."""
+    if name == "REDIS_URL":
+        return repr(shown(str(value)))
+    secret = name in ("api_keys", "webhook_secret")
+    return "(not shown)" if secret else repr(value)

@@ -10,7 +10,7 @@ import click
 import redis
 import torch
 
-from jobs.settings import Settings, load_settings
+from jobs.settings import Settings, load_settings, shown
 from jobs.store.connections import connect, wait_until_writable
 from jobs.store.writer import JobStore
 from worker.models import ModelFolder
@@ -64,7 +64,7 @@ def worker(
     except DeviceError as error:
         raise click.ClickException(str(error)) from error
     except redis.exceptions.ConnectionError as error:
-        raise click.ClickException(f"no Redis at {settings.redis_url}: {error}") from error
+        raise click.ClickException(f"no Redis at {shown(settings.redis_url)}: {error}") from error
 
 
 def serve(settings: Settings, folder: ModelFolder, *, name: str, verbose: bool) -> None:

@@ -24,7 +24,7 @@ from app.up.children import Child
 from app.up.embedded_redis import RedisUnavailable
 from app.up.parts import Part
 from jobs.processes import command_of
-from jobs.settings import Settings
+from jobs.settings import Settings, shown
 
 _READY_S = 180.0  # a large model on a slow disk
 _POLL_S = 0.1
@@ -94,7 +94,7 @@ class Supervisor:
             self._redis = Part(partial(embedded_redis.spawn, self._folder, socket), self._say)
             embedded_redis.wait_for(self._redis.child, url)
         elif not embedded_redis.answers(url):
-            raise StartFailed(f"REDIS_URL = {url}: no Redis answers there")
+            raise StartFailed(f"REDIS_URL = {shown(url)}: no Redis answers there")
         running.write(self._folder, url)
         self._env = {"REDIS_URL": url}
         self._settings = self._settings.model_copy(update={"redis_url": url})

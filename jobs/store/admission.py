@@ -138,6 +138,7 @@ class Admission:
             pipeline=pipe,
             description=f"{record.spec.kind} {record.model} ×{record.images}",
             at_front=order.at_front,
+            ttl_s=record.ttl_s,
         )
 
 

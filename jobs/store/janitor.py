@@ -106,10 +106,13 @@ class Janitor:
         self._redis.hdel(keys.SUSPECTS, job_id)
 
     def sweep(self) -> None:
-        """Delete outputs and records whose time is over."""
-        args = [time.time(), self._store.settings.record_ttl_s, _SWEEP_AT_ONCE]
+        """Delete outputs and records whose time is over, and first what RQ keeps of them."""
+        now = time.time()
+        args = [now, self._store.settings.record_ttl_s, _SWEEP_AT_ONCE]
         handled = _SWEEP_AT_ONCE
         while handled == _SWEEP_AT_ONCE:
+            due: Any = self._redis.zrangebyscore(keys.DUE, "-inf", now, 0, _SWEEP_AT_ONCE)
+            self.queues.forget([text(entry).partition(":")[2] for entry in due])
             handled, *gone = self._sweep(args=args)
             self._store.outputs.delete([text(job_id) for job_id in gone])
 

@@ -190,6 +190,11 @@ class JobReader:
         infos = each("heartbeat of worker", items(raw), WorkerInfo.parse)
         return sorted((i for i in infos.values() if i.alive(now)), key=lambda info: info.name)
 
+    async def clients(self) -> dict[str, int]:
+        """Outstanding image-steps of every client that has any."""
+        raw = await self._redis.hgetall(keys.CLIENTS)
+        return {name.decode(): int(value) for name, value in raw.items()}
+
     async def totals(self) -> dict[str, int]:
         """Counters since the store began, and the bytes that outputs hold."""
         raw = await self._redis.hgetall(keys.TOTALS)

@@ -18,7 +18,6 @@ from rq.serializers import JSONSerializer
 
 JOB_FUNCTION = "worker.run.run_job"  # args: [job_id]; stock RQ workers call it too
 LOOKS = 5  # at a job whose executions change under RQ's hands
-_DAY_S = 86_400
 ENDED = frozenset({"finished", "failed", "stopped", "canceled"})
 
 
@@ -38,16 +37,26 @@ class Queues:
         return self._queues[name]
 
     def enqueue(
-        self, name: str, job_id: str, *, pipeline: Any, description: str, at_front: bool
+        self,
+        name: str,
+        job_id: str,
+        *,
+        pipeline: Any,
+        description: str,
+        at_front: bool,
+        ttl_s: int,
     ) -> None:
-        """Add RQ's own enqueue commands to a pipeline (which enters MULTI if it has not)."""
+        """Add RQ's own enqueue commands to a pipeline (which enters MULTI if it has not).
+
+        ttl_s: how long RQ shows the job once it has ended; ours to keep are the outputs.
+        """
         self.get(name).enqueue_call(
             JOB_FUNCTION,
             args=(job_id,),
             job_id=job_id,
             timeout=-1,  # the worker keeps its own deadline; RQ's default ends long jobs
-            result_ttl=_DAY_S,
-            failure_ttl=_DAY_S,
+            result_ttl=ttl_s,
+            failure_ttl=ttl_s,
             description=description,
             at_front=at_front,
             # A worker killed again and again must not fail a job that makes progress.
@@ -68,6 +77,12 @@ class Queues:
     def delete(self, job_id: str) -> None:
         """Remove a job and all that RQ keeps of it."""
         self._on(job_id, lambda job: job.delete())
+
+    def forget(self, job_ids: Sequence[str]) -> None:
+        """Delete those of the jobs that have ended with RQ: it keeps canceled ones for ever."""
+        for job_id, status in zip(job_ids, self.statuses(job_ids), strict=True):
+            if status in ENDED:
+                self.delete(job_id)
 
     def statuses(self, job_ids: Sequence[str]) -> list[str | None]:
         """RQ's status of each job, None where RQ has no such job."""

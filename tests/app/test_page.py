@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.main import STATIC
+from app.pages import STATIC
 
 PAGE = (STATIC / "index.html").read_text()
 
