@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
+from redis.exceptions import RedisError
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -26,6 +28,7 @@ from jobs.store.records import JobRecord
 log = logging.getLogger(__name__)
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_PATIENCE_S = 30.0  # with a Redis that does not answer, before a stream ends for it
 _RETRY = b"retry: 1000\n\n"
 _COMMENT = b": still here\n\n"
 
@@ -130,20 +133,39 @@ async def job_frames(
         after = await services.hub.last_id(job_id)
         state = await services.job(job_id)
         yield _reset_frame("trimmed", state, after)
-    if state.record.status in ACTIVE:
-        idle_s = services.settings.sse_comment_s
-        source = services.hub.follow(job_id, after or START, idle_s=idle_s)
+    away: float | None = None
+    while True:
+        try:
+            async for entry_id, chunk in _following(services, state.record, after or START, inline):
+                after, away = entry_id or after, None
+                yield chunk
+            return
+        except RedisError as error:
+            away = away or time.monotonic()
+            if time.monotonic() - away > _PATIENCE_S:
+                raise
+            log.warning("a stream of job %s: %s; going on after %s", job_id, error, after)
+            await asyncio.sleep(1)
+
+
+async def _following(
+    services: Services, record: JobRecord, after: str, inline: bool
+) -> AsyncGenerator[tuple[str | None, bytes]]:
+    """The frames past `after` to the job's end, each with its entry's id if it has one."""
+    if record.status in ACTIVE:
+        source = services.hub.follow(record.id, after, idle_s=services.settings.sse_comment_s)
     else:
-        source = services.hub.replay(job_id, after or START)
+        source = services.hub.replay(record.id, after)
     async with aclosing(source) as batches:
         async for entries in batches:
-            for chunk in await _frames(services, state.record, entries, inline):
-                yield chunk
+            chunks = await _frames(services, record, entries, inline)
+            for entry, chunk in zip(entries, chunks, strict=True):
+                yield entry.id, chunk
             if any(entry.name in ENDS for entry in entries):
                 return
             if not entries:
-                last = await _closing_frame(services, job_id)
-                yield last or _COMMENT
+                last = await _closing_frame(services, record.id)
+                yield None, last or _COMMENT
                 if last is not None:
                     return
 

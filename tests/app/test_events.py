@@ -3,17 +3,26 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
+import subprocess
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import pytest
 from PIL import Image
+from redis import Redis
+from redis.exceptions import BusyLoadingError, ConnectionError
 
+from jobs.settings import Settings
 from jobs.store import keys
 from jobs.store.writer import JobStore
-from tests.app.conftest import Worker, later, until
+from tests.app.conftest import CARD, Worker, later, serving, until
+from tests.conftest import redis_executable
 
 
 class Event(NamedTuple):
@@ -268,3 +277,69 @@ def test_post_can_stream(client: httpx.Client, worker: Worker) -> None:
         assert reply.headers["location"] == f"/jobs/{job_id}"
         worker.finish(job_id)
         assert [e.name for e in events] == ["status", "status", "image", "status", "done"]
+
+
+class OwnRedis:
+    """A Redis of the test's own, which keeps every write and can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = f"unix://{folder}/redis.sock"
+        self._command = [
+            redis_executable(), "--port", "0", "--unixsocket", f"{folder}/redis.sock",
+            "--dir", str(folder), "--appendonly", "yes", "--appendfsync", "always", "--save", "",
+            "--logfile", f"{folder}/log",
+        ]  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command)
+        with Redis.from_url(self.url) as client:
+            until(lambda: answers(client))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def answers(client: Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except (ConnectionError, BusyLoadingError):
+        return False
+
+
+@pytest.fixture
+def own_redis() -> Iterator[OwnRedis]:
+    folder = Path(tempfile.mkdtemp(prefix="ddpm-"))  # short: a socket's path has a limit
+    redis = OwnRedis(folder)
+    yield redis
+    redis.kill()
+    shutil.rmtree(folder)
+
+
+def test_a_stream_outlives_redis(own_redis: OwnRedis) -> None:
+    """Killed and started again under an open stream with pictures: no gap, no repeat, no end."""
+    settings = Settings(redis_url=own_redis.url, janitor_s=60, sse_comment_s=0.3)
+    store = JobStore.connect(settings)
+    store.publish_card(CARD)
+    worker = Worker(store)
+    with serving(settings) as client:
+        job_id = submit(client, snapshots={"every": 1, "preview_px": 8})
+        started = worker.start(job_id)
+        worker.snapshot(started, 901)
+        found: list[Event] = []
+        watcher = threading.Thread(target=lambda: found.extend(everything(client, job_id)))
+        watcher.start()
+        until(lambda: open_streams(client) == 1)
+        own_redis.kill()
+        time.sleep(2)
+        own_redis.start()
+        worker.snapshot(started, 801)
+        worker.image(started)
+        assert store.succeed(job_id, "e")
+        watcher.join()
+        names = [event.name for event in found]
+        assert names == ["status", "status", "snapshot", "snapshot", "image", "status", "done"]
+        assert all("png" in event.data for event in found if event.name == "snapshot")
+        assert [event.id for event in found] == everything_so_far(store, job_id)
+    store.redis.close()
