@@ -1,4 +1,5 @@
-"""HTTP/1.1 by uvicorn, with limits on what a client may make us hold: bytes of a head, and time.
+"""HTTP/1.1 by uvicorn, with limits on what a client may make us hold: bytes of a head, the time
+of a request, and answers that are not read.
 
 Application code sees none of this: a request that is too slow or too long never gets to it, or
 ends as if its client had gone.
@@ -17,6 +18,8 @@ from jobs.settings import Settings
 
 MOST_HEAD = 64 * 1024  # bytes of a request line and its headers
 HEAD_S = 10.0
+STALL_S = 60.0  # between two looks at a client that does not read as fast as we write
+_LEAST_READ = 64 * 1024  # bytes that it must have read meanwhile, or it is hung up on
 _LATER_S = 5.0  # after the application's own deadline for a body, whose answer is better
 _LINGER_S = 2.0  # for a client that still sends, to read the answer it got
 
@@ -30,6 +33,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     body_s: ClassVar[float] = 60.0
     _timer: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+    _unread = 0
     _in_head: bool
     _head_bytes: int
     _too_long: bool
@@ -41,6 +46,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(None)
+        self._stop_looking()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -82,6 +88,30 @@ class LimitedProtocol(HttpToolsProtocol):
             self._expect(_LINGER_S)
         elif self._timer is None:
             self._expect(self.timeout_keep_alive + HEAD_S)
+
+    # What a client does not read
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.transport.get_write_buffer_size()
+        self._stalled = self.loop.call_later(STALL_S, self._look_at_reader)
+
+    def resume_writing(self) -> None:
+        self._stop_looking()
+        super().resume_writing()
+
+    def _look_at_reader(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left > self._unread - _LEAST_READ:
+            self.transport.abort()
+            return
+        self._unread = left
+        self._stalled = self.loop.call_later(STALL_S, self._look_at_reader)
+
+    def _stop_looking(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     # What follows
 

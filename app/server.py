@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import sys
@@ -50,4 +51,8 @@ def serve(settings: Settings, listener: socket.socket, *, log_level: str = "warn
     sys.setswitchinterval(0.001)
     # It says what is wrong with each form, which is the client's to hear and not the log's.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
-    Server(create_app(settings), log_level=log_level).run(sockets=[listener])
+    server = Server(create_app(settings), log_level=log_level)
+    # All that is imported stays: the garbage collector need not hold the event loop to look at it.
+    gc.collect()
+    gc.freeze()
+    server.run(sockets=[listener])

@@ -64,6 +64,12 @@ def _route(name: str, kind: type[JobSpec], body_type: type[JobSpec]) -> Route:
     async def create(
         request: Request, cancel_on_disconnect: CancelOnDisconnect = False, inline: Inline = False
     ) -> Response:
+        # The body is let go of before the answer, which may be held for a minute.
+        admitted = await admitted_from(request)
+        held = services(request)
+        return await answer(held, request, admitted, cancel=cancel_on_disconnect, inline=inline)
+
+    async def admitted_from(request: Request) -> Admitted:
         held = services(request)
         settings = held.settings
         most = (kind.most_pictures or settings.max_images) if "pictures" in kind.takes else 0
@@ -77,7 +83,7 @@ def _route(name: str, kind: type[JobSpec], body_type: type[JobSpec]) -> Route:
         admitted = await desk.replay()
         if admitted is None:
             admitted = await desk.admit(await take_in(held, kind, body_type, body))
-        return await answer(held, request, admitted, cancel=cancel_on_disconnect, inline=inline)
+        return admitted
 
     return create
 

@@ -46,11 +46,11 @@ class Line:
 
     def heard(self) -> str:
         """All that comes until the server hangs up."""
-        text = b""
+        chunks = []
         with contextlib.suppress(ConnectionResetError):
-            while chunk := self.socket.recv(65536):
-                text += chunk
-        return text.decode()
+            while chunk := self.socket.recv(2**18):
+                chunks.append(chunk)
+        return b"".join(chunks).decode(errors="replace")
 
     def answer(self) -> str:
         """What comes first."""
@@ -167,6 +167,23 @@ def test_a_slow_head_comes_to_an_end(
         empty.socket.sendall(b"\r\n")
     assert silent.heard() == ""
     assert empty.heard().startswith("HTTP/1.1 408") and dripping.heard().startswith("HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_client_that_does_not_read_is_hung_up_on(
+    client: httpx.Client, line: Dial, monkeypatch: pytest.MonkeyPatch, reads: bool
+) -> None:
+    monkeypatch.setattr(protocol, "STALL_S", 1)
+    path, count = "/static/docs/swagger-ui-bundle.js", 16  # more than a kernel holds for a socket
+    whole = len(client.get(path).content)
+    one = line(client)
+    for left in reversed(range(count)):
+        ending = "close" if left == 0 else "keep-alive"
+        one.say(f"GET {path} HTTP/1.1", "Host: x", f"Connection: {ending}")
+    if not reads:
+        time.sleep(4)
+    heard = len(one.heard().encode())
+    assert (heard > count * whole) == reads and whole > 1_000_000
 
 
 def test_what_is_no_http_is_told_so(client: httpx.Client, line: Dial) -> None:
