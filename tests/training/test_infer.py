@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from PIL import Image
 
 import diffusion
 from tests.training.conftest import write_images
-from training.commands import train
+from training.commands import sample, train
 from training.config import ConfigError, load_config
+from training.evaluate_command import evaluate
 from training.infer import infer_config
 from training.pictures import class_columns
 from training.sources import DataError
@@ -162,3 +164,27 @@ def test_a_wheel_holds_the_configurations(tmp_path: Path) -> None:
     assert {"training/configs/mnist.toml", "training/configs/cifar10.toml"} <= names
     sources = {str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/**/*.lua")}
     assert {s for s in sources if not s.startswith("build/")} <= names
+
+
+def test_the_page_on_own_data_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "own-data.md").read_text("utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    commands = [line.split()[1:] for block in blocks for line in block.splitlines()]
+    write_images(tmp_path / "pictures", count=500, size=(20, 16))
+    write_images(tmp_path / "pictures" / "train", count=8, size=(20, 16))
+    monkeypatch.chdir(tmp_path)
+    quickly = {
+        train: [*SHORT, "schedule.T=20"],
+        sample: ["--steps", "2"],
+        evaluate: ["--batch-size", "256"],
+    }
+    by_name = {str(command.name): command for command in quickly}
+    assert [words[0] for words in commands] == ["train", "train", "train", "sample", "evaluate"]
+    for name, *words in commands:
+        extra = ["steps=4"] if "--resume" in words else quickly[by_name[name]]
+        result = CliRunner().invoke(by_name[name], [*words, *extra, "--quiet"])
+        assert result.exit_code == 0, result.output
+    assert json.loads(Path("runs/split/train.json").read_text())["data"]["split"] == "train"
+    assert Path("pets.png").is_file() and Path("runs/pets-bits/terms.png").is_file()
