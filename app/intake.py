@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, create_model
 
 from app.bodies import Body, from_base64
-from app.problems import Problem, field_problem
+from app.problems import Problem, field_problem, read_json
 from app.services import Services
 from jobs.cards import ModelCard
 from jobs.errors import OutputExpired, PictureError, PictureMedia, PictureTooLarge
@@ -61,8 +61,8 @@ class Intake:
 async def take_in(
     held: Services, kind: type[JobSpec], body_type: type[JobSpec], body: Body
 ) -> Intake:
-    """Read a request of this kind. Raises pydantic.ValidationError or Problem."""
-    parsed = body_type.model_validate_json(body.text)
+    """Read a request of this kind. Raises Problem."""
+    parsed = read_json(body_type, body.text)
     cards = await held.reader.cards()
     if not kind.takes:
         return Intake(parsed, choose_card(parsed.model, cards, held))

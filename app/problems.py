@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +29,7 @@ from jobs.store.trouble import CODES as TROUBLES
 from jobs.store.trouble import trouble_of
 
 log = logging.getLogger(__name__)
+M = TypeVar("M", bound=BaseModel)
 MEDIA_TYPE = "application/problem+json"
 LONGEST_VALUE = 60  # characters of a wrong value that an error repeats
 # An answer stays small, whatever was asked: a field's name may be as long as a request.
@@ -106,6 +107,17 @@ def field_problem(pointer: str, detail: str) -> Problem:
     return Problem("invalid_request", f"{clipped(pointer) or '/'}: {detail}", errors=[error])
 
 
+def read_json(model: type[M], text: bytes) -> M:
+    """The JSON that a client sent, as a model. Raises Problem 422 with what pydantic found.
+
+    Only here is a ValidationError the client's: anywhere else it is about data of ours, a 500.
+    """
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise validation_problem(error) from error
+
+
 def validation_problem(error: ValidationError) -> Problem:
     """A 422 with what pydantic found."""
     return _fields_problem(error.errors(include_url=False))
@@ -164,8 +176,6 @@ def from_error(error: Exception) -> Problem | None:
             return Problem(error.code, error.detail, headers=wait)
         case SpecError():
             return field_problem(error.pointer, error.detail)
-        case ValidationError():
-            return validation_problem(error)
         case JobNotFound():
             return Problem("not_found", str(error))
         case OutputExpired():
@@ -248,8 +258,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(RequestValidationError, _on_parameters)
     known: tuple[type[Exception], ...] = (
-        Problem, Refused, SpecError, ValidationError, JobNotFound, OutputExpired, PictureError,
-        RedisError,
+        Problem, Refused, SpecError, JobNotFound, OutputExpired, PictureError, RedisError,
     )  # fmt: skip
     for kind in known:
         app.add_exception_handler(kind, _on_error)

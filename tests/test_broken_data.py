@@ -12,11 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from redis.exceptions import ResponseError
 
 import diffusion
+from app.problems import CODES, Problem, from_error, read_json
 from diffusion import ScheduleConfig
 from jobs.store import keys
+from jobs.store.events import JobFault
 from jobs.store.records import FORMAT
 from jobs.store.rq_queue import Queues
 from tests.diffusion.networks import build_model
@@ -86,14 +89,14 @@ BROKEN = (
 
 
 def waiting_job(client: httpx.Client, **fields: Any) -> str:
-    reply = client.post("/generate", json={"steps": 4, **fields})
+    reply = client.post("/generate", json={"model": "tiny", "steps": 4, **fields})
     assert reply.status_code == 202, reply.text
     return str(reply.json()["id"])
 
 
 def all_is_well(client: httpx.Client, worker: subprocess.Popen[bytes]) -> None:
     """Jobs are made, and every page of the service answers."""
-    reply = client.post("/generate", json={"steps": 4, "seed": 1}, headers=WAIT)
+    reply = client.post("/generate", json={"model": "tiny", "steps": 4, "seed": 1}, headers=WAIT)
     assert reply.status_code == 200 and reply.json()["status"] == "succeeded", reply.text
     for path in ("/jobs", "/jobs?status=queued", "/readyz", "/queue", "/models", "/metrics"):
         reply = client.get(path)
@@ -194,3 +197,75 @@ def test_who_can_read_a_newer_job_runs_it(running: Spoiled, spoiled: dict[str, s
     stack.redis.hset(keys.job(newer), "format", FORMAT)  # as good as a worker that can
     stack.until(lambda: status(stack, newer) == b"succeeded", worker)
     all_is_well(client, worker)
+
+
+def test_strange_entries_beside_the_records_harm_nobody(running: Spoiled) -> None:
+    """Model cards, heartbeats, rates and what is due: each is read alone, or not at all."""
+    stack, client, worker = running
+    card = json.loads(stack.redis.hget(keys.MODELS, "tiny") or b"")
+    newer = {**card, "name": "newer", "mood": 1, "sampling": {**card["sampling"], "style": "b"}}
+    cards = {"newer": json.dumps(newer), "torn": "{", "odd": '{"name": 5}', "list": "[]"}
+    stack.redis.hset(keys.MODELS, mapping=cards)
+    stack.redis.hset(keys.MODELS_MORE, mapping={"newer": "{", "torn": "{", "none": "[]"})
+    beat = json.loads(stack.redis.hvals(keys.WORKERS)[0])
+    beats = {"newer": json.dumps({**beat, "name": "newer", "mood": 1}), "torn": "{", "list": "[]"}
+    stack.redis.hset(keys.WORKERS, mapping=beats)
+    rates = {"torn": "fast", "odd": '["a", 1]', "list": "{}", "more": "[1, 2, 3]"}
+    stack.redis.hset(keys.rates("tiny"), mapping=rates)
+    stack.redis.zadd(keys.DUE, {"garbage": 0, "forget:nobody": 0, "expire:": 0})
+    all_is_well(client, worker)
+
+    def models() -> set[str]:
+        return {model["name"] for model in client.get("/models").json()["data"]}
+
+    stack.until(lambda: models() == {"tiny", "newer"})  # an API remembers them for a second
+    assert client.get("/models/newer").json()["T"] == 1000
+    stack.until(lambda: stack.redis.zrangebyscore(keys.DUE, "-inf", 1) == [])
+    another = stack.worker()  # reads all of it before it serves
+    stack.stop(another)
+    stack.redis.hdel(keys.MODELS, *cards)
+    stack.redis.hdel(keys.MODELS_MORE, *cards, "none")
+    stack.redis.hdel(keys.WORKERS, *beats)
+
+
+def test_a_strange_idempotency_record_is_none(running: Spoiled) -> None:
+    stack, client, _ = running
+    asked = {"json": {"model": "tiny", "steps": 2}, "headers": {"Idempotency-Key": "mine"}}
+    first = client.post("/generate", **asked)
+    [key] = stack.redis.keys("ddpm:idempotency:*")
+    stack.redis.set(key, "{}")
+    second = client.post("/generate", **asked)
+    assert (first.status_code, second.status_code) == (202, 202)
+    assert second.json()["id"] != first.json()["id"]
+    again = client.post("/generate", **asked)
+    assert again.json()["id"] == second.json()["id"]
+
+
+def test_a_strange_event_stream_holds_up_no_other(running: Spoiled) -> None:
+    """One key that is no stream fails the XREAD that waits for all of them."""
+    stack, client, worker = running
+    pause(stack)
+    spoiled_job, other = waiting_job(client), waiting_job(client)
+    stack.redis.xadd(keys.events(other), {"what": "is this"})
+    stack.redis.xadd(keys.events(other), {"event": "a\nb", "data": "c\n\nd"})
+    with client.stream("GET", f"/jobs/{spoiled_job}/events") as stream:
+        lines = stream.iter_lines()
+        assert any("queued" in line for line in lines)  # it is being followed
+        stack.redis.delete(keys.events(spoiled_job))
+        stack.redis.set(keys.events(spoiled_job), "no stream")
+        pause(stack, "end")
+        with client.stream("GET", f"/jobs/{other}/events") as whole:
+            text = whole.read().decode()
+    assert "event: done" in text and "event: unknown" in text and "c\n" not in text
+    stack.until(lambda: status(stack, spoiled_job) in (b"succeeded", b"failed"), worker)
+    all_is_well(client, worker)
+
+
+def test_an_error_of_our_data_is_not_the_clients() -> None:
+    """Only what a request itself holds is answered with 422."""
+    with pytest.raises(ValidationError) as caught:
+        JobFault.model_validate_json("{}")
+    assert from_error(caught.value) is None  # which becomes a 500
+    with pytest.raises(Problem) as refused:
+        read_json(JobFault, b"{}")
+    assert CODES[refused.value.code] == 422
