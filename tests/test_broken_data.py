@@ -261,6 +261,21 @@ def test_a_strange_event_stream_holds_up_no_other(running: Spoiled) -> None:
     all_is_well(client, worker)
 
 
+def test_a_job_that_rq_cannot_read_fails_alone(running: Spoiled) -> None:
+    stack, client, worker = running
+    pause(stack)
+    spoiled_jobs = [waiting_job(client), waiting_job(client)]
+    stack.redis.hset(f"rq:job:{spoiled_jobs[0]}", "created_at", "yesterday")
+    stack.redis.delete(f"rq:job:{spoiled_jobs[1]}")
+    stack.redis.set(f"rq:job:{spoiled_jobs[1]}", "no hash")
+    pause(stack, "end")
+    all_is_well(client, worker)
+    for job_id in spoiled_jobs:
+        stack.until(lambda j=job_id: status(stack, j) == b"failed", worker)
+        assert client.get(f"/jobs/{job_id}").json()["error"]["code"] == "broken_record"
+        assert not stack.redis.exists(f"rq:job:{job_id}")
+
+
 def test_an_error_of_our_data_is_not_the_clients() -> None:
     """Only what a request itself holds is answered with 422."""
     with pytest.raises(ValidationError) as caught:

@@ -222,19 +222,34 @@ class EngineWorker(BaseWorker):
         self._check_engine()
 
     def _dequeue(self, timeout: int | None) -> tuple[Job, Queue] | None:
-        found = self.queue_class.dequeue_any(
-            self._ordered_queues,
-            timeout,
-            connection=self.connection,
-            job_class=self.job_class,
-            serializer=self.serializer,
-            death_penalty_class=self.death_penalty_class,
-        )
+        while True:
+            try:
+                found = self.queue_class.dequeue_any(
+                    self._ordered_queues,
+                    timeout,
+                    connection=self.connection,
+                    job_class=self.job_class,
+                    serializer=self.serializer,
+                    death_penalty_class=self.death_penalty_class,
+                )
+                break
+            except Exception as error:  # RQ names the job that it has popped and cannot read
+                if passes(error) or not hasattr(error, "job_id"):
+                    raise
+                self._drop(str(error.job_id), error)
         if found is None:
             return None
         job, queue = found
         job.redis_server_version = get_version(self.connection)
         return job, queue
+
+    def _drop(self, job_id: str, error: Exception) -> None:
+        """Take a job out of RQ that RQ itself cannot read; nobody else could either."""
+        log.error("job %s: RQ's own record of it cannot be read: %s", job_id, error)
+        self.runtime.store.refuse(job_id, f"RQ cannot read its record of it: {error}")
+        for queue in self.queues:
+            queue.intermediate_queue.remove(job_id)
+        self.connection.delete(Job.key_for(job_id))
 
     def _maintain(self) -> None:
         if self.runtime.duties(self.name):

@@ -11,11 +11,13 @@ import logging
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import redis
 import torch
 
+from jobs.kinds.stored import Unread
 from jobs.settings import Settings
 from jobs.states import ACTIVE, Status
 from jobs.store.batch import InBatch
@@ -203,6 +205,11 @@ class Runtime:
         if record is not None and self._threads and not self._loader.is_ready(record):
             return None
         served = None if record is None else self.folder.served.get(record.model)
+        if record is not None and served is not None and record.status in ACTIVE:
+            beyond = record.spec.beyond(served.card)
+            record = record if beyond is None else replace(record, unread=Unread(True, beyond))
+            if record.unread is not None:
+                return self._unread(record)
         try:
             made = None if record is None or served is None else self._provenance(record, served)
             started = self.store.start(

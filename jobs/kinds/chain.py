@@ -141,6 +141,14 @@ class ChainSpec(JobSpec):
             if t > first:
                 raise SpecError(f"/snapshots/at/{i}", f"{t}: the chain starts at t = {first}")
 
+    def beyond(self, card: ModelCard) -> str | None:
+        """A sampler or a spacing."""
+        for name, known in (("sampler", card.samplers), ("spacing", card.spacings)):
+            asked = getattr(self, name)
+            if asked is not None and asked not in known:
+                return f"spec/{name}: {asked[:60]} is not known here"
+        return None
+
     def _check_sampler(self, card: ModelCard) -> None:
         name = self.sampler or card.sampling.sampler
         if name not in card.samplers:

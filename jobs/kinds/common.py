@@ -136,6 +136,13 @@ class JobSpec(Strict):
         """Pictures in a row of the grid; 0: about as many as there are rows."""
         return 0
 
+    def beyond(self, card: ModelCard) -> str | None:
+        """What this asks for that a worker with this card of the model has never heard of.
+
+        Another version has: the worker that the request was checked against.
+        """
+        return None
+
     # The three hands
 
     def check(self, card: ModelCard, settings: Settings) -> None:
