@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from pydantic import Field, create_model
 
 from app.bodies import Body, from_base64
@@ -82,8 +81,12 @@ async def take_in(
     files = uploaded(getattr(parsed, "images", ()), body.files, most=most)
     fit: Fit = getattr(parsed, "fit", "error")
     pixels = settings.max_upload_pixels
-    inputs = await held.pools.decoding.run(decode_all, files, card, fit=fit, pixels=pixels)
-    return Intake(spec, card, inputs, len(files))
+    # One by one: between them the pictures of other requests have their turn.
+    planes = [
+        await held.pools.decoding.run(decoded, f"/images/{i}", raw, card, fit=fit, pixels=pixels)
+        for i, raw in enumerate(files)
+    ]
+    return Intake(spec, card, b"".join(planes), len(files))
 
 
 def which_input(parsed: Any, body: Body, takes: frozenset[Input]) -> str | SnapshotSource | None:
@@ -139,15 +142,12 @@ def uploaded(texts: tuple[str, ...], files: Sequence[bytes], *, most: int) -> Se
     return [from_base64(text, f"/images/{i}") for i, text in enumerate(texts)] or files
 
 
-def decode_all(files: Sequence[bytes], card: ModelCard, *, fit: Fit, pixels: int) -> bytes:
-    """uint8 [N,H,W,C] bytes. Raises Problem 413, 415 or 422 that names the picture."""
-    arrays = []
-    for i, raw in enumerate(files):
-        try:
-            arrays.append(decode(raw, card.shape, fit=fit, max_pixels=pixels))
-        except PictureError as error:
-            raise picture_problem(f"/images/{i}", error) from error
-    return np.stack(arrays).tobytes()
+def decoded(pointer: str, raw: bytes, card: ModelCard, *, fit: Fit, pixels: int) -> bytes:
+    """uint8 [H,W,C] bytes. Raises Problem 413, 415 or 422 that names the picture."""
+    try:
+        return decode(raw, card.shape, fit=fit, max_pixels=pixels).tobytes()
+    except PictureError as error:
+        raise picture_problem(pointer, error) from error
 
 
 def uploaded_x_t(parsed: Any, body: Body, card: ModelCard) -> bytes:

@@ -90,3 +90,23 @@ def test_previews_are_encoded_once_for_all_who_watch(client: httpx.Client, worke
     watch(late := [])
     assert late == streams[0]
     assert "ddpm_previews_total 3.0" in client.get("/metrics").text
+
+
+def test_a_small_picture_waits_for_none_of_many_large_ones(client: httpx.Client) -> None:
+    """Requests take turns picture by picture, so the small one is answered before any large one."""
+    large = [("image", png(2000, 2000))] * 12
+    form = {"request": '{"t": [1], "fit": "resize"}'}
+    ended: list[str] = []
+
+    def post(name: str, files: list[tuple[str, bytes]]) -> None:
+        assert client.post("/noise", files=files, data=form).status_code == 202
+        ended.append(name)
+
+    threads = [threading.Thread(target=post, args=(f"large {i}", large)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    post("small", [("image", png())])
+    for thread in threads:
+        thread.join()
+    assert ended[0] == "small" and len(ended) == 4
