@@ -24,6 +24,7 @@ from jobs.store.events import dump as dump_event
 from jobs.store.hub import ENDS, START, Entry, order
 from jobs.store.reader import JobState
 from jobs.store.records import JobRecord
+from jobs.store.trouble import passes
 
 log = logging.getLogger(__name__)
 MEDIA_TYPE = "text/event-stream"
@@ -142,7 +143,7 @@ async def job_frames(
             return
         except RedisError as error:
             away = away or time.monotonic()
-            if time.monotonic() - away > _PATIENCE_S:
+            if not passes(error) or time.monotonic() - away > _PATIENCE_S:
                 raise
             log.warning("a stream of job %s: %s; going on after %s", job_id, error, after)
             await asyncio.sleep(1)
