@@ -6,7 +6,6 @@ one (theirs has three digits of 1 − ᾱ left near t = 0), and compared as it i
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
@@ -54,8 +53,8 @@ def model_of(config: ModelConfig) -> Model:
 
 
 def our_chain(model: Model, steps: int, eta: float = 0.0) -> Tensor:
-    defaults: dict[str, Any] = dataclasses.asdict(model.config.sampling)
-    table = build_table(model.schedule, steps=steps, eta=eta, **defaults)
+    way = model.config.sampling.options(model.schedule.T, steps=steps)
+    table = build_table(model.schedule, eta=eta, **way)
     coefficients = torch.from_numpy(table.coefficients)
     x = draw(-1)
     for row, t in enumerate(table.t.tolist()):
@@ -237,8 +236,8 @@ def test_the_pipeline_chooses_the_sampler(
     wanted = theirs(2, generator, num_inference_steps=10, output_type="np").images
 
     model = diffusion.load(tmp_path)
-    defaults: dict[str, Any] = dataclasses.asdict(model.config.sampling)
-    table = build_table(model.schedule, steps=10, **defaults)
+    way = model.config.sampling.options(model.schedule.T, steps=10)
+    table = build_table(model.schedule, **way)
     generator.manual_seed(0)
     x = torch.randn(2, 1, 8, 8, generator=generator)
     for row, t in enumerate(table.t.tolist()):
