@@ -116,6 +116,11 @@ class Settings(BaseSettings):
         default=Path("~/.cache/ddpm-serve"), description="folder of the compiled code"
     )
     drain_s: float = Field(default=8.0, ge=0, description="seconds to finish work on SIGTERM")
+    model_wait_s: float = Field(
+        default=120.0,
+        ge=0,
+        description="seconds that jobs wait for a model that is not in the folder (yet)",
+    )
     stall_limit_s: float = Field(
         default=120.0, gt=0, description="seconds without a step: device hung"
     )

@@ -73,7 +73,6 @@ def serve(settings: Settings, folder: ModelFolder, *, name: str, verbose: bool) 
     rq_worker = EngineWorker(runtime, connect(settings), name=name)
     wait_until_writable(runtime.store.redis)
     runtime.start()
-    runtime.store.retire_strangers(settings.queue, folder.served)
     if not folder.served:
         log.warning("no model in %s yet; waiting for one", settings.models)
     log.info("worker %s: queue %s, %s", rq_worker.name, settings.queue, ", ".join(folder.served))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from diffusion import Model
+from jobs.settings import Settings
 from jobs.store.records import JobRecord
 from worker.engine.loop import Engine
 from worker.kinds.table import FLIGHTS
@@ -22,6 +24,7 @@ class Host(Protocol):
 
     engine: Engine
     folder: ModelFolder
+    settings: Settings
 
     def rescan(self) -> None:
         """Look at the folder, load, publish."""
@@ -36,7 +39,8 @@ class Loader:
         self._tasks: dict[object, Future[None]] = {}
         self._begun = 0  # scans that have begun
         self._done = 0  # scans that have ended
-        self._asked: dict[str, int] = {}  # job → scans that had begun when it was first asked for
+        self._missed: dict[str, float] = {}  # job → when its model was first missed
+        self._last_look: dict[str, int] = {}  # job → scans that had begun when that was too long
 
     def close(self) -> None:
         """Wait for nothing."""
@@ -49,16 +53,14 @@ class Loader:
     def is_ready(self, record: JobRecord) -> bool:
         """Whether `begin` need not wait for a model; if it would, what it waits for is under way.
 
-        Also true where waiting is of no use: no scan since the first question found the model.
+        Also true where it has been waited for as long as `model_wait_s` says. A folder may be
+        mounted late: that is not the job's fault.
         """
         served = self._host.folder.served.get(record.model)
         if served is None:
-            if self._done > self._asked.setdefault(record.id, self._begun):
-                del self._asked[record.id]
-                return True
-            self.scan()
-            return False
-        self._asked.pop(record.id, None)
+            return self._is_overdue(record.id)
+        self._missed.pop(record.id, None)
+        self._last_look.pop(record.id, None)
         if not record.spec.runs_network:
             return True
         modes = {
@@ -73,6 +75,16 @@ class Loader:
             return True
         self._once(key, lambda: self._prepare(served.model, modes))
         return False
+
+    def _is_overdue(self, job_id: str) -> bool:
+        now = time.monotonic()
+        if now - self._missed.setdefault(job_id, now) < self._host.settings.model_wait_s:
+            return False
+        if self._done <= self._last_look.setdefault(job_id, self._begun):
+            self.scan()
+            return False
+        del self._missed[job_id], self._last_look[job_id]
+        return True
 
     def _once(self, key: object, work: Callable[[], None]) -> None:
         task = self._tasks.get(key)

@@ -93,6 +93,8 @@ class Runtime:
         self._threads = threads
         self._loader = Loader(self)
         self._duties_at = 0.0
+        self._made_at = time.monotonic()
+        self._looked_for_strangers = False
 
     def start(self) -> None:
         """Load the models and start the threads."""
@@ -152,6 +154,7 @@ class Runtime:
             return False
         self._duties_at = time.monotonic() + DUTIES_S
         self._loader.scan()
+        self._retire_strangers()
         self._compiler.poll(self.folder.served.values())
         served = self.folder.served
         by_digest = self.engine.rates()
@@ -166,6 +169,14 @@ class Runtime:
         cards = [s.card for s in served.values()]
         self.store.heartbeat(info, {name: r for name, r in rates.items() if r}, cards=cards)
         return True
+
+    def _retire_strangers(self) -> None:
+        """Once: models that were taken away while no worker looked are unknown from now on; but an
+        empty folder may be one that is mounted late."""
+        late = time.monotonic() - self._made_at > self.settings.model_wait_s
+        if not self._looked_for_strangers and (self.folder.served or late):
+            self.store.retire_strangers(self.settings.queue, self.folder.served)
+            self._looked_for_strangers = True
 
     # Jobs
 

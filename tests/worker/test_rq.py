@@ -205,13 +205,24 @@ def test_a_model_put_into_the_folder_serves_without_a_restart(
     running.until(lambda: set(running.store.cards()) == {"tiny"})
 
 
-def test_a_job_for_a_model_that_is_not_here_fails_with_a_reason(running: Service) -> None:
-    with running.suspended():
-        lost = running.admit(steps=5)
-        running.redis.hset(f"ddpm:job:{lost}", "model", "absent")
-    record = running.ended(lost, "failed")
+def test_a_job_waits_for_a_folder_that_is_mounted_late(
+    service: Service, nursery: Any, tmp_path: Path
+) -> None:
+    """Its model stays known meanwhile; one that does not come in time is a reason to fail."""
+    service.store.publish_card(service.card)
+    waiting, lost = service.admit(steps=5), service.admit(steps=5)
+    service.redis.hset(f"ddpm:job:{lost}", "model", "absent")
+    mounted, service.models = service.models, tmp_path / "mount"
+    nursery.worker(service, DDPM_MODEL_WAIT_S="10")
+    service.until(lambda: service.rq_status(waiting) == service.rq_status(lost) == "started")
+    time.sleep(1)
+    assert "tiny" in service.store.cards()
+    assert service.record(waiting).status == service.record(lost).status == "queued"
+    (tmp_path / "mount").symlink_to(mounted)
+    service.ended(waiting)
+    record = service.ended(lost, "failed")
     assert record.fault is not None and record.fault.code == "model_unavailable"
-    assert running.rq_status(lost) == "failed"
+    assert service.rq_status(lost) == "failed"
 
 
 def test_a_model_taken_away_while_no_worker_looked_is_unknown(service: Service) -> None:
