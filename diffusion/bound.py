@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from diffusion.decoder import decoder_nats
 from diffusion.forward import gather
-from diffusion.schedule import Float64, Schedule
+from diffusion.schedule import Float64, Schedule, read_only
 
 SIGMAS = ("large", "small", "learned")
 Decoder = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,6 +48,10 @@ class BoundTable:
     log_beta_tilde: Float64
     snr: Float64
 
+    def __post_init__(self) -> None:
+        for table in (self.coef_x_start, self.coef_x_t, self.log_beta, self.log_beta_tilde):
+            read_only(table)
+
     def __len__(self) -> int:
         return int(self.t.size)
 
@@ -55,8 +60,12 @@ class BoundTable:
         if sigma == "small":
             return self.log_beta_tilde
         if sigma == "large":
-            return np.append(self.log_beta_tilde[:1], self.log_beta[1:])
+            return self._log_beta_large
         raise BoundError(f"sigma = {sigma!r}: a table holds large or small")
+
+    @cached_property
+    def _log_beta_large(self) -> Float64:
+        return read_only(np.append(self.log_beta_tilde[:1], self.log_beta[1:]))
 
 
 def bound_table(schedule: Schedule, timesteps: Sequence[int] | None = None) -> BoundTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -11,12 +12,29 @@ from torch import Tensor
 from diffusion.noise import Purpose, normals
 from diffusion.schedule import Float64, Schedule
 
+_on_devices: dict[tuple[int, torch.device], Tensor] = {}
+
 
 def gather(table: Float64, t: Tensor, like: Tensor) -> Tensor:
-    """table[t] in the dtype and on the device of `like` [N, ...], shaped [N, 1, 1, ...]."""
-    # Copied, because a schedule's betas are read-only, which torch warns of.
-    values = torch.as_tensor(np.array(table), device=like.device)[t]
+    """table[t] in the dtype and on the device of `like` [N, ...], shaped [N, 1, 1, ...].
+
+    A table that is read-only, as a schedule's are, is sent to the device once, and kept there for
+    as long as it lives.
+    """
+    values = _on_device(table, like.device)[t]
     return values.to(like.dtype).view(-1, *([1] * (like.ndim - 1)))
+
+
+def _on_device(table: Float64, device: torch.device) -> Tensor:
+    key = (id(table), device)
+    found = _on_devices.get(key)
+    if found is None:
+        # Copied, because torch warns of an array that is read-only.
+        found = torch.as_tensor(np.array(table), device=device)
+        if not table.flags.writeable:
+            _on_devices[key] = found
+            weakref.finalize(table, _on_devices.pop, key, None)
+    return found
 
 
 def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -24,15 +42,15 @@ def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, eps: Tensor) -> Ten
 
     x_start, eps: [N, ...]; t: [N], index 0..T−1.
     """
-    signal = gather(np.sqrt(schedule.alphas_cumprod), t, x_start)
-    noise = gather(np.sqrt(schedule.one_minus_alphas_cumprod), t, x_start)
+    signal = gather(schedule.sqrt_alphas_cumprod, t, x_start)
+    noise = gather(schedule.sqrt_one_minus_alphas_cumprod, t, x_start)
     return signal * x_start + noise * eps
 
 
 def q_step(schedule: Schedule, x_prev: Tensor, t: Tensor, z: Tensor) -> Tensor:
     """x_t = √(1−β_t) x_{t−1} + √β_t z ~ q(x_t | x_{t−1}), equation 2; t: [N], index 0..T−1."""
-    keep = gather(np.sqrt(schedule.alphas), t, x_prev)
-    return keep * x_prev + gather(np.sqrt(schedule.betas), t, x_prev) * z
+    keep = gather(schedule.sqrt_alphas, t, x_prev)
+    return keep * x_prev + gather(schedule.sqrt_betas, t, x_prev) * z
 
 
 def q_trajectory(

@@ -28,12 +28,12 @@ _A, _B, _D, _C = (COLUMNS.index(name) for name in ("a", "b", "d", "c"))
 
 def score(schedule: Schedule, eps: Tensor, t: Tensor) -> Tensor:
     """s_θ(x_t, t) = −ε_θ/√(1−ᾱ_t). eps: [N, ...]; t: [N], index 0..T−1."""
-    return -eps / gather(np.sqrt(schedule.one_minus_alphas_cumprod), t, eps)
+    return -eps / gather(schedule.sqrt_one_minus_alphas_cumprod, t, eps)
 
 
 def conditional_score(schedule: Schedule, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """∇ ln q(x_t|x_0) = −(x_t − √ᾱ_t x_0)/(1−ᾱ_t), the target of denoising score matching."""
-    mean = gather(np.sqrt(schedule.alphas_cumprod), t, x_start) * x_start
+    mean = gather(schedule.sqrt_alphas_cumprod, t, x_start) * x_start
     return (mean - x_t) / gather(schedule.one_minus_alphas_cumprod, t, x_start)
 
 

@@ -31,7 +31,8 @@ class Purpose(IntEnum):
 
     STEP has t for its row, and CORRECTOR t + T·(number of the Langevin step at its level). So a
     chain that branches off another at x_t draws what went into x_t from no stream again. BRANCH
-    is for Langevin steps at the very t where a branch begins. 1 and 4 were keyed by table rows.
+    is for Langevin steps at the very t where a branch begins, DROPOUT for training, with the
+    position of an image for index. 1 and 4 were keyed by table rows.
     """
 
     X_T = 0
@@ -43,6 +44,7 @@ class Purpose(IntEnum):
     STEP = 8
     CORRECTOR = 9
     BRANCH = 10
+    DROPOUT = 11
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

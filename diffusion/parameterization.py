@@ -11,12 +11,13 @@ All are linear in (x_t, output), so each is a pair of coefficients a step:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from torch import Tensor
 
 from diffusion.forward import gather
-from diffusion.schedule import Float64, Schedule
+from diffusion.schedule import Float64, Schedule, read_only
 
 Coefficients = tuple[Float64, Float64]
 
@@ -53,6 +54,7 @@ class PredictionError(ValueError):
     """A parameterisation that is unknown, or impossible with a schedule."""
 
 
+@lru_cache(maxsize=64)
 def x_start_coefficients(schedule: Schedule, prediction: str) -> Coefficients:
     """(r_x [T], r_out [T]) with x̂_0 = r_x·x_t + r_out·out.
 
@@ -68,17 +70,19 @@ def x_start_coefficients(schedule: Schedule, prediction: str) -> Coefficients:
             "prediction = 'epsilon': no x̂_0 follows from ε where x_T holds no signal "
             f"(ᾱ_T = {schedule.alphas_cumprod[-1]:.3g}); must be sample, v or mean"
         )
-    return _X_START_FROM[prediction](schedule)
+    r_x, r_out = _X_START_FROM[prediction](schedule)
+    return read_only(r_x), read_only(r_out)
 
 
+@lru_cache(maxsize=64)
 def eps_coefficients(schedule: Schedule, prediction: str) -> Coefficients:
     """(e_x [T], e_out [T]) with ε = e_x·x_t + e_out·out."""
     r_x, r_out = x_start_coefficients(schedule, prediction)
     signal = np.sqrt(schedule.alphas_cumprod)
     noise = np.sqrt(schedule.one_minus_alphas_cumprod)
     if prediction == "epsilon":  # exactly (0, 1), without rounding
-        return np.zeros(schedule.T), np.ones(schedule.T)
-    return (1 - signal * r_x) / noise, -signal * r_out / noise
+        return read_only(np.zeros(schedule.T)), read_only(np.ones(schedule.T))
+    return read_only((1 - signal * r_x) / noise), read_only(-signal * r_out / noise)
 
 
 def to_x_start(

@@ -31,6 +31,12 @@ class ScheduleError(ValueError):
     """A schedule that is no schedule; the message names the field."""
 
 
+def read_only(table: Float64) -> Float64:
+    """The array, which nobody may write to any more: so a copy on a device stays true."""
+    table.setflags(write=False)
+    return table
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """A forward process, given by its betas [T], 0 < β_t < 1 (β_T = 1 is allowed).
@@ -64,12 +70,12 @@ class Schedule:
     @cached_property
     def alphas(self) -> Float64:
         """α_t = 1 − β_t."""
-        return 1.0 - self.betas
+        return read_only(1.0 - self.betas)
 
     @cached_property
     def alphas_cumprod(self) -> Float64:
         """ᾱ_t."""
-        return np.cumprod(self.alphas, dtype=np.float64)
+        return read_only(np.cumprod(self.alphas, dtype=np.float64))
 
     @cached_property
     def alphas_cumprod_prev(self) -> Float64:
@@ -80,8 +86,27 @@ class Schedule:
     def one_minus_alphas_cumprod(self) -> Float64:
         """1 − ᾱ_t without cancellation: −expm1(Σ ln α_s)."""
         with np.errstate(divide="ignore"):  # β_T = 1 gives ln 0 = −∞ and rightly 1 − ᾱ_T = 1
-            rest: Float64 = -np.expm1(np.cumsum(np.log1p(-self.betas)))
-        return rest
+            return read_only(-np.expm1(np.cumsum(np.log1p(-self.betas))))
+
+    @cached_property
+    def sqrt_alphas_cumprod(self) -> Float64:
+        """√ᾱ_t."""
+        return read_only(np.sqrt(self.alphas_cumprod))
+
+    @cached_property
+    def sqrt_one_minus_alphas_cumprod(self) -> Float64:
+        """√(1 − ᾱ_t)."""
+        return read_only(np.sqrt(self.one_minus_alphas_cumprod))
+
+    @cached_property
+    def sqrt_alphas(self) -> Float64:
+        """√α_t."""
+        return read_only(np.sqrt(self.alphas))
+
+    @cached_property
+    def sqrt_betas(self) -> Float64:
+        """√β_t."""
+        return read_only(np.sqrt(self.betas))
 
     @cached_property
     def snr(self) -> Float64:

@@ -32,8 +32,26 @@ FORBIDDEN: dict[str, set[str]] = {
     "jobs": LEARNING | WEB,
     "training": WEB | {"redis", "rq"},
     "worker": WEB | {"accelerate", "datasets", "diffusers"},
-    "worker/engine": {"jobs", "redis", "rq"},
-    "worker/network": {"redis", "rq"},
+}
+
+# What a folder must do without: modules of ours with all below them, and third parties.
+WITHOUT: dict[str, set[str]] = {
+    "app/up": {"app.routes", "fastapi"},
+    "diffusion/diffusers": {"diffusion.sampling", "diffusion.theory"},
+    "jobs/kinds": {"jobs.store", "redis", "rq"},
+    "jobs/store": {"jobs.uploads"},
+    "training": {"diffusion.theory"},
+    "worker": {"diffusion.theory"},
+    "worker/engine": {"jobs", "redis", "rq", "worker.kinds", "worker.models", "worker.runtime"},
+    "worker/kinds": {"redis", "rq", "worker.runtime", "worker.rq_adapter"},
+    "worker/network": {
+        "jobs.store",
+        "redis",
+        "rq",
+        "worker.engine",
+        "worker.kinds",
+        "worker.models",
+    },
 }
 
 
@@ -68,6 +86,52 @@ def importers(
     sources = {str(p.relative_to(ROOT)): p.read_text("utf-8") for p in files_of(place)}
     found = {file: imported(source, besides) & names for file, source in sources.items()}
     return {file: sorted(packages) for file, packages in found.items() if packages}
+
+
+def named(path: Path) -> set[str]:
+    """Dotted names of what a file imports at its top level, each name of a `from` its own."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module of ours → the modules of ours that it imports when it is loaded."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in ALLOWED
+        for path in files_of(package)
+    }
+
+    def module_of(name: str) -> str:
+        return name if name in paths else name.rpartition(".")[0]
+
+    return {
+        module: {module_of(name) for name in named(path)} & (paths.keys() - {module})
+        for module, path in paths.items()
+    }
+
+
+def circle(graph: dict[str, set[str]]) -> list[str] | None:
+    """Modules that import each other in a ring, or None."""
+    done: set[str] = set()
+
+    def visit(module: str, way: list[str]) -> list[str] | None:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return None
+        for following in sorted(graph[module]):
+            if found := visit(following, [*way, module]):
+                return found
+        done.add(module)
+        return None
+
+    return next((found for module in sorted(graph) if (found := visit(module, []))), None)
 
 
 def run_python(code: str) -> str:
@@ -110,6 +174,29 @@ def test_direction_of_imports(package: str) -> None:
 @pytest.mark.parametrize("place", sorted(FORBIDDEN))
 def test_what_each_part_does_without(place: str) -> None:
     assert importers(place, FORBIDDEN[place]) == {}
+
+
+@pytest.mark.parametrize("folder", sorted(WITHOUT))
+def test_what_each_folder_does_without(folder: str) -> None:
+    barred = {
+        str(path.relative_to(ROOT)): sorted(
+            name
+            for name in named(path)
+            if any(name == bar or name.startswith(f"{bar}.") for bar in WITHOUT[folder])
+        )
+        for path in files_of(folder)
+    }
+    assert {file: names for file, names in barred.items() if names} == {}
+
+
+def test_there_is_no_circle() -> None:
+    graph = module_graph()
+    assert len(graph) > 150 and graph["worker.runtime"] >= {"worker.flights", "jobs.settings"}
+    assert circle(graph) is None
+
+
+def test_a_circle_would_be_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "a"]
 
 
 def test_diffusion_needs_torch_numpy_and_safetensors_alone() -> None:

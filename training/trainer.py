@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusion.model import Model, ModelConfig, build_network
 from diffusion.sampling import sample
 from diffusion.speed import fast_dtype
 from diffusion.unet import UNet
-from training.batches import Batch, Batches
+from training.batches import Batch, Batches, dropout_seed
 from training.config import ConfigError, OptimizerConfig, TrainConfig
 from training.data import load_images
 from training.ema import EMA
@@ -231,10 +232,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         norm = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
-            if config.network.dropout:
-                torch.manual_seed(hash((config.seed, first + part)) & 0x7FFFFFFF)
             batch = self.batches.at(first + part * micro * accelerator.num_processes, micro)
-            with accelerator.accumulate(network):
+            with accelerator.accumulate(network), self._dropout_of(first + part):
                 loss = self.loss(network, batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -245,6 +244,17 @@ class Trainer:
                 optimizer.zero_grad()
             total += loss.detach() / config.accumulate
         return accelerator.reduce(total, "mean"), norm
+
+    @contextmanager
+    def _dropout_of(self, position: int) -> Iterator[None]:
+        """Dropout draws from the seed and the position alone, and torch's own generator is left
+        as it was."""
+        if not self.config.network.dropout:
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(dropout_seed(self.config.seed, position))
+            yield
 
     def _micro(self) -> int:
         """Images a backward pass of one process."""

@@ -353,7 +353,7 @@ def test_terms_are_the_same_for_cosine_in_float32_and_float64() -> None:
     noise = 0.05 * torch.randn(6, 64, dtype=torch.float64, generator=generator)
     results = []
     for dtype in (torch.float32, torch.float64):
-        log_variance = torch.from_numpy(table.log_sigma2("large"))[row][:, None].to(dtype)
+        log_variance = torch.tensor(table.log_sigma2("large"))[row][:, None].to(dtype)
         results.append(
             transition_nats(
                 table,

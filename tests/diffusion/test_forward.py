@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from diffusion import forward
 from diffusion.forward import gather, q_posterior, q_sample, q_samples_at, q_step, q_trajectory
 from diffusion.noise import Purpose, image_normals, normals
 from diffusion.schedule import Schedule, linear_schedule
@@ -113,3 +114,20 @@ def test_the_posterior_mean_at_the_image_is_the_image() -> None:
     mean, variance = q_posterior(Schedule(np.array([0.1, 0.4])), x_start, x_t, t=1, s=-1)
     torch.testing.assert_close(mean, x_start)
     assert variance == 0
+
+
+def test_a_table_that_nobody_can_write_to_is_sent_to_a_device_once() -> None:
+    like, t = torch.zeros(1, 1), torch.tensor([1])
+    schedule = linear_schedule(5)
+    kept = len(forward._on_devices)
+    for _ in range(3):
+        gather(schedule.alphas_cumprod, t, like)
+    assert len(forward._on_devices) == kept + 1
+    free = np.array([1.0, 2.0])
+    assert gather(free, t, like).item() == 2.0
+    free[1] = 3.0
+    assert gather(free, t, like).item() == 3.0 and len(forward._on_devices) == kept + 1
+    with pytest.raises(ValueError, match="read-only"):
+        schedule.alphas_cumprod[0] = 0.5
+    del schedule
+    assert len(forward._on_devices) == kept

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import torch
 import diffusion
 from diffusion import Model
 from diffusion.samplers import build_table
+from diffusion.speed import prepare
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
 from worker.engine.tasks import Event, Images, Start, Task
 from worker.models import ModelFolder, Served
-from worker.network.compiling import TOLERANCE, Compiler, difference
+from worker.network import compiling
+from worker.network.compiling import TOLERANCE, Compiler, difference, example
 from worker.network.networks import Networks
 
 
@@ -147,3 +150,36 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
     again.tick()
     assert any(shape.compiled for shape in again.networks.prepare(served.model).shapes)
     assert time.monotonic() - began < 5
+
+
+def test_the_key_covers_all_code_that_is_compiled(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Networks(None, 8).prepare(served.model)
+    keys = {compiling._key(served, network, 1)}
+    for file in compiling.SOURCES:
+        edited = tmp_path / Path(file).name
+        edited.write_text(Path(file).read_text() + "# edited\n")
+        sources = tuple(str(edited) if other == file else other for other in compiling.SOURCES)
+        monkeypatch.setattr(compiling, "SOURCES", sources)
+        compiling._source.cache_clear()
+        keys.add(compiling._key(served, network, 1))
+        monkeypatch.undo()
+    compiling._source.cache_clear()
+    assert len(keys) == 1 + len(compiling.SOURCES)
+
+
+def test_no_operation_comes_from_a_file_outside_of_the_key(served: Served) -> None:
+    fast = prepare(served.model, dtype=torch.float32)
+    with torch.no_grad():
+        program = torch.export.export(fast.network, example(served.model, 2), strict=False)
+    traces = [str(node.meta.get("stack_trace", "")) for node in program.graph.nodes]
+    root = str(Path(diffusion.__file__).parents[1])
+    ours = {
+        file
+        for trace in traces
+        for file in re.findall(r'File "([^"]+)"', trace)
+        if file.startswith(root) and "/.venv/" not in file and "/tests/" not in file
+    }
+    assert any(file.endswith("unet.py") for file in ours)
+    assert ours <= set(compiling.SOURCES)

@@ -21,14 +21,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+import diffusion.cpu_layers
 import diffusion.speed
 import diffusion.unet
 from jobs.processes import command_of, environment
-from worker.models import Served
 from worker.network.network import Forward, Network
 from worker.network.networks import Networks
 from worker.network.threads import team_size, with_team
@@ -40,11 +41,34 @@ USES = 50  # steps of about a size before it is worth a minute of compiling
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest output
 
 
+# Where the operations come from that are compiled, and how they are: code of another state of
+# these files is another code.
+SOURCES = (
+    diffusion.unet.__file__,
+    diffusion.cpu_layers.__file__,
+    diffusion.speed.__file__,
+    str(Path(__file__).with_name("compile_one.py")),
+)
+
+
+class Compilable(Protocol):
+    """A model with the folder that another process can load it from."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def model(self) -> diffusion.Model: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """One shape of one model being compiled."""
 
-    served: Served
+    served: Compilable
     network: Network
     rows: int
     package: Path
@@ -63,7 +87,7 @@ class Compiler:
         if self._enabled:
             _sweep(folder)
 
-    def poll(self, served: Iterable[Served]) -> None:
+    def poll(self, served: Iterable[Compilable]) -> None:
         """Call every few seconds. Never raises for a compilation that fails: eager code serves."""
         if not self._enabled:
             return
@@ -82,7 +106,9 @@ class Compiler:
             self._job.process.kill()
             self._job.process.wait()
 
-    def _most_wanted(self, served: Iterable[Served]) -> tuple[Served, Network, int, Path] | None:
+    def _most_wanted(
+        self, served: Iterable[Compilable]
+    ) -> tuple[Compilable, Network, int, Path] | None:
         best, most = None, USES - 1
         for one in served:
             network = self._networks.prepare(one.model)
@@ -96,7 +122,7 @@ class Compiler:
                     best, most = (one, network, rows, package), uses
         return best
 
-    def _begin(self, served: Served, network: Network, rows: int, package: Path) -> None:
+    def _begin(self, served: Compilable, network: Network, rows: int, package: Path) -> None:
         self._tried.add(package)
         if package.is_file():
             self._swap_in(served, network, rows, package)
@@ -126,7 +152,7 @@ class Compiler:
         reason = (output.splitlines() or [f"exit status {job.process.returncode}"])[-1]
         log.warning("batches of %d of %s stay uncompiled: %s", job.rows, job.served.name, reason)
 
-    def _swap_in(self, served: Served, network: Network, rows: int, package: Path) -> None:
+    def _swap_in(self, served: Compilable, network: Network, rows: int, package: Path) -> None:
         try:
             package.touch()
             forward = load(package)
@@ -180,7 +206,7 @@ def _uses(network: Network) -> dict[int, int]:
     return dict(uses.most_common(MOST_SHAPES))
 
 
-def _key(served: Served, network: Network, rows: int) -> str:
+def _key(served: Compilable, network: Network, rows: int) -> str:
     """Everything that compiled code depends on."""
     parts = (
         served.model.digest,
@@ -194,8 +220,7 @@ def _key(served: Served, network: Network, rows: int) -> str:
 
 @cache
 def _source() -> str:
-    files = (diffusion.unet.__file__, diffusion.speed.__file__)
-    return "".join(Path(file).read_text(encoding="utf-8") for file in files)
+    return "\0".join(Path(file).read_text(encoding="utf-8") for file in SOURCES)
 
 
 @cache

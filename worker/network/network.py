@@ -13,7 +13,6 @@ from torch import Tensor
 
 from diffusion.model import Estimate, Model
 from diffusion.speed import fast_dtype, prepare
-from worker.engine.tasks import TaskError
 from worker.network.costs import CostModel, Shape
 from worker.network.threads import team_size
 
@@ -33,6 +32,10 @@ def worker_dtype(model: Model) -> torch.dtype:
 
 def _cpu_has_bf16() -> bool:
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+
+
+class BatchError(ValueError):
+    """Rows that do not fit the batch they are to be evaluated in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +101,7 @@ class Network:
     def evaluate(self, inputs: Inputs, shape: Shape) -> Estimate:
         """What the network finds in each sample; with ε_u + g(ε_c − ε_u) for ε where guided.
 
-        v of a learned variance is as with the label alone. Raises TaskError if the rows do not fit
+        v of a learned variance is as with the label alone. Raises BatchError if the rows do not fit
         the shape, and whatever the network raises.
         """
         x, t = inputs.x, inputs.t
@@ -122,7 +125,7 @@ class Network:
         self.uses[rows] += 1
         padding = shape.rows - rows
         if padding < 0:
-            raise TaskError(f"{rows} rows do not fit a batch of {shape.rows}")
+            raise BatchError(f"{rows} rows do not fit a batch of {shape.rows}")
         if padding:
             x, t = _pad(x, padding), _pad(t, padding)
             labels = None if labels is None else _pad(labels, padding)
