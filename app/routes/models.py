@@ -12,6 +12,7 @@ from app.problems import Problem, documented
 from app.routes.jobs import json_response
 from app.services import services
 from jobs.cards import ModelCard, Sampling, schedule_tables
+from jobs.kinds.chain import DEFAULT_STEPS
 
 router = APIRouter(tags=["models"])
 ERRORS = documented("unauthorized", "not_found", "store_unavailable")
@@ -30,6 +31,7 @@ EXAMPLE: dict[str, Any] = {
     "samplers": ["ddpm", "ddim", "dpmpp_2m"],
     "spacings": ["uniform", "quadratic", "leading", "trailing"],
     "sampling": {"sampler": "ddpm", "variance": "small", "spacing": "uniform"},
+    "steps": 100,
     "parameters": 1623169,
     "queue": "ddpm",
     "image_steps_per_s": 390.5,
@@ -55,6 +57,7 @@ class ModelView(BaseModel):
     samplers: tuple[str, ...]
     spacings: tuple[str, ...]
     sampling: Sampling = Field(description="what holds where a request says nothing")
+    steps: int = Field(description="the same of its own sampler")
     parameters: int | None
     queue: str
     image_steps_per_s: float | None
@@ -141,6 +144,7 @@ async def _view(request: Request, card: ModelCard) -> ModelView:
         samplers=tuple(card.samplers),
         spacings=card.spacings,
         sampling=card.sampling,
+        steps=min(card.steps or DEFAULT_STEPS, card.T),
         parameters=card.parameters,
         queue=card.queue,
         image_steps_per_s=None if rate is None else round(rate, 2),

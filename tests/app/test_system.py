@@ -26,6 +26,7 @@ def test_models_and_schedule(client: httpx.Client, store: JobStore) -> None:
     assert "betas" not in model and not model["served"]
     store.heartbeat(WorkerInfo("w", "ddpm", ("mnist",)), rates={})
     assert client.get("/models/mnist").json()["served"]
+    assert model["steps"] == 100 and model["sampling"]["sampler"] == "ddpm"
     schedule = client.get("/models/mnist/schedule").json()
     betas = np.array(CARD.betas)
     bars = np.cumprod(1 - betas)

@@ -322,6 +322,7 @@ def test_a_network_that_needs_labels_gets_them(data: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own
 def test_compiled_code_gives_the_same_numbers(
     model_folder: Path, data: Path, tmp_path: Path
