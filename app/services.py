@@ -17,6 +17,7 @@ from app.metrics import Metrics
 from app.pools import Pools
 from app.previews import Previews
 from app.tasks import reap
+from app.views import dump, job_view
 from app.webhooks import Courier
 from jobs.errors import JobNotFound
 from jobs.rates import eta_s
@@ -30,6 +31,7 @@ from jobs.store.records import known_form
 from jobs.store.writer import JobStore
 from jobs.webhooks import WebhookQueue
 
+_MANY = 500  # images and snapshots
 log = logging.getLogger(__name__)
 
 
@@ -115,6 +117,12 @@ class Services:
         if state is None:
             raise JobNotFound(f"no job {job_id}")
         return state
+
+    async def told(self, state: JobState) -> str:
+        """The JSON of a job; of one with many outputs in a thread, so that the loop goes on."""
+        if len(state.images) + len(state.snapshots) < _MANY:
+            return dump(job_view(state))
+        return await self.pools.encoding.run(lambda: dump(job_view(state)))
 
     async def cancel(self, job_id: str) -> None:
         """Ask a job to stop; JobNotFound. A job that has ended is left as it is."""

@@ -16,7 +16,6 @@ from starlette.types import Message, Receive, Scope, Send
 from app.problems import from_error, internal
 from app.services import Services
 from app.tasks import reap
-from app.views import dump, job_view
 from jobs.outputs import image_name, snapshot_name
 from jobs.states import ACTIVE
 from jobs.store.events import ErrorEvent, last_event
@@ -129,11 +128,11 @@ async def job_frames(
     yield _RETRY
     after = await _resume_at(services, state.record, last_event_id)
     if new:
-        yield _reset_frame("new", state)
+        yield await _reset_frame(services, "new", state)
     elif after is None:
         after = await services.hub.last_id(job_id)
         state = await services.job(job_id)
-        yield _reset_frame("trimmed", state, after)
+        yield await _reset_frame(services, "trimmed", state, after)
     away: float | None = None
     while True:
         try:
@@ -184,8 +183,10 @@ async def _resume_at(services: Services, record: JobRecord, last: str | None) ->
     return last if await hub.knows(record.id, last) else None
 
 
-def _reset_frame(reason: str, state: JobState, entry_id: str | None = None) -> bytes:
-    job = dump(job_view(state))
+async def _reset_frame(
+    services: Services, reason: str, state: JobState, entry_id: str | None = None
+) -> bytes:
+    job = await services.told(state)
     return frame("reset", f'{{"reason":"{reason}","job":{job}}}', entry_id)
 
 

@@ -18,7 +18,6 @@ from app.problems import Problem, documented
 from app.routes.words import WORDS, Words
 from app.services import Services, services
 from app.streams import EventStream, job_frames
-from app.views import dump, job_view
 from app.waiting import until_ended
 from jobs.kinds.common import JobSpec
 from jobs.kinds.table import KINDS, admit
@@ -172,7 +171,7 @@ async def finished(
     pictures = state.record.spec.grid(state.record.images)
     if asked.media == "json" or status in ACTIVE or not pictures:
         code = 200 if asked.wait_s and status not in ACTIVE else 202
-        body = dump(job_view(state))
+        body = await held.told(state)
         return Response(body, code, headers=headers, media_type="application/json")
     if status is Status.FAILED:
         fault = state.record.fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import re
 from typing import Annotated
@@ -43,7 +44,10 @@ async def list_jobs(
         raise field_problem("/query/cursor", f"{cursor!r} is no cursor of ours")
     reader = services(request).reader
     page = await reader.page(status=status, model=model, limit=limit, cursor=cursor)
-    views = [job_view(state, full=False) for state in page.jobs]
+    views = []
+    for state in page.jobs:
+        views.append(job_view(state, full=False))
+        await asyncio.sleep(0)  # between two of them others go on
     return json_response(dump(JobList(data=views, next_cursor=page.cursor)))
 
 
@@ -60,7 +64,7 @@ async def get_job(
     """A job."""
     held = services(request)
     state = await until_ended(held, request, await held.job(job_id), seconds=wait)
-    return json_response(dump(job_view(state)))
+    return json_response(await held.told(state))
 
 
 @router.delete(
@@ -85,7 +89,7 @@ async def cancel_job(request: Request, job_id: str) -> Response:
     its latest x_t and x̂_0 as snapshots; one that has ended stays as it is."""
     held = services(request)
     await held.cancel(job_id)
-    return json_response(dump(job_view(await held.job(job_id))))
+    return json_response(await held.told(await held.job(job_id)))
 
 
 @router.get(

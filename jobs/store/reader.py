@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import time
@@ -27,6 +28,8 @@ from jobs.store.writer import WorkerInfo
 
 _CARDS_S = 1.0  # how long cards and rates are remembered
 _SCAN = 100
+_MANY = 1000  # entries of an index
+Listed = tuple[dict[int, str], tuple[tuple[int, str, int], ...]]  # JobState: images, snapshots
 _MOST_SCANNED = 2000
 
 
@@ -116,7 +119,7 @@ class JobReader:
             return None
         raw, index, place, completed = found
         record = parse_record(job_id, _pairs(raw)).as_of(time.time())
-        images, snapshots = _parse_index({} if record.outputs_gone else _pairs(index))
+        images, snapshots = await _outputs_of([] if record.outputs_gone else index)
         if record.status not in ACTIVE:
             return JobState(record, images, snapshots)
         eta = await self._eta(record, count(completed))
@@ -166,8 +169,12 @@ class JobReader:
                 pipe.hgetall(keys.job(job_id))
             replies = await pipe.execute(raise_on_error=False)
         now = time.time()
-        records = [parse_reply(i, reply) for i, reply in zip(ids, replies, strict=True)]
-        return [(i, r and r.as_of(now)) for i, r in zip(ids, records, strict=True)]
+        found: list[tuple[str, JobRecord | None]] = []
+        for job_id, reply in zip(ids, replies, strict=True):
+            record = parse_reply(job_id, reply)
+            found.append((job_id, record and record.as_of(now)))
+            await asyncio.sleep(0)  # a request may be long; others go on between two of them
+        return found
 
     async def queues(self) -> list[QueueState]:
         """Every queue that was ever used."""
@@ -210,12 +217,17 @@ def _difference(pair: list[bytes | None]) -> int:
     return max(admitted - completed, 0)
 
 
-def _parse_index(
-    raw: dict[bytes, bytes],
-) -> tuple[dict[int, str], tuple[tuple[int, str, int], ...]]:
+async def _outputs_of(index: list[bytes]) -> Listed:
+    """Images and snapshots from an index; that of many in a thread, so that the loop goes on."""
+    if len(index) < _MANY:
+        return _parse_index(index)
+    return await asyncio.to_thread(_parse_index, index)
+
+
+def _parse_index(index: list[bytes]) -> Listed:
     images: dict[int, str] = {}
     snapshots: list[tuple[int, str, int]] = []
-    for field, meta in raw.items():
+    for field, meta in _pairs(index).items():
         with contextlib.suppress(*UNREADABLE):  # of a newer version
             what = parse_name(text(field))
             if isinstance(what, int):

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
+from jobs.outputs import snapshot_name
 from jobs.settings import MIB, Settings
+from jobs.store import keys
+from jobs.store.records import new_id
 from jobs.store.writer import JobStore
-from tests.app.conftest import png, serving
+from tests.app.conftest import Worker, png, serving
 from tests.app.loops import Turns, measured
 
 LIMIT = 16 * MIB
@@ -78,6 +81,35 @@ def test_no_body_holds_the_event_loop(
         assert 400 <= reply.status_code < 500, reply.text[:500]
         assert len(reply.content) < 20_000
         assert turns.longest < LONGEST_S, (turns.longest, turns.what)
+
+
+def test_no_listing_and_no_large_job_holds_the_event_loop(
+    store: JobStore, worker: Worker, watched: tuple[httpx.Client, Turns]
+) -> None:
+    client, turns = watched
+    form = {"request": json.dumps({"t": list(range(1, 1001))})}
+    job_id = client.post("/noise", files=[("image", png())], data=form).json()["id"]
+    record = store.redis.hgetall(keys.job(job_id))
+    with store.redis.pipeline() as pipe:
+        for _ in range(199):  # more like it
+            other = new_id()
+            pipe.hset(keys.job(other), mapping={**record, b"id": other})  # type: ignore[arg-type]
+            pipe.zadd(keys.JOBS, {other: 0})
+        pipe.execute()
+    turns.forget()
+    assert len(client.get("/jobs?limit=200").json()["data"]) == 200
+    assert turns.longest < LONGEST_S, (turns.longest, turns.what)
+    worker.start(job_id)
+    with store.redis.pipeline() as pipe:
+        for t in range(1, 1001):
+            entries = {
+                snapshot_name(t, kind, i): "{}" for kind in ("x_t", "eps") for i in range(16)
+            }
+            pipe.hset(keys.index(job_id), mapping=entries)  # type: ignore[arg-type]
+        pipe.execute()
+    turns.forget()
+    assert len(client.get(f"/jobs/{job_id}").json()["snapshots"]) == 32_000
+    assert turns.longest < LONGEST_S, (turns.longest, turns.what)
 
 
 def test_at_most_twenty_errors_are_told(client: httpx.Client) -> None:
