@@ -43,7 +43,7 @@ from jobs.store.admission import Admission, Order
 from jobs.store.janitor import Janitor
 from jobs.store.records import JobRecord, parse_record
 from jobs.store.writer import JobStore
-from worker.engine.pool import Pool, task_of
+from worker.engine.chain_pool import ChainPool, task_of
 from worker.models import ModelFolder
 from worker.network.network import Network
 from worker.network.networks import Networks
@@ -204,14 +204,14 @@ class World:
         clock.install(patch)
         patch.setattr(worker.rq_adapter, "ROUND_S", 0.0)
         patch.setattr(Network, "eager", lambda self, x, t, labels: 0.9 * x)
-        step = Pool.step
+        step = ChainPool.step
 
-        def poisoned(self: Pool, batch: Any, shape: Any) -> Any:
+        def poisoned(self: ChainPool, batch: Any, shape: Any) -> Any:
             if any(task_of(s).seed == POISON and self.row_of(s) >= 2 for s in batch.samples):
                 raise Killed
             return step(self, batch, shape)
 
-        patch.setattr(Pool, "step", poisoned)
+        patch.setattr(ChainPool, "step", poisoned)
 
     # What can happen
 

@@ -333,12 +333,12 @@ def test_a_killed_workers_job_is_back_within_half_a_minute(
 
 HANGS = """
 import time
-from worker.engine.pool import Pool
-step, steps = Pool.step, []
+from worker.engine.chain_pool import ChainPool
+step, steps = ChainPool.step, []
 def hang(self, batch, shape):
     steps.append(1)
     return step(self, batch, shape) if len(steps) < 80 else time.sleep(10_000)
-Pool.step = hang
+ChainPool.step = hang
 """
 LOST = (
     HANGS.replace("time.sleep(10_000)", "lost()")

@@ -18,13 +18,13 @@ Service = Any  # of conftest.py; tests cannot import it
 # A worker that dies for good as soon as a chain of seed 666 has made so many steps.
 POISON = """
 import os, signal
-from worker.engine.pool import Pool, task_of
-step = Pool.step
+from worker.engine.chain_pool import ChainPool, task_of
+step = ChainPool.step
 def poisoned(self, batch, shape):
     if any(task_of(s).seed == 666 and self.row_of(s) >= 7 for s in batch.samples):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, shape)
-Pool.step = poisoned
+ChainPool.step = poisoned
 """
 
 

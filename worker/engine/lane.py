@@ -9,8 +9,6 @@ import torch
 from worker.engine.fairness import fill, is_patient, oldest_first, shortest_first
 from worker.engine.pool import Batch, Pool
 from worker.engine.runs import Run, Sample
-from worker.engine.term_pool import TermPool
-from worker.engine.terms import TermTask
 from worker.network.costs import RateMeter, Shape
 from worker.network.network import EXACT_SIZES
 
@@ -48,7 +46,7 @@ class EngineOptions:
 class Lane:
     """The pool of one model in one mode, with the tasks in it."""
 
-    def __init__(self, pool: Pool | TermPool, options: EngineOptions) -> None:
+    def __init__(self, pool: Pool, options: EngineOptions) -> None:
         self.pool = pool
         self.runs: dict[str, Run] = {}
         self.rate = RateMeter()
@@ -92,8 +90,7 @@ class Lane:
         self.waiting_rows = sum(costs)
         self.ready_rows = sum(run.rows for run in self.runs.values() if run.admitted)
         self._call_at = self._turn
-        # The strands of a likelihood are there to fill a batch: its images count, as others do.
-        self.weight = float(sum(_images(run) for run in self.runs.values()))
+        self.weight = float(sum(r.task.weight(len(r.samples)) for r in self.runs.values()))
         self._need = max(costs, default=1)
 
     def next_batch(self) -> tuple[Batch, Shape]:
@@ -160,10 +157,3 @@ class Lane:
         if self.pool.seat(samples, (s for s in last_first if s.slot >= 0 and s not in chosen)):
             self._batches.clear()  # an older choice may have lost a slot
         return self.pool.batch(samples)
-
-
-def _images(run: Run) -> int:
-    task = run.task
-    if isinstance(task, TermTask):
-        return min(len(task.x_start), len(run.samples))
-    return sum(sample.cost for sample in run.samples)

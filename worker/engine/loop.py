@@ -19,10 +19,10 @@ from typing import Protocol
 
 import torch
 
+from worker.engine.chain_pool import ChainPool
 from worker.engine.fairness import Turns
 from worker.engine.lane import EngineOptions, Lane
 from worker.engine.pool import Batch, Pool, Step
-from worker.engine.reports import step_events
 from worker.engine.runs import Run
 from worker.engine.tasks import (
     Advanced,
@@ -37,7 +37,6 @@ from worker.engine.tasks import (
     Work,
 )
 from worker.engine.term_pool import TermPool
-from worker.engine.terms import TermTask
 from worker.network.costs import Shape
 from worker.network.network import Network
 from worker.network.networks import LaneKey, Networks, lane_key
@@ -110,8 +109,7 @@ class Engine:
         held: step it only once it is admitted. The first task of a model prepares its network
         here, so that running ones do not wait.
         """
-        terms = isinstance(task, TermTask)
-        network = self.networks.prepare(task.model, exact=task.deterministic, terms=terms)
+        network = self.networks.prepare(task.model, exact=task.deterministic, terms=task.terms)
         self._command(lambda: self._take(task, network, admitted=not held))
 
     def admit(self, task_ids: Collection[str]) -> None:
@@ -242,15 +240,16 @@ class Engine:
         admitted = admitted and self._only in (None, task.id)
         run = Run(task, next(self._arrivals), admitted=admitted)
         run.checkpoint_at = time.monotonic() + self.options.checkpoint_every
-        terms = isinstance(task, TermTask)
-        key = lane_key(task.model, exact=task.deterministic, terms=terms)
+        key = lane_key(task.model, exact=task.deterministic, terms=task.terms)
         if key not in self.lanes:
-            pool = TermPool(network) if terms else Pool(network, self.options.capacity)
-            self.lanes[key] = Lane(pool, self.options)
+            self.lanes[key] = Lane(self._pool_for(task, network), self.options)
         lane = self.lanes[key]
         run.turn = lane.turn
         lane.join(run)
         self._finish_if_done(lane, run)  # a resumed task may have nothing left to do
+
+    def _pool_for(self, task: Work, network: Network) -> Pool:
+        return TermPool(network) if task.terms else ChainPool(network, self.options.capacity)
 
     def _cancel(self, task_id: str) -> None:
         for lane in self.lanes.values():
@@ -326,7 +325,7 @@ class Engine:
         lane.pool.network.costs.record(pending.shape, seconds)
         self._turns.charge(lane, seconds)
         lane.rate.add(step.batch.network_rows, seconds)
-        self._events += step_events(step)
+        self._events += step.events()
         last_t: dict[Run, int] = {}
         for sample, t in zip(step.batch.samples, step.t.tolist(), strict=True):
             last_t[sample.run] = t

@@ -84,7 +84,10 @@ class Work(Protocol):
     def snapshot_rows(self) -> frozenset[int]: ...
     @property
     def evaluations(self) -> int: ...
+    @property
+    def terms(self) -> bool: ...
     def check(self) -> None: ...
+    def weight(self, left: int) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,15 @@ class Task:
     deterministic: bool = False
     urgent: bool = False
     snapshot_rows: frozenset[int] = frozenset()
+
+    @property
+    def terms(self) -> bool:
+        """Whether they are the terms of a likelihood: no."""
+        return False
+
+    def weight(self, left: int) -> int:
+        """What counts against other lanes, with so many chains left: their network rows."""
+        return left * self.evaluations_a_row
 
     @property
     def rows(self) -> int:

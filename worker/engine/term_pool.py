@@ -17,7 +17,7 @@ from diffusion.bound import bound_table
 from diffusion.likelihood import evaluate_output, likelihood_x_t
 from worker.engine.pool import Batch, Int64, Step, labels_of
 from worker.engine.runs import Run, Sample
-from worker.engine.tasks import States
+from worker.engine.tasks import Event, States, Terms
 from worker.engine.terms import TermTask
 from worker.network.costs import Shape
 from worker.network.network import Network
@@ -36,9 +36,22 @@ class TermStep(Step):
         """The image whose term sample i of the batch was."""
         return int(self.images[i])
 
+    def events(self) -> list[Event]:
+        """One event for the terms of a task."""
+        nats, squares = self.nats.cpu().numpy(), self.squared_error.cpu().numpy()
+        by_run: dict[Run, list[int]] = {}
+        for i, sample in enumerate(self.batch.samples):
+            if not sample.run.over:
+                by_run.setdefault(sample.run, []).append(i)
+        for i in self.due:
+            self.batch.samples[i].run.untold -= 1
+        return [
+            Terms(run.task.id, self.places[at], nats[at], squares[at]) for run, at in by_run.items()
+        ]
+
 
 class TermPool:
-    """Has the methods of `Pool`."""
+    """A `Pool` without slots."""
 
     def __init__(self, network: Network) -> None:
         self.network = network

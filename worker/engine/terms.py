@@ -40,6 +40,15 @@ class TermTask:
     urgent: bool = False
 
     @property
+    def terms(self) -> bool:
+        """Whether they are the terms of a likelihood: yes."""
+        return True
+
+    def weight(self, left: int) -> int:
+        """Its images: the strands are there to fill a batch."""
+        return min(len(self.x_start), left)
+
+    @property
     def strands(self) -> int:
         """How many terms are evaluated at once, at most."""
         return min(STRANDS, len(self.left))
