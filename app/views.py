@@ -176,7 +176,7 @@ def manifest(record: JobRecord, *, index: int | None = None) -> dict[str, Any]:
 
     index: of the image that carries the manifest.
     """
-    private = {"webhook_url", "ttl_s", "priority", "format", "model_digest"}
+    private = {"webhook_url", "ttl_s", "deadline_s", "priority", "format", "model_digest"}
     request = record.spec.model_dump(mode="json", exclude=private, exclude_none=True)
     if record.unread is not None and record.unread.request is not None:
         asked = record.unread.request

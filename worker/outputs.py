@@ -156,8 +156,7 @@ class Outputs:
             case Intent.LOSE:
                 return False, Ending.LOST, None
             case Intent.TIME_OUT:
-                seconds = flight.deadline - flight.began
-                error = TimeoutError(f"the job ran for more than {seconds:.0f} s")
+                error = _time_out(flight)
                 return self.fail(flight, error), Ending.FAILED, error
             case intent:
                 ending = Ending.STOPPED if intent is Intent.STOP else Ending.CANCELED
@@ -213,6 +212,15 @@ class OutputsThread:
         except BaseException as error:
             log.exception("the outputs thread broke down")
             self.failure = error
+
+
+def _time_out(flight: AnyFlight) -> TimeoutError:
+    """Whether it came too late for the request or ran too long for the service."""
+    record = flight.record
+    if record.deadline is not None and time.time() >= record.deadline - 1.0:
+        return TimeoutError(record.late.detail)
+    seconds = flight.deadline - flight.began
+    return TimeoutError(f"the job ran for more than {seconds:.0f} s")
 
 
 def _fault_code(error: BaseException) -> str:

@@ -271,7 +271,7 @@ class Runtime:
             execution,
             _runnable(started, served),
             spec=record.spec,
-            deadline=time.monotonic() + self.settings.job_deadline_s,
+            deadline=time.monotonic() + self._seconds_for(record),
         )
         self._register(flight)
         if started.crashes and not self.roster.single:
@@ -283,6 +283,15 @@ class Runtime:
             self._strike(flight)
             raise
         return flight
+
+    def _seconds_for(self, record: JobRecord) -> float:
+        limit = self.settings.job_deadline_s
+        if record.deadline is None:
+            return limit
+        left = record.deadline - time.time()
+        if left <= 0:
+            raise JobRefused(record.late.code, record.late.detail)
+        return min(limit, left)
 
     def _launch(self, flight: AnyFlight, *, held: bool) -> None:
         task = flight.task()

@@ -19,6 +19,7 @@ from jobs.formats import IMAGES, OneOf
 from jobs.outputs import image_name
 from jobs.settings import Settings
 
+MAX_DEADLINE_S = 30 * 86_400
 MAX_SEED = 2**53 - 1
 
 Timestep = Annotated[int, Field(ge=1, description="the paper's t: 1..T")]
@@ -84,6 +85,12 @@ class JobSpec(Strict):
     )
     format: Annotated[str, OneOf(IMAGES)] = Field("png", description="what `images[].url` gives")
     ttl_s: int | None = Field(None, ge=1, description="seconds to keep the outputs")
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_DEADLINE_S,
+        description="seconds from now; a job that has not ended by then fails",
+    )
     webhook_url: str | None = Field(
         None, max_length=2000, pattern=r"^https?://", description="told when the job ends"
     )

@@ -130,6 +130,8 @@ class Admission:
             self._settings.idempotency_ttl_s,
             *(part for field in fields.items() for part in field),
         )
+        if record.deadline is not None:
+            pipe.zadd(keys.DEADLINES, {record.id: record.deadline})
         if order.inputs:
             pipe.set(keys.inputs(record.id), order.inputs)
         self._queues.enqueue(

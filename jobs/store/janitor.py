@@ -17,7 +17,7 @@ from typing import Any
 import redis
 
 from jobs.rates import parse_rate
-from jobs.states import Status
+from jobs.states import ACTIVE, Status
 from jobs.store import events, keys, scripts
 from jobs.store.events import JobFault
 from jobs.store.rq_queue import ENDED, Queues
@@ -26,6 +26,7 @@ from jobs.store.writer import JobStore
 
 log = logging.getLogger(__name__)
 _SWEEP_AT_ONCE = 500
+_LATE_S = 30.0  # a worker has so long to end a job that is late
 _CONFIRM_S = 5.0  # two looks this far apart: a worker ends a job with us first, then with RQ
 _WORKER_FORGET_S = 3600.0
 _RECOUNT_S = 300.0  # it looks at every record in one script
@@ -51,6 +52,7 @@ class Janitor:
             for queue in self._queue_names():
                 _alone(f"cleaning queue {queue}", partial(self.clean_registries, queue))
                 _alone(f"comparing queue {queue}", partial(self.reconcile, queue))
+            _alone("ending what is late", self.end_late)
             _alone("the sweep", self.sweep)
             _alone("forgetting workers", self.forget_workers)
             if time.monotonic() - self._recounted >= _RECOUNT_S:
@@ -104,6 +106,20 @@ class Janitor:
             return
         self._requeue(args=[job_id, "", events.status_data(Status.QUEUED)])
         self._redis.hdel(keys.SUSPECTS, job_id)
+
+    def end_late(self) -> None:
+        """Fail the jobs that still wait at their deadline; those that run are their workers'
+        business, unless those are gone."""
+        now = time.time()
+        due: Any = self._redis.zrangebyscore(keys.DEADLINES, "-inf", now, 0, _SWEEP_AT_ONCE)
+        for job_id in (text(entry) for entry in due):
+            record = self._store.record(job_id)
+            if record is not None and record.status in ACTIVE and record.deadline is not None:
+                if record.status is Status.RUNNING and now < record.deadline + _LATE_S:
+                    continue
+                self._store.finish(job_id, "", Status.FAILED, fault=record.late)
+                self.queues.cancel(job_id)
+            self._redis.zrem(keys.DEADLINES, job_id)
 
     def sweep(self) -> None:
         """Delete outputs and records whose time is over, and first what RQ keeps of them."""

@@ -12,6 +12,7 @@ ddpm:queue:{q}:{status}  sorted set of ids, queued and running
 ddpm:totals              hash    output bytes held, counters for the metrics
 ddpm:clients             hash    client → outstanding image-steps
 ddpm:due                 sorted set  "expire:{id}", "forget:{id}" by time
+ddpm:deadlines           sorted set  id by the time by which it was to have ended
 ddpm:webhooks            sorted set  id by time of the next attempt
 ddpm:webhook_attempts    hash    id → attempts made
 ddpm:models              hash    name → model card, as release 0.1 reads it
@@ -32,6 +33,7 @@ TOTALS = PREFIX + "totals"
 CLIENTS = PREFIX + "clients"
 ADMISSIONS = PREFIX + "admissions"
 DUE = PREFIX + "due"
+DEADLINES = PREFIX + "deadlines"
 WEBHOOKS = PREFIX + "webhooks"
 WEBHOOK_ATTEMPTS = PREFIX + "webhook_attempts"
 MODELS = PREFIX + "models"

@@ -100,6 +100,18 @@ class JobRecord:
         return self
 
     @property
+    def deadline(self) -> float | None:
+        """Unix time by which the request wants the job to have ended."""
+        seconds = self.spec.deadline_s
+        return None if seconds is None else self.created_at + seconds
+
+    @property
+    def late(self) -> JobFault:
+        """Why a job fails that has not ended by its deadline."""
+        detail = f"not done within deadline_s = {self.spec.deadline_s:g}"
+        return JobFault(code="deadline_exceeded", detail=detail)
+
+    @property
     def outputs_gone(self) -> bool:
         """Whether the outputs have passed their time to live."""
         return self.expires_at is not None and time.time() >= self.expires_at

@@ -65,6 +65,7 @@ def test_high_priority_goes_to_the_front(client: httpx.Client, store: JobStore) 
         ({"snapshots": {"every": 1, "at": [1]}}, "/snapshots", "either"),
         ({"snapshots": {"at": [1] * 10_001}}, "/snapshots/at", "at most 10000"),
         ({"ttl_s": 10**9}, "/ttl_s", "at most"),
+        ({"deadline_s": 0}, "/deadline_s", "greater than 0"),
         ({"webhook_url": "https://example.org"}, "/webhook_url", "DDPM_WEBHOOK_SECRET"),
         ({"model_digest": "other"}, "/model_digest", "is dddd"),
         ({"kind": "noise"}, "/kind", "generate"),

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 import diffusion
+from app.views import manifest
 from diffusion import Model
 from jobs.settings import Settings
 from jobs.store.batch import InBatch
+from jobs.store.events import JobFault
+from jobs.store.janitor import Janitor
 from jobs.store.writer import MAX_LONE_CRASHES
 from worker.flights import Ending, Flight, Intent, Outcome
 from worker.kinds.chain_state import pack
@@ -62,6 +65,25 @@ def test_a_deadline_ends_the_job_with_a_reason(service: Service) -> None:
         assert run(runtime, job_id) is Ending.FAILED
         fault = service.record(job_id).fault
         assert fault.code == "deadline_exceeded" and "more than 0 s" in fault.detail
+
+
+def test_a_request_can_set_a_deadline(service: Service, runtime: Runtime) -> None:
+    """It counts from the request, whether the job waits or runs."""
+    early = service.admit(steps=2, deadline_s=600)
+    assert run(runtime, early) is Ending.SUCCEEDED
+    swept, refused = (service.admit(steps=2, deadline_s=0.2) for _ in range(2))
+    cut = service.admit(steps=1000, num_images=8, deadline_s=0.6)
+    assert run(runtime, cut) is Ending.FAILED
+    assert run(runtime, refused) is Ending.FAILED
+    Janitor(service.store).end_late()
+    for job_id, seconds in ((swept, "0.2"), (refused, "0.2"), (cut, "0.6")):
+        record = service.record(job_id)
+        assert record.fault == JobFault(
+            code="deadline_exceeded", detail=f"not done within deadline_s = {seconds}"
+        )
+    assert service.record(swept).started_at is None and service.rq_status(swept) == "canceled"
+    assert service.redis.zcard("ddpm:deadlines") == 1  # what is left is of a job that has ended
+    assert not {"deadline_s"} & set(manifest(service.record(early)))
 
 
 def test_a_job_that_ended_is_not_run_again(service: Service, runtime: Runtime) -> None:
