@@ -170,6 +170,9 @@ class EngineWorker(BaseWorker):
         while not self._stop_requested:
             try:
                 self._idle_round()
+                if self._is_paused():
+                    time.sleep(POLL_S)
+                    continue
                 return self._dequeue(None if timeout is None else IDLE_SLICE_S)
             except DequeueTimeout:
                 if max_idle_time is not None and time.monotonic() - idle_since > max_idle_time:
@@ -220,6 +223,9 @@ class EngineWorker(BaseWorker):
         self.check_for_suspension(burst=False)
         self._maintain()
         self._check_engine()
+
+    def _is_paused(self) -> bool:
+        return self.runtime.store.is_paused(self.runtime.settings.queue)
 
     def _dequeue(self, timeout: int | None) -> tuple[Job, Queue] | None:
         while True:
@@ -474,7 +480,7 @@ class EngineWorker(BaseWorker):
 
     def _poll(self) -> None:
         """RQ sends no word when a job is canceled, deleted or taken over: look."""
-        self._suspended = bool(is_suspended(self.connection, self))
+        self._suspended = self._is_paused() or bool(is_suspended(self.connection, self))
         boarded = [b for b in self._boarded.values() if not b.left]
         for b, status in zip(boarded, self._statuses(boarded), strict=True):
             if status == JobStatus.CANCELED:

@@ -19,13 +19,14 @@ router = APIRouter(tags=["system"])
 
 class QueueView(BaseModel):
     """One queue. image_steps: not yet done. eta_s: until all of it is done, at the measured rate
-    of the models it serves."""
+    of the models it serves. paused: workers take no job from it."""
 
     name: str
     queued: int
     running: int
     image_steps: int
     eta_s: float | None
+    paused: bool = False
 
 
 class WorkerView(BaseModel):
@@ -51,6 +52,7 @@ class QueuesView(BaseModel):
                         "running": 2,
                         "image_steps": 420,
                         "eta_s": 1.08,
+                        "paused": False,
                     }
                 ],
                 "workers": [
@@ -118,7 +120,37 @@ async def _queue_view(reader: JobReader, state: QueueState) -> QueueView:
         running=state.running,
         image_steps=state.outstanding,
         eta_s=eta_s(state.outstanding, rate),
+        paused=state.paused,
     )
+
+
+@router.post(
+    "/queue/{name}/pause",
+    response_model=QueueView,
+    responses=documented("unauthorized", "not_found", "store_unavailable"),
+)
+async def pause(request: Request, name: str) -> Response:
+    """Let workers take no more jobs from a queue. Jobs are still accepted, and wait; those that
+    run go on."""
+    return await _paused(request, name, paused=True)
+
+
+@router.post(
+    "/queue/{name}/resume",
+    response_model=QueueView,
+    responses=documented("unauthorized", "not_found", "store_unavailable"),
+)
+async def resume(request: Request, name: str) -> Response:
+    """Let workers take jobs from a queue again."""
+    return await _paused(request, name, paused=False)
+
+
+async def _paused(request: Request, name: str, *, paused: bool) -> Response:
+    reader = services(request).reader
+    state = await reader.pause(name, paused=paused)
+    if state is None:
+        raise Problem("not_found", f"no queue {name[:100]}")
+    return json_response((await _queue_view(reader, state)).model_dump_json())
 
 
 @router.get("/healthz", response_model=Health)

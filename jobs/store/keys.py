@@ -7,6 +7,7 @@ ddpm:job:{id}:index      hash    the same fields → JSON about the output
 ddpm:job:{id}:inputs     string  uploaded images, uint8 [N,H,W,C], or an x_t, float32
 ddpm:job:{id}:state      hash    image index → saved chain state, while the job is active
 ddpm:jobs[:status:{s}|:model:{m}]   sorted sets of ids (score 0: ids sort by time)
+ddpm:paused              set     queues from which no worker takes a job
 ddpm:queue:{q}           hash    image-steps admitted and completed, ever
 ddpm:queue:{q}:{status}  sorted set of ids, queued and running
 ddpm:totals              hash    output bytes held, counters for the metrics
@@ -29,6 +30,7 @@ from __future__ import annotations
 PREFIX = "ddpm:"
 JOBS = PREFIX + "jobs"
 QUEUES = PREFIX + "queues"
+PAUSED = PREFIX + "paused"
 TOTALS = PREFIX + "totals"
 CLIENTS = PREFIX + "clients"
 ADMISSIONS = PREFIX + "admissions"

@@ -56,6 +56,7 @@ class QueueState:
     queued: int
     running: int
     outstanding: int
+    paused: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ class Page:
 
 
 class JobReader:
-    """Reads what admission, workers and the janitor write. Writes nothing but a probe."""
+    """Reads what admission, workers and the janitor write.
+
+    Writes nothing but a probe, and whether a queue is paused.
+    """
 
     def __init__(self, connection: aioredis.Redis, settings: Settings) -> None:
         self.outputs = open_outputs(settings, reading=connection)
@@ -184,11 +188,21 @@ class JobReader:
                 pipe.zcard(keys.in_queue(name, Status.QUEUED))
                 pipe.zcard(keys.in_queue(name, Status.RUNNING))
                 pipe.hmget(keys.queue(name), ["admitted", "completed"])
+                pipe.sismember(keys.PAUSED, name)
             rows = await pipe.execute()
         return [
-            QueueState(name, rows[3 * i], rows[3 * i + 1], _difference(rows[3 * i + 2]))
-            for i, name in enumerate(names)
+            QueueState(name, queued, running, _difference(work), paused=bool(paused))
+            for name, queued, running, work, paused in zip(
+                names, rows[::4], rows[1::4], rows[2::4], rows[3::4], strict=True
+            )
         ]
+
+    async def pause(self, queue: str, *, paused: bool) -> QueueState | None:
+        """Let workers take no job from a queue any more, or again. None: there is no such queue."""
+        change = self._redis.sadd if paused else self._redis.srem
+        if await self._redis.sismember(keys.QUEUES, queue):
+            await change(keys.PAUSED, queue)
+        return next((state for state in await self.queues() if state.name == queue), None)
 
     async def workers(self) -> list[WorkerInfo]:
         """Workers that spoke lately."""

@@ -320,6 +320,10 @@ class JobStore:
             if card.name not in known:
                 self.publish_card(card)
 
+    def is_paused(self, queue: str) -> bool:
+        """Whether no job is to be taken from a queue; those that run go on."""
+        return bool(self.redis.sismember(keys.PAUSED, queue))
+
     def goodbye(self, worker: str) -> None:
         """Say that a worker is gone. Its measured rates stay until newer ones come."""
         with self.redis.pipeline() as pipe:

@@ -118,6 +118,28 @@ class FusedPool(redis.ConnectionPool):
         return super().get_connection(*args, **options)
 
 
+class WatchedStore(JobStore):
+    """Whose writes do something if and only if the job is this execution's."""
+
+    looks: redis.Redis
+
+    def _held(self, job_id: str, execution: str) -> bool:
+        found: Any = self.looks.hmget(keys.job(job_id), ["status", "execution"])
+        return bool(found == [b"running", execution.encode()])
+
+    def write(self, calls: list[list[Any]]) -> list[int]:
+        held = [self._held(call[0], call[1]) for call in calls]
+        replies = super().write(calls)
+        assert [reply != 0 for reply in replies] == held, "a write of another execution"
+        return replies
+
+    def finish(self, job_id: str, execution: str, status: Status, **more: Any) -> bool:
+        held = not execution or self._held(job_id, execution)
+        ended = super().finish(job_id, execution, status, **more)
+        assert not ended or held, "an end by another execution"
+        return ended
+
+
 class Puppet:
     """A worker, moved by hand."""
 
@@ -125,9 +147,9 @@ class Puppet:
         made = redis.ConnectionPool.from_url(world.url, protocol=2)
         self.pool = FusedPool(connection_class=made.connection_class, **made.connection_kwargs)  # type: ignore[var-annotated]
         connection = redis.Redis(connection_pool=self.pool)
-        self.runtime = Runtime(
-            world.settings, JobStore(connection, world.settings), world.folder, threads=False
-        )
+        store = WatchedStore(connection, world.settings)
+        store.looks = world.redis
+        self.runtime = Runtime(world.settings, store, world.folder, threads=False)
         self.runtime.roster.single = False  # it runs many jobs, as one with threads does
         self.runtime.engine.networks = world.networks
         quiet: Any = self.runtime

@@ -22,7 +22,9 @@ from rq.serializers import JSONSerializer
 import diffusion
 from diffusion.noise import VERSION
 from jobs.pictures import from_bytes
+from jobs.settings import Settings
 from jobs.store.rq_queue import Queues
+from tests.app.conftest import serving
 from worker.models import card_of
 
 Service = Any  # of conftest.py; tests cannot import it
@@ -97,6 +99,27 @@ def test_rq_shows_the_truth(running: Service) -> None:
     running.store.cancel(job_id)
     running.ended(job_id, "canceled")
     assert job_id not in registry.get_job_ids(cleanup=False)
+
+
+def test_a_paused_queue_gives_no_job_away(running: Service) -> None:
+    """To a worker that is idle or one that is busy; what runs goes on, what comes waits."""
+    with serving(Settings(redis_url=running.url)) as client:
+        assert client.post("/queue/nowhere/pause").status_code == 404
+        busy = running.admit(steps=1000, num_images=16)
+        started(running, busy)
+        assert client.post("/queue/ddpm/pause").json()["paused"] is True
+        time.sleep(1.5)  # it looks every half a second
+        waiting = running.admit(steps=2)
+        done = running.record(busy).done
+        started(running, busy, done + 1)
+        running.store.cancel(busy)
+        running.ended(busy, "canceled")
+        time.sleep(1.5)  # now it is idle
+        assert running.record(waiting).status == running.rq_status(waiting) == "queued"
+        [queue] = client.get("/queue").json()["queues"]
+        assert queue["paused"] is True and queue["queued"] == 1
+        assert client.post("/queue/ddpm/resume").json()["paused"] is False
+        running.ended(waiting)
 
 
 def test_cancel_a_running_job_keeps_its_latest_state(running: Service) -> None:
