@@ -6,6 +6,8 @@ import asyncio
 import ipaddress
 import socket
 
+from app.pools import Pool
+
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -33,10 +35,17 @@ def is_public(text: str) -> bool:
     return address in _GLOBAL_UNICAST and address.is_global
 
 
-async def checked_address(host: str, port: int, *, private_too: bool) -> str:
-    """An address of the host. Raises AddressRefused if any of them is not public, OSError."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+async def checked_address(
+    host: str, port: int, *, private_too: bool, lookups: Pool | None = None
+) -> str:
+    """An address of the host. Raises AddressRefused if any of them is not public, OSError.
+
+    lookups: threads for names, whose owners decide how long that takes.
+    """
+    if lookups is None:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    else:
+        found = await lookups.run(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in found]
     for address in addresses:
         if not private_too and not is_public(address):

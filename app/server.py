@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import socket
 import sys
 from types import FrameType
@@ -44,6 +45,14 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def raise_file_limit() -> None:
+    """Let the process open as many connections as it may: the usual soft limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(settings: Settings, listener: socket.socket, *, log_level: str = "warning") -> None:
     """Serve until SIGINT or SIGTERM."""
     # The admission thread waits for this long to get the interpreter back after each reply of
@@ -51,6 +60,7 @@ def serve(settings: Settings, listener: socket.socket, *, log_level: str = "warn
     sys.setswitchinterval(0.001)
     # It says what is wrong with each form, which is the client's to hear and not the log's.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    raise_file_limit()
     server = Server(create_app(settings), log_level=log_level)
     # All that is imported stays: the garbage collector need not hold the event loop to look at it.
     gc.collect()

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from app.problems import from_error, internal
+from app.problems import Problem, from_error, internal
 from app.services import Services
 from app.tasks import reap
 from jobs.outputs import image_name, snapshot_name
@@ -70,7 +70,7 @@ class EventStream(Response):
             await self._source.aclose()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             return
-        pump = asyncio.create_task(self._pump(send))
+        pump = asyncio.create_task(self._pump(scope, send))
         gone = asyncio.create_task(disconnected(receive))
         closing = asyncio.create_task(self._services.closing.wait())
         with self._services.metrics.streams.track_inprogress():
@@ -86,9 +86,11 @@ class EventStream(Response):
             last = b"" if error is None else _fault_frame(error, scope)
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, scope: Scope, send: Send) -> None:
         async with aclosing(self._source) as chunks:
             async for chunk in chunks:
+                if self._services.keyring.client(scope) is None:
+                    raise Problem("unauthorized", "the key was revoked")
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
 

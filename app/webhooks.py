@@ -24,6 +24,7 @@ from redis.exceptions import RedisError
 
 from app.addresses import AddressRefused, checked_address
 from app.metrics import Metrics
+from app.pools import Pool
 from app.tasks import reap
 from app.views import dump, job_view, timestamp
 from jobs.settings import Settings
@@ -69,6 +70,7 @@ class Courier:
         self._key = b"" if secret is None else signing_key(secret.get_secret_value())
         self._private_too = settings.webhook_private_addresses
         self._deadline_s = settings.webhook_timeout_s
+        self._lookups = Pool("lookups", 8)
         self._hosts: Counter[str] = Counter()  # deliveries on their way
         self._sending: set[asyncio.Task[None]] = set()
         self._queue = queue
@@ -78,6 +80,7 @@ class Courier:
 
     async def close(self) -> None:
         """Close the connections."""
+        self._lookups.close()
         await self._client.aclose()
 
     async def run(self) -> None:
@@ -169,7 +172,9 @@ class Courier:
     async def _send(self, url: str, state: JobState) -> httpx.Response:
         target = httpx.URL(url)
         port = target.port or (443 if target.scheme == "https" else 80)
-        address = await checked_address(target.host, port, private_too=self._private_too)
+        address = await checked_address(
+            target.host, port, private_too=self._private_too, lookups=self._lookups
+        )
         body = payload(state)
         headers = signed_headers(self._key, f"msg_{state.record.id}", int(time.time()), body)
         headers["host"] = target.netloc.decode()

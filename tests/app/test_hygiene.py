@@ -107,3 +107,13 @@ def test_rq_keeps_nothing_longer_than_we_do(
     registry = CanceledJobRegistry("ddpm", connection=store.redis, serializer=JSONSerializer)
     until(lambda: registry.get_job_ids() == [])
     assert client.get(f"/jobs/{ids[0]}").json()["status"] == "expired"
+
+
+def test_the_server_may_open_many_connections() -> None:
+    code = (
+        "import resource; from app.server import raise_file_limit; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2000)); raise_file_limit(); "
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2000"

@@ -47,6 +47,21 @@ def test_a_key_is_revoked_without_a_restart(store: JobStore, serve: Serve, tmp_p
     assert status(client, "fixed") == 200 and client.get("/healthz").status_code == 200
 
 
+def test_a_stream_ends_with_its_key(store: JobStore, serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    made, one = new_key("alice")
+    path.write_text(one)
+    client = serve(api_keys_file=path, sse_comment_s=0.2)
+    headers = {"Authorization": f"Bearer {made}"}
+    job_id = client.post("/generate", json={}, headers=headers).json()["id"]
+    with client.stream("GET", f"/jobs/{job_id}/events", headers=headers) as reply:
+        lines = reply.iter_lines()
+        assert next(line for line in lines if line.startswith("event")) == "event: status"
+        path.write_text("")
+        rest = list(lines)
+    assert rest[-3] == "event: error" and '"code":"unauthorized"' in rest[-2]
+
+
 def test_quotas_and_metrics_go_by_name(
     store: JobStore, worker: Worker, serve: Serve, tmp_path: Path
 ) -> None:
