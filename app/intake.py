@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field, create_model
 
@@ -43,8 +43,8 @@ def body_model(kind: type[JobSpec]) -> type[JobSpec]:
     name = kind.__name__.replace("Spec", "Body")
     fields = {"x_t": _X_T} if "x_t" in kind.takes else {}
     bases: Any = (kind, PicturesBody) if "pictures" in kind.takes else kind
-    made: type[JobSpec] = create_model(name, __base__=bases, __doc__=kind.__doc__, **fields)
-    return made
+    made: Any = create_model(name, __base__=bases, __doc__=kind.__doc__, **fields)
+    return cast("type[JobSpec]", made)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     services = Services(settings or Settings())
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with services.running():
             yield
 

@@ -47,7 +47,7 @@ async def docs(request: Request) -> HTMLResponse:
 
 
 @functools.lru_cache(maxsize=1)
-def page_policy(changed: int) -> str:
+def page_policy(changed: int) -> str:  # noqa: ARG001
     """The policy of the page as it was when it last `changed`."""
     html = PAGE.read_text("utf-8")
     return policy_of(html, styles=" ".join(_hashes("style", html)))

@@ -92,8 +92,8 @@ def bound_terms() -> Any:
     for sigma in ("large", "small"):
         gaps = []
         for T in steps:
-            alpha_bar = 1 / (1 + np.exp(np.linspace(-6, 6, T)))
-            schedule = Schedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+            bars = 1 / (1 + np.exp(np.linspace(-6, 6, T)))
+            schedule = Schedule(1 - bars / np.append(1.0, bars[:-1]))
             gaps.append(gaussian_gap(schedule, bound_table(schedule), V, sigma)[1:].sum())
         right.loglog(steps, gaps, "o-", label=sigma)
     right.loglog(steps, gaps[0] * steps[0] / np.array(steps), "k:", label="1/T")
@@ -107,7 +107,7 @@ def two_forms() -> Any:
     schedule, n = linear_schedule(50, 1e-3, 0.25), 20_000
     generator = torch.Generator().manual_seed(1)
     x_start = math.sqrt(V) * torch.randn(n, 1, dtype=torch.float64, generator=generator)
-    keys = {"seeds": torch.full((n,), 7), "indices": torch.arange(n)}
+    keys: dict[str, Any] = {"seeds": torch.full((n,), 7), "indices": torch.arange(n)}
     xs = torch.stack([x_start, *(x for _, x in q_trajectory(schedule, x_start, **keys))])
     hats = 0.9 * torch.from_numpy(x_start_gain(schedule, V))[:, None, None] * xs[1:]
     chain = Trajectories(schedule, xs, hats, "large", density_nats)

@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 
 CONFIG = "training/configs/mnist.toml"
 STAGES, METRICS = "stages.jsonl", "metrics.jsonl"
-SAMPLED = {"sampler": "ddpm", "steps": 250, "variance": "small", "seed": 0}
+SAMPLED: dict[str, Any] = {"sampler": "ddpm", "steps": 250, "variance": "small", "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def flat(config: TrainConfig) -> dict[str, object]:
+def flat(config: TrainConfig) -> dict[str, Any]:
     """Keys with dots, as on the command line."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for key, value in config.model_dump(mode="json").items():
         if isinstance(value, dict):
             found.update({f"{key}.{name}": inner for name, inner in value.items()})

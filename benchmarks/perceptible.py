@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,6 +25,8 @@ from training.rate_distortion import rate_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 TENTHS = (3, 4, 5, 6, 7, 8, 9, 10)  # of the reverse steps
 DIGITS = 3
@@ -79,7 +82,7 @@ def main() -> None:
     figure.savefig(arguments.picture, dpi=100)
 
 
-def picture(figure: plt.Figure, place: object, x: object) -> plt.Axes:
+def picture(figure: Figure, place: Any, x: Any) -> Axes:
     axes = figure.add_subplot(place)
     pixels = np.asarray(x).transpose(1, 2, 0).squeeze()
     axes.imshow(pixels.clip(-1, 1), cmap="gray", vmin=-1, vmax=1)

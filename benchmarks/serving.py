@@ -83,7 +83,8 @@ def jobs(seed: int) -> Iterator[Job]:
 
 def poisson(rate: float, seconds: float) -> list[Job]:
     """Jobs with exponential gaps."""
-    rng, now, out = random.Random(1), 0.0, []
+    rng, now = random.Random(1), 0.0
+    out: list[Job] = []
     for job in jobs(2):
         now += rng.expovariate(rate)
         if now > seconds:

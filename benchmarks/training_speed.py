@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def diffusers_step(folder: Path, batch: int) -> Callable[[], None]:
         images.append(torch.from_numpy(padded)[None])
         labels.append(int(path.parent.name))
     dataset = TensorDataset(torch.stack(images), torch.tensor(labels))
-    network = UNet2DModel(
+    network: Any = UNet2DModel(
         sample_size=32,
         in_channels=1,
         out_channels=1,
@@ -64,7 +65,7 @@ def diffusers_step(folder: Path, batch: int) -> Callable[[], None]:
         attention_head_dim=None,
         num_class_embeds=11,
     )
-    scheduler = DDPMScheduler(1000)
+    scheduler: Any = DDPMScheduler(1000)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
     def forever():  # type: ignore[no-untyped-def]

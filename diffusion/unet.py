@@ -185,6 +185,8 @@ def _training_on_cpu(x: Tensor) -> bool:
 
 
 class GroupNorm(nn.GroupNorm):
+    """GroupNorm; compiled for a CPU, in a form that its compiler makes fast."""
+
     def forward(self, x: Tensor) -> Tensor:
         if _compiling_for_cpu(x):
             return cpu_layers.group_norm(
@@ -194,6 +196,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def silu(x: Tensor) -> Tensor:
+    """x·σ(x)."""
     fast = _compiling_for_cpu(x) and _training_on_cpu(x)
     return cpu_layers.silu(x) if fast else F.silu(x)
 

@@ -114,7 +114,7 @@ def pause(stack: Stack, how: str = "set") -> None:
         stack.redis.delete(key)
 
 
-def _states(stack: Stack) -> set[bytes | None]:
+def _states(stack: Stack) -> set[Any]:
     names = stack.redis.smembers("rq:workers")
     return {stack.redis.hget(name, "state") for name in names}
 
@@ -139,7 +139,7 @@ def spoiled(running: Spoiled) -> dict[str, str]:
 
 def status(stack: Stack, job_id: str) -> bytes | None:
     try:
-        found: bytes | None = stack.redis.hget(keys.job(job_id), "status")
+        found: Any = stack.redis.hget(keys.job(job_id), "status")
     except ResponseError:  # no hash, so far
         found = None
     return found
@@ -204,13 +204,17 @@ def test_strange_entries_beside_the_records_harm_nobody(running: Spoiled) -> Non
     stack, client, worker = running
     card = json.loads(stack.redis.hget(keys.MODELS, "tiny") or b"")
     newer = {**card, "name": "newer", "mood": 1, "sampling": {**card["sampling"], "style": "b"}}
-    cards = {"newer": json.dumps(newer), "torn": "{", "odd": '{"name": 5}', "list": "[]"}
+    cards: Any = {"newer": json.dumps(newer), "torn": "{", "odd": '{"name": 5}', "list": "[]"}
     stack.redis.hset(keys.MODELS, mapping=cards)
     stack.redis.hset(keys.MODELS_MORE, mapping={"newer": "{", "torn": "{", "none": "[]"})
     beat = json.loads(stack.redis.hvals(keys.WORKERS)[0])
-    beats = {"newer": json.dumps({**beat, "name": "newer", "mood": 1}), "torn": "{", "list": "[]"}
+    beats: Any = {
+        "newer": json.dumps({**beat, "name": "newer", "mood": 1}),
+        "torn": "{",
+        "list": "[]",
+    }
     stack.redis.hset(keys.WORKERS, mapping=beats)
-    rates = {"torn": "fast", "odd": '["a", 1]', "list": "{}", "more": "[1, 2, 3]"}
+    rates: Any = {"torn": "fast", "odd": '["a", 1]', "list": "{}", "more": "[1, 2, 3]"}
     stack.redis.hset(keys.rates("tiny"), mapping=rates)
     stack.redis.zadd(keys.DUE, {"garbage": 0, "forget:nobody": 0, "expire:": 0})
     all_is_well(client, worker)
@@ -230,7 +234,10 @@ def test_strange_entries_beside_the_records_harm_nobody(running: Spoiled) -> Non
 
 def test_a_strange_idempotency_record_is_none(running: Spoiled) -> None:
     stack, client, _ = running
-    asked = {"json": {"model": "tiny", "steps": 2}, "headers": {"Idempotency-Key": "mine"}}
+    asked: dict[str, Any] = {
+        "json": {"model": "tiny", "steps": 2},
+        "headers": {"Idempotency-Key": "mine"},
+    }
     first = client.post("/generate", **asked)
     [key] = stack.redis.keys("ddpm:idempotency:*")
     stack.redis.set(key, "{}")

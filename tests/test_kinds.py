@@ -139,8 +139,8 @@ def test_a_chain_branches_at_a_snapshot(client: httpx.Client) -> None:
     source = {"job": first["id"], "t": 60}
     body = {**options, "steps": 60, "source": source, "snapshots": {"every": 20}}
     same = client.post("/reconstruct", json=body, headers=WAIT).json()
-    ends = [npy(client, job["images"][0]["url"]) for job in (same, first)]
-    np.testing.assert_allclose(*ends, atol=1e-5)
+    found, expected = (npy(client, job["images"][0]["url"]) for job in (same, first))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
     x_t = npy(client, first["snapshots"][1]["url"])
     assert first["snapshots"][1]["kind"] == "x_t"
     buffer = io.BytesIO()

@@ -77,7 +77,7 @@ def draw(options: SampleOptions) -> tuple[Path, int]:
     snapshots = Snapshots(options, model)
     with tqdm(desc="sampling", unit="eval", disable=options.quiet) as bar:
 
-        def on_step(first: int, done: int, step: Step) -> None:
+        def on_step(_: int, done: int, step: Step) -> None:
             snapshots.add(done, step)
             bar.total = options.num_images * step.rows  # network evaluations of single images
             bar.update(len(step.x_t))

@@ -18,7 +18,7 @@ class Stop:
     def listening(self) -> Iterator[None]:
         """Let SIGINT and SIGTERM ask for the end; a second one kills."""
 
-        def stop(signum: int, frame: FrameType | None) -> None:
+        def stop(signum: int, _: FrameType | None) -> None:
             self.asked = True
             signal.signal(signum, signal.SIG_DFL)
 

@@ -73,8 +73,8 @@ class ModelFolder:
     def rescan(
         self,
         *,
-        prepare: Callable[[Served], object] = lambda served: None,
-        publish: Callable[[Served], object] = lambda served: None,
+        prepare: Callable[[Served], object] = lambda _: None,
+        publish: Callable[[Served], object] = lambda _: None,
     ) -> Changes:
         """Load what is new or changed, smallest first, and drop what is gone.
 

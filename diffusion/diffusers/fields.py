@@ -67,12 +67,15 @@ class Fields:
 
 
 def is_integer(value: object) -> bool:
+    """Whether it is an integer; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
     return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def is_list(value: object, ok: Callable[[Any], bool]) -> bool:
+    """Whether it is a list of at least one thing, each of them `ok`."""
     return isinstance(value, list | tuple) and len(value) > 0 and all(map(ok, value))

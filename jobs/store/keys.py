@@ -47,54 +47,67 @@ SUSPECTS = PREFIX + "suspects"
 
 
 def job(job_id: str) -> str:
+    """The hash of a job: its record."""
     return f"{PREFIX}job:{job_id}"
 
 
 def events(job_id: str) -> str:
+    """The stream of a job's events."""
     return f"{PREFIX}job:{job_id}:events"
 
 
 def outputs(job_id: str) -> str:
+    """The hash of a job's images and snapshots."""
     return f"{PREFIX}job:{job_id}:outputs"
 
 
 def index(job_id: str) -> str:
+    """The hash that says what a job's outputs are."""
     return f"{PREFIX}job:{job_id}:index"
 
 
 def inputs(job_id: str) -> str:
+    """What was uploaded with a job."""
     return f"{PREFIX}job:{job_id}:inputs"
 
 
 def state(job_id: str) -> str:
+    """The hash of the states in which chains of a job were saved."""
     return f"{PREFIX}job:{job_id}:state"
 
 
 def by_status(status: str) -> str:
+    """The jobs of a status, newest last."""
     return f"{JOBS}:status:{status}"
 
 
 def by_model(model: str) -> str:
+    """The jobs of a model, newest last."""
     return f"{JOBS}:model:{model}"
 
 
 def queue(name: str) -> str:
+    """What is said of a queue."""
     return f"{PREFIX}queue:{name}"
 
 
 def in_queue(name: str, status: str) -> str:
+    """The jobs of a queue that are in a status."""
     return f"{PREFIX}queue:{name}:{status}"
 
 
 def idempotency(digest: str) -> str:
+    """The job of an Idempotency-Key."""
     return f"{PREFIX}idempotency:{digest}"
 
 
 def rates(model: str) -> str:
+    """A model's measured rates."""
     return f"{PREFIX}rates:{model}"
 
 
 def lock(name: str) -> str:
+    """A lock that one process holds at a time."""
     return f"{PREFIX}lock:{name}"
 
 

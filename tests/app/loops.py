@@ -36,7 +36,7 @@ def measured() -> Iterator[Turns]:
         if threading.get_ident() != ours and took > turns.longest:
             turns.longest, turns.what = took, repr(handle)[:500]
 
-    asyncio.events.Handle._run = run  # type: ignore[method-assign]
+    asyncio.events.Handle._run = run  # type: ignore[method-assign,assignment]
     try:
         yield turns
     finally:

@@ -78,7 +78,7 @@ def test_an_address_that_is_not_ours() -> None:
     ("variable", "value"), [("DDPM_MAX_IMAGES", "many"), ("REDIS_URL", "localhost:6379")]
 )
 def test_a_setting_that_is_wrong(command: str, variable: str, value: str) -> None:
-    ended = ddpm(command, **{variable: value})
+    ended = ddpm(command, cwd=ROOT, **{variable: value})
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"Error: {variable} = {value!r}: ")
     assert len(ended.stderr.splitlines()) == 1

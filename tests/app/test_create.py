@@ -236,7 +236,7 @@ def test_a_failed_job_is_no_picture(client: httpx.Client, worker: Worker) -> Non
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
 def test_pictures_that_once_failed_are_taken(client: httpx.Client, path: Path) -> None:
-    files = {
+    files: Any = {
         "image": path.read_bytes(),
         "request": (None, '{"t": [1], "fit": "resize"}', "application/json"),
     }
@@ -247,7 +247,7 @@ def test_pictures_that_once_failed_are_taken(client: httpx.Client, path: Path) -
 def test_a_jpeg_of_a_thousand_scans_is_too_large(client: httpx.Client) -> None:
     raw = png(8, 8, "L", "JPEG")
     scan = raw[raw.rindex(b"\xff\xda") : -2]
-    files = {
+    files: Any = {
         "image": raw[:-2] + 1000 * scan + raw[-2:],
         "request": (None, '{"t": [1]}', "application/json"),
     }
@@ -270,7 +270,10 @@ def wrapped(raw: bytes) -> list[bytes]:
 
 def test_noise_multipart_and_base64(client: httpx.Client, worker: Worker) -> None:
     request = {"t": [1, 500], "seed": 1, "kinds": ["x_t", "eps"]}
-    files = {"image": ("a.png", png()), "request": (None, json.dumps(request), "application/json")}
+    files: Any = {
+        "image": ("a.png", png()),
+        "request": (None, json.dumps(request), "application/json"),
+    }
     job = client.post("/noise", files=files).json()
     assert job["kind"] == "noise" and "images" not in job["request"]
     started = worker.start(job["id"])

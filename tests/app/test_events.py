@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +128,7 @@ def test_many_streams_of_many_jobs(client: httpx.Client, worker: Worker) -> None
     ids = [submit(client, steps=10) for _ in range(3)]
     seen: list[list[str]] = []
     threads = [
-        later(0, lambda job_id=job_id: seen.append([e.name for e in everything(client, job_id)]))
+        later(0, partial(lambda i: seen.append([e.name for e in everything(client, i)]), job_id))
         for job_id in ids * 4
     ]
     until(lambda: open_streams(client) == 12)

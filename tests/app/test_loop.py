@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -89,7 +90,7 @@ def test_no_listing_and_no_large_job_holds_the_event_loop(
     client, turns = watched
     form = {"request": json.dumps({"t": list(range(1, 1001))})}
     job_id = client.post("/noise", files=[("image", png())], data=form).json()["id"]
-    record = store.redis.hgetall(keys.job(job_id))
+    record: Any = store.redis.hgetall(keys.job(job_id))
     with store.redis.pipeline() as pipe:
         for _ in range(199):  # more like it
             other = new_id()

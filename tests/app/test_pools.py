@@ -87,7 +87,8 @@ def test_previews_are_encoded_once_for_all_who_watch(client: httpx.Client, worke
     assert all(len(lines) == 3 for lines in streams)
     assert all(lines == streams[0] for lines in streams)
     assert "ddpm_previews_total 3.0" in client.get("/metrics").text
-    watch(late := [])
+    late: list[str] = []
+    watch(late)
     assert late == streams[0]
     assert "ddpm_previews_total 3.0" in client.get("/metrics").text
 

@@ -42,7 +42,10 @@ def source(client: httpx.Client, worker: Worker) -> str:
 
 def test_an_image_noised_to_t(client: httpx.Client, worker: Worker) -> None:
     request = {"t": 40, "num_images": 3, "seed": 5}
-    files = {"image": ("a.png", png()), "request": (None, json.dumps(request), "application/json")}
+    files: Any = {
+        "image": ("a.png", png()),
+        "request": (None, json.dumps(request), "application/json"),
+    }
     job = client.post("/reconstruct", files=files).json()
     asked = job["request"]
     assert (job["kind"], asked["source"], asked["t"], asked["steps"]) == (
@@ -76,6 +79,7 @@ def test_a_snapshot_of_an_earlier_job(client: httpx.Client, worker: Worker, sour
     assert job["request"]["t"] == 500 and job["request"]["steps"] == 100
     assert job["request"]["source"] == body["source"]
     started = worker.start(job["id"])
+    assert started.x_t is not None
     np.testing.assert_allclose(started.x_t, X * 0.5)
     assert started.record.work == 2 * 100 * 2  # guided: two evaluations a step
     client.delete(f"/jobs/{source}")  # the x_t was copied
@@ -174,7 +178,11 @@ def test_files_that_are_none(client: httpx.Client) -> None:
     assert wrong_size.status_code == 422
     fits = {"t": 9, "images": [b64(png(9, 8))], "fit": "resize"}
     assert client.post("/reconstruct", json=fits).status_code == 202
-    parts = {"x_t": ("x.npy", npy(X)), "image": ("a.png", png()), "request": (None, '{"t": [9]}')}
+    parts: Any = {
+        "x_t": ("x.npy", npy(X)),
+        "image": ("a.png", png()),
+        "request": (None, '{"t": [9]}'),
+    }
     refused = client.post("/noise", files=parts)
     assert refused.status_code == 422 and refused.json()["errors"][0]["pointer"] == "/x_t"
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -184,7 +185,7 @@ def noise_follows_the_closed_form(client: httpx.Client) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     request = {"t": [1, 300, 1000], "kinds": ["x_t", "eps"], "seed": 2}
-    files = {"image": ("a.png", buffer.getvalue()), "request": (None, json.dumps(request))}
+    files: Any = {"image": ("a.png", buffer.getvalue()), "request": (None, json.dumps(request))}
     job = client.post("/noise", files=files, headers={"Prefer": "wait=30"}).json()
     assert job["status"] == "succeeded" and len(job["snapshots"]) == 6
     x_start = pixels / 127.5 - 1

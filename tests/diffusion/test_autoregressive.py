@@ -56,7 +56,7 @@ def test_the_bound_by_brute_force_over_all_states(chain: MaskingChain) -> None:
         assert marginals[D][blank] == 1  # so L_T = KL(q(x_T|x_0) ‖ p(x_T)) = 0
         bound = -np.log(p[1][marginals[1].argmax(), start])  # L_0
         for t in range(2, D + 1):
-            for j in np.flatnonzero(marginals[t]):
+            for j in np.flatnonzero(marginals[t]).tolist():
                 posterior = marginals[t - 1] * q[t][:, j]
                 posterior /= posterior.sum()
                 seen = posterior > 0

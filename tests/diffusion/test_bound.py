@@ -156,7 +156,7 @@ def test_gaussian_data_bound_is_entropy_plus_the_known_gap(
 
 def test_gap_closes_as_the_steps_become_many() -> None:
     """Between fixed ends of the log-SNR, in proportion to 1/T: order T terms of order 1/T²."""
-    gaps = {"large": [], "small": []}
+    gaps: dict[str, list[float]] = {"large": [], "small": []}
     for T in (250, 500, 1000):
         alpha_bar = 1 / (1 + np.exp(np.linspace(-6, 6, T)))
         schedule = Schedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))

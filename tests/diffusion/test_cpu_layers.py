@@ -77,7 +77,7 @@ def test_compiled_training_has_the_gradients_of_eager_training() -> None:
     x, t = leaf(2, TINY.in_channels, TINY.image_size, TINY.image_size).detach(), torch.arange(2)
 
     def gradients(forward: Callable[..., Tensor]) -> list[Tensor]:
-        return list(torch.autograd.grad(forward(x, t).square().mean(), network.parameters()))
+        return list(torch.autograd.grad(forward(x, t).square().mean(), [*network.parameters()]))
 
     eager, compiled = gradients(network), gradients(torch.compile(network, backend="aot_eager"))
     for one, other in zip(compiled, eager, strict=True):

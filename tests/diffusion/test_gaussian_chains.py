@@ -107,8 +107,8 @@ def test_a_chain_is_replayed_element_for_element(name: str) -> None:
         found = denoiser.estimate(x, torch.tensor([t, t]))
         x = a * found.x_start + b * x + d * x_start_prev + c * noise(t, Purpose.STEP)
         x, x_start_prev = x + e * found.eps, found.x_start
-    found = run_chain(denoiser, table, images=2, seed=3)
-    torch.testing.assert_close(found.double(), x, rtol=0, atol=2e-5)
+    drawn = run_chain(denoiser, table, images=2, seed=3)
+    torch.testing.assert_close(drawn.double(), x, rtol=0, atol=2e-5)
 
 
 # Branches

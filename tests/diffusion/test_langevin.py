@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,10 +233,16 @@ def test_bad_steps_are_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [{"sampler": "langevin"}, {"corrector_steps": 2}])
-def test_an_image_does_not_depend_on_its_batch(options: dict[str, object]) -> None:
+def test_an_image_does_not_depend_on_its_batch(options: dict[str, Any]) -> None:
     model = build_model()
     model.network.conv_out.weight.mul_(0.1)
-    settings = {"steps": 6, "seed": 3, "class_label": 1, "dtype": torch.float32, **options}
+    settings: dict[str, Any] = {
+        "steps": 6,
+        "seed": 3,
+        "class_label": 1,
+        "dtype": torch.float32,
+        **options,
+    }
     together = sample(model, 5, **settings)
     apart = sample(model, 5, batch_size=1, **settings)
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,8 @@ def test_terms_are_those_of_the_fixed_schedule_with_its_betas(sigma: str) -> Non
     eps_hat = eps + 0.2 * draws(6, 1, 4, 4, seed=3)
     x_t = process.q_sample(x_start, t, eps)
     torch.testing.assert_close(x_t, q_sample(schedule, x_start, t, eps), rtol=1e-5, atol=1e-6)
-    large = {"small": 0.0, "large": 1.0, "learned": (v + 1) / 2}[sigma]
+    ends: dict[str, Any] = {"small": 0.0, "large": 1.0, "learned": (v + 1) / 2}
+    large = ends[sigma]
     got = process.terms(x_start=x_start, x_t=x_t, t=t, eps=eps, eps_hat=eps_hat, large=large)
     if sigma == "learned":
         log_variance = learned_log_variance(table, t, v)

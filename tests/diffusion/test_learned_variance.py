@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_the_row_holds_the_geometric_mean_and_the_spread() -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_the_ends_are_the_fixed_choices(v: float, fixed: str, guidance: float) -> None:
     model = constant_v(v)
-    settings = {
+    settings: dict[str, Any] = {
         "steps": 8,
         "seed": 1,
         "class_label": 2,
@@ -66,7 +67,7 @@ def test_the_ends_are_the_fixed_choices(v: float, fixed: str, guidance: float) -
 
 
 def test_the_learned_variance_steps_with_correctors() -> None:
-    settings = {"steps": 8, "seed": 1, "dtype": torch.float32, "corrector_steps": 1}
+    settings: dict[str, Any] = {"steps": 8, "seed": 1, "dtype": torch.float32, "corrector_steps": 1}
     learned = sample(constant_v(1.0), 2, variance="learned", **settings)
     fixed = sample(constant_v(1.0), 2, variance="large", **settings)
     torch.testing.assert_close(learned, fixed, atol=1e-4, rtol=0)

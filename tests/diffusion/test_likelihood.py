@@ -34,7 +34,7 @@ def images() -> torch.Tensor:
     return levels / 127.5 - 1
 
 
-def quiet_model(**config: object) -> Model:
+def quiet_model(**config: Any) -> Model:
     """Random weights, a small output: predictions of about the right size."""
     model = build_model(**config)
     model.network.conv_out.weight.mul_(0.1)

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_a_config_without_sampling_defaults_has_ours(folder: Path) -> None:
 # Broken folders
 
 
-def edit(folder: Path, change: Callable[[dict], object]) -> None:
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     change(raw)
@@ -120,7 +121,9 @@ def test_truncated_weights_are_refused(folder: Path, keep: int) -> None:
         (lambda raw: raw.update(class_names=["a"]), "class_names: 1 names for num_classes = 3"),
     ],
 )
-def test_bad_fields_are_named(folder: Path, change: Callable[[dict], object], message: str) -> None:
+def test_bad_fields_are_named(
+    folder: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
     edit(folder, change)
     with pytest.raises(CheckpointError, match=rf"config.json: .*{message}"):
         load(folder)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from diffusion.speed import prepare
 from diffusion.table import SamplerError
 from tests.diffusion.networks import TINY, build_model
 
-FAST = {"steps": 6, "dtype": torch.float32}
+FAST: dict[str, Any] = {"steps": 6, "dtype": torch.float32}
 
 
 def close(first: Tensor, second: Tensor) -> bool:
@@ -76,14 +77,20 @@ def test_guidance_extrapolates_from_no_label_to_the_label(model: Model) -> None:
 
 
 def test_the_models_own_defaults_hold_where_nothing_is_said() -> None:
-    asked = {"sampler": "ddpm", "variance": "small", "clip": False, "spacing": "leading"}
+    asked: dict[str, Any] = {
+        "sampler": "ddpm",
+        "variance": "small",
+        "clip": False,
+        "spacing": "leading",
+    }
     plain = build_model()
     model = Model(
         dataclasses.replace(plain.config, sampling=SamplingDefaults(**asked)),  # type: ignore[arg-type]
         plain.network,
     )
     assert torch.equal(sample(model, 2, **FAST), sample(plain, 2, **asked, **FAST))
-    for name, value in (("variance", "large"), ("clip", True), ("spacing", "uniform")):
+    others: dict[str, Any] = {"variance": "large", "clip": True, "spacing": "uniform"}
+    for name, value in others.items():
         said = sample(model, 2, **{name: value}, **FAST)
         assert torch.equal(said, sample(plain, 2, **{**asked, name: value}, **FAST))
         assert not close(said, sample(model, 2, **FAST))
@@ -171,7 +178,7 @@ def test_x_t_reaches_a_bfloat16_network_unrounded(model: Model) -> None:
         ({"guidance": 2.0}, "guidance = 2.0: needs a class_label"),
     ],
 )
-def test_bad_options_are_named(model: Model, options: dict[str, object], message: str) -> None:
+def test_bad_options_are_named(model: Model, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(model, **{"num_images": 1, **FAST, **options})  # type: ignore[arg-type]
 
@@ -195,7 +202,7 @@ def test_a_models_own_steps_hold_for_its_own_sampler(tmp_path: Path) -> None:
     loaded = load(tmp_path / "own")
     assert loaded.config == model.config
 
-    def steps_of(**options: object) -> int:
+    def steps_of(**options: Any) -> int:
         heard: list[int] = []
         sample(loaded, 1, dtype=torch.float32, on_step=lambda *a: heard.append(a[1]), **options)
         return heard[-1]

@@ -57,7 +57,7 @@ def test_limits_hold_exactly_between_processes(
 def test_one_key_makes_one_job_between_processes(
     store: JobStore, settings: Settings, card: ModelCard
 ) -> None:
-    results = compete(settings, card, ["k"] * 6 + ["other"] * 6)
+    results = compete(settings, card, [*["k"] * 6, *["other"] * 6])
     assert len(set(results)) == 2 and store.redis.llen("rq:queue:ddpm") == 2
 
 

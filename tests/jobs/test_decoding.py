@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 # name → a picture of two pixels, and what they are as RGBA.
 CLEAR = 0
-MODES = {
+MODES: dict[str, tuple[bytes, list[Any]]] = {
     "1": (png((2, 1), [b"\x40"], depth=1, colour=GREY), [(0, 255), (255, 255)]),
     "1 tRNS": (
         png((2, 1), [b"\x40"], depth=1, colour=GREY, tRNS=b"\0\x01"),

@@ -7,12 +7,13 @@ from pydantic import ValidationError
 from jobs.cards import ModelCard, Sampling, schedule_tables
 from jobs.errors import SpecError
 from jobs.kinds.chain import Snapshots
+from jobs.kinds.common import JobSpec
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.interpolate import InterpolateSpec
 from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.kinds.noise import NoiseSpec
 from jobs.kinds.reconstruct import ReconstructSpec, SnapshotSource
-from jobs.kinds.table import JobSpec, admit, parse
+from jobs.kinds.table import admit, parse
 from jobs.settings import Settings
 
 PLANE = 4 * 8 * 8

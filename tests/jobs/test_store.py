@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_a_suspect_is_alone_until_it_is_cleared(store: JobStore, submit: Submit)
 
 def test_who_gives_a_job_back_or_lives_on_blames_nobody(store: JobStore, submit: Submit) -> None:
     job_id = submit()
-    how = {"digest": "d", "in_batch": InBatch.SHARED}
+    how: dict[str, Any] = {"digest": "d", "in_batch": InBatch.SHARED}
     store.start(job_id, "e1", worker="a", **how)
     assert store.requeue(job_id, "e1")
     again = store.start(job_id, "e2", worker="b", **how)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -102,9 +103,11 @@ def test_what_a_newer_version_added_is_told_from_what_is_broken() -> None:
     assert unread({"style": None}) is None  # a field that says nothing
     assert unread({}, mood="fine") is None  # one of the hash, that may be ignored
     assert unread({}, format=str(FORMAT)) is None
+    newer: Any
     for newer in ({"style": 1}, {"kind": "paint"}, {"variance": "wild"}, {"guidance": 1e3}):
         assert unread(newer) is True, newer
     assert unread({"snapshots": {"every": 5, "kinds": ["x_t"], "style": 1}}) is True
     assert unread({}, format=str(FORMAT + 1)) is True
+    broken: Any
     for broken in ({"kind": 7}, {"seed": "one"}, {"snapshots": [1]}, {"snapshots": {}}):
         assert unread(broken) is False, broken

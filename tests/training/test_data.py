@@ -2,6 +2,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,7 +20,7 @@ PICTURES = sorted((Path(__file__).parents[1] / "pictures").glob("*.[jp][pn]g"))
 
 
 def open_images(
-    source: Path | str, *, side: int = 8, **options: object
+    source: Path | str, *, side: int = 8, **options: Any
 ) -> InMemoryImages | LazyImages:
     channels = int(options.pop("channels", 1))  # type: ignore[call-overload]
     classes = int(options.pop("num_classes", 2))  # type: ignore[call-overload]
@@ -78,7 +79,7 @@ def test_what_cannot_be_trained_on_is_named(images: Path, tmp_path: Path) -> Non
     datasets.load_dataset("imagefolder", data_dir=str(images), split="train").to_parquet(
         table / "train.parquet"
     )
-    cases: list[tuple[Path | str, dict[str, object], str]] = [
+    cases: list[tuple[Path | str, dict[str, Any], str]] = [
         (empty, {}, "empty holds no images"),
         (tmp_path / "absent", {}, "no such folder"),
         (tmp_path / "absent.parquet", {}, "no such file"),

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from diffusion.speed import prepare
 from tests.diffusion.networks import TINY, build_model
 from training.bits import choose, mean_and_error, measure
 from training.config import DataConfig
-from training.data import load_images
+from training.data import Images, load_images
 from training.evaluate_command import evaluate
 from training.partial import PartialArrays, PartialError
 from training.precision import dtype_cost
@@ -60,7 +61,7 @@ def invoke(model: Path, data: Path, out: Path, *options: str) -> str:
     return result.output
 
 
-def by_library(model: Path, data: Path, split: str, **options: object) -> np.ndarray:
+def by_library(model: Path, data: Path, split: str, **options: Any) -> np.ndarray:
     """Bits/dim of all images of a split, by one library call."""
     images = load_images(
         DataConfig(source=str(data), split=split, fit="pad"),
@@ -99,7 +100,7 @@ def test_numbers_are_those_of_the_library(model_folder: Path, data: Path, tmp_pa
         for sigma in ("large", "small"):
             exact = by_library(model_folder, data, split, sigma=sigma)
             # 6 of train's 9 are chosen; those are found again by their order.
-            images = choose(_Sized(count), 6, seed=3).indices
+            images = choose(cast("Images", _Sized(count)), 6, seed=3).indices
             mean, error = mean_and_error(exact[images])
             full = found["full"][sigma]
             assert full["bits_per_dim"] == pytest.approx(mean, abs=1e-4)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def draws(seed: int, channels: int = 1) -> torch.Tensor:
 
 
 def make_pass(
-    prediction: str = "epsilon", sigma: str = "large", error: float = 0.3, **more: object
+    prediction: str = "epsilon", sigma: str = "large", error: float = 0.3, **more: Any
 ) -> Pass:
     """A batch with an output that is nearly right; v in the second half if Σ is learned."""
     levels = torch.randint(0, 256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(9))

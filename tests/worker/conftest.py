@@ -270,7 +270,7 @@ class Service:
         finally:
             resume(self.redis)
 
-    def rq_workers(self) -> list[Worker]:
+    def rq_workers(self) -> list[Any]:
         return list(Worker.all(connection=self.redis, serializer=JSONSerializer))
 
     def record(self, job_id: str) -> JobRecord:

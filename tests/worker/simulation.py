@@ -355,7 +355,7 @@ class World:
             outputs = self.redis.hgetall(keys.outputs(record.id))
             assert len(outputs) == record.images and record.done == record.work
             for name, plane in outputs.items():
-                key = (record.spec.seed, record.spec.steps, name)
+                key = (record.spec.seed, getattr(record.spec, "steps", None), name)
                 assert self.pictures.setdefault(key, plane) == plane, "another picture"
 
     def close(self) -> None:

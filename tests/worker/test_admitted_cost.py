@@ -7,7 +7,7 @@ import pytest
 from diffusion.samplers import SAMPLERS, build_table
 from diffusion.schedule import linear_schedule
 from jobs.cards import ModelCard
-from jobs.kinds.common import SpecError
+from jobs.errors import SpecError
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
 from jobs.settings import Settings

@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ GREY_LEVEL = 2 / 255
 class Harness:
     """An engine ticked by hand, and everything that it said."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         self.events: list[Event] = []
         options.setdefault("dtype", torch.float32)
         self.engine = Engine(self.events.extend, EngineOptions(**options))  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def task(
     n: int = 1,
     seed: int = 1,
     label: int | None = None,
-    **options: object,
+    **options: Any,
 ) -> Task:
     """A task; options of the table (sampler, steps, …) and of Task may be mixed."""
     names = ("sampler", "steps", "spacing", "eta", "variance", "corrector_steps")
@@ -92,14 +92,14 @@ def task(
     )
 
 
-def crowd(model: Model, n: int = 60, **options: object) -> list[Task]:
+def crowd(model: Model, n: int = 60, **options: Any) -> list[Task]:
     """Tasks of mixed samplers, steps, labels and guidance."""
     rng = random.Random(0)
     tasks = []
     for i in range(n):
         label = rng.choice([None, 0, 1, 2])
         guidance = rng.choice([1.0, 3.0])
-        kind = rng.choice(
+        kind: dict[str, Any] = rng.choice(
             [
                 {"sampler": "ddpm", "variance": "small"},
                 {"sampler": "ddim", "eta": 0.5},
@@ -116,7 +116,7 @@ def crowd(model: Model, n: int = 60, **options: object) -> list[Task]:
     return tasks
 
 
-SAMPLERS = [
+SAMPLERS: list[dict[str, Any]] = [
     {"sampler": "ddpm"},
     {"sampler": "ddpm", "variance": "small", "spacing": "quadratic"},
     {"sampler": "ddim", "eta": 0.0},
@@ -128,7 +128,7 @@ SAMPLERS = [
 
 
 @pytest.mark.parametrize("options", SAMPLERS)
-def test_agrees_with_the_offline_sampler(model: Model, options: dict[str, object]) -> None:
+def test_agrees_with_the_offline_sampler(model: Model, options: dict[str, Any]) -> None:
     harness = Harness()
     harness.run(task(model, "a", n=3, seed=5, label=2, guidance=2.0, **options))
     expected = diffusion.sample(
@@ -145,7 +145,7 @@ def test_a_learned_variance_beside_a_fixed_one(
 ) -> None:
     model = make_model(learned_variance=True)
     harness = Harness()
-    options = {"n": 2, "seed": 5, "label": 1, "guidance": guidance}
+    options: dict[str, Any] = {"n": 2, "seed": 5, "label": 1, "guidance": guidance}
     harness.run(*(task(model, name, variance=name, **options) for name in ("learned", "small")))
     for name in ("learned", "small"):
         expected = diffusion.sample(
@@ -336,7 +336,7 @@ def resumed(task_: Task, states: States, finished: set[int]) -> Task:
 
 @pytest.mark.parametrize("options", SAMPLERS)
 def test_a_resume_in_mid_chain_gives_what_an_undisturbed_run_gives(
-    model: Model, options: dict[str, object]
+    model: Model, options: dict[str, Any]
 ) -> None:
     whole = task(model, "a", n=12, seed=9, label=1, guidance=2.0, deterministic=True, **options)
     undisturbed = Harness()
@@ -437,7 +437,7 @@ def test_a_batch_that_raises_is_bisected_down_to_the_guilty_task(
     ],
 )
 def test_a_task_that_cannot_run_fails_at_once_and_names_the_field(
-    model: Model, change: dict[str, object], field: str
+    model: Model, change: dict[str, Any], field: str
 ) -> None:
     harness = Harness()
     harness.run(replace(task(model, "bad"), **change), task(model, "good"))  # type: ignore[arg-type]
@@ -469,7 +469,8 @@ def test_tables_of_finished_tasks_are_let_go(model: Model) -> None:
     harness = Harness()
     harness.run(*(task(model, f"t{i}", steps=2 + i) for i in range(20)))
     harness.run(task(model, "last", steps=3))
-    bank = harness.engine.lanes[LaneKey(model.digest)].pool.bank
+    pool: Any = harness.engine.lanes[LaneKey(model.digest)].pool
+    bank = pool.bank
     assert bank.rows is not None and bank.rows.t.shape == (3,)
 
 

@@ -23,7 +23,7 @@ from worker.engine.tasks import Failed, Finished, NotFinite
 from worker.models import ModelFolder
 
 MakeModel = Callable[..., Model]
-STEPS = {"steps": 6}
+STEPS: dict[str, Any] = {"steps": 6}
 
 
 def overflowing(make_model: MakeModel) -> Model:

@@ -42,7 +42,9 @@ def make_runtime(service: Service, **settings: object) -> Iterator[Runtime]:
 
 def run(runtime: Runtime, job_id: str, execution: str = "e1") -> Ending:
     begun = runtime.begin(job_id, execution, "w")
-    return runtime.run_to_end(begun).ending if isinstance(begun, Flight) else begun
+    ending = runtime.run_to_end(begun).ending if isinstance(begun, Flight) else begun
+    assert ending is not None
+    return ending
 
 
 def events(service: Service, job_id: str) -> list[str]:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_a_worker_waits_for_the_end_of_every_trouble(troubled: Service) -> None:
     [worker] = troubled.processes
     for trouble in TROUBLES.values():
         running_job = troubled.admit(steps=1000, num_images=16)
-        troubled.until(lambda job_id=running_job: troubled.record(job_id).done > 0)
+        troubled.until(partial(lambda i: troubled.record(i).done > 0, running_job))
         with trouble(server, folder):
             time.sleep(3.5)  # longer than between two of its duties
             assert worker.poll() is None
