@@ -220,7 +220,9 @@ def test_ci_runs_make_test() -> None:
     assert git("ls-files", "--stage", ".ci/run").startswith("100755")
     targets = re.findall(r"^make (\S+)", script.read_text("utf-8"), re.MULTILINE)
     assert targets == ["test", "audit"]
-    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    for path in (script, ROOT / ".ci" / "audit"):
+        assert os.access(path, os.X_OK)
+        assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
 
 
 def test_no_tracked_file_is_huge() -> None:

@@ -16,7 +16,7 @@ import torch
 from rq import Queue, Worker
 from rq.command import PUBSUB_CHANNEL_TEMPLATE, send_shutdown_command, send_stop_job_command
 from rq.job import JobStatus
-from rq.registry import StartedJobRegistry
+from rq.registry import FinishedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 
 import diffusion
@@ -168,6 +168,15 @@ def test_a_deleted_job_is_dropped(running: Service) -> None:
     running.until(lambda: not Worker.all(connection=running.redis)[0].get_current_executions(True))
     assert running.store.record(job_id) is None
     assert not [key for key in running.redis.keys("*") if job_id.encode() in key]
+
+
+def test_rq_keeps_nothing_longer_than_we_do(running: Service) -> None:
+    """RQ's keys of a job: its hash, its result, its executions, its place in a registry."""
+    job_id = running.admit(steps=2, ttl_s=1)
+    running.ended(job_id)
+    registry = FinishedJobRegistry("ddpm", connection=running.redis, serializer=JSONSerializer)
+    running.until(lambda: list(running.redis.scan_iter(f"rq:*{job_id}*")) == [])
+    running.until(lambda: registry.get_job_ids(cleanup=False) == [])
 
 
 def test_a_foreign_job_fails_with_a_reason_and_harms_nobody(running: Service) -> None:
