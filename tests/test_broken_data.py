@@ -160,7 +160,8 @@ def test_a_broken_record_fails_alone_and_is_told_of(
     stack.until(lambda: status(stack, broken) == b"failed", worker)
     shown = client.get(f"/jobs/{broken}").json()
     assert shown["status"] == "failed" and shown["error"]["code"] == "broken_record"
-    stack.until(lambda: Queues(stack.redis).statuses([broken]) == ["failed"])
+    # A record without a ttl_s is over at once, and with it goes what RQ keeps of the job.
+    stack.until(lambda: Queues(stack.redis).statuses([broken])[0] in ("failed", None))
     assert broken in stack.log.read_text()
     assert client.delete(f"/jobs/{broken}").status_code == 204
     assert client.get(f"/jobs/{broken}").status_code == 404
