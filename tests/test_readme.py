@@ -134,7 +134,7 @@ def test_two_pictures_are_mixed(service: Service) -> None:
     Image.new("L", (32, 32), 200).save(service.folder / "seven.png")
     service.run(["bash", "-ec"], example)
     with Image.open(service.folder / "between.png") as picture:
-        assert picture.size == (3 * 34 - 2, 2 * 34 - 2)
+        assert picture.size == (5 * 34 - 2, 32)
 
 
 def test_the_bound_of_a_picture(service: Service) -> None:
