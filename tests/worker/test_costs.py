@@ -106,3 +106,17 @@ def test_rate_is_rows_over_busy_seconds() -> None:
     for _ in range(100):
         meter.add(16, 0.04)
     assert meter.value == pytest.approx(400)
+
+
+def test_the_fastest_is_not_forgotten_while_little_is_to_do() -> None:
+    """An estimate is about a queue, which fills batches; single samples say nothing of that."""
+    now = 0.0
+    costs = CostModel(clock=lambda: now)
+    assert costs.fastest == 0.0
+    run(costs, Shape(64), 0.16)
+    now = FORGET_AFTER + 1
+    run(costs, Shape(1), 0.01)
+    assert costs.fastest == pytest.approx(400)
+    run(costs, Shape(64), 0.32)
+    now += 1
+    assert costs.fastest >= 200

@@ -30,6 +30,7 @@ from worker.engine.tasks import (
     States,
     Task,
 )
+from worker.network.costs import Shape
 from worker.network.networks import LaneKey
 
 E = TypeVar("E", bound=Event)
@@ -505,6 +506,16 @@ def test_the_thread_runs_tasks_and_stops(model: Model) -> None:
     engine.stop()
     with pytest.raises(EngineStopped):
         engine.submit(task(model, "b"))
+
+
+def test_the_rate_is_that_of_full_batches(model: Model) -> None:
+    """One sample alone takes a step for itself; a queue of them would not."""
+    harness = Harness()
+    harness.run(task(model, "a"))
+    network = harness.engine.networks.prepare(model)
+    for _ in range(2):
+        network.costs.record(Shape(64), 1e-6)
+    assert harness.engine.rates()[model.digest] == pytest.approx(64e6)
 
 
 def test_a_lost_device_breaks_the_engine_down_and_not_the_tasks(

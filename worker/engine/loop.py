@@ -136,10 +136,10 @@ class Engine:
             self._wake.notify()
 
     def rates(self) -> dict[str, float]:
-        """Digest → network evaluations a second while busy (image-steps/s), as lately measured."""
+        """Digest → network evaluations a second while there is enough to do (image-steps/s)."""
         lanes = dict(self.lanes)
         return {
-            key.digest: (lanes[key].rate.value if key in lanes else 0.0) or network.costs.fastest
+            key.digest: max(lanes[key].rate.value if key in lanes else 0.0, network.costs.fastest)
             for key, network in self.networks.sampling().items()
         }
 
