@@ -51,6 +51,16 @@ class Machine(RuleBasedStateMachine):
                 priority="high" if high else "normal",
             )  # fmt: skip
 
+    @rule(who=WHO, boards=st.integers(1, 3), ticks=st.integers(1, 4))
+    def work(self, who: int, boards: int, ticks: int) -> None:
+        """What a worker does most of the time."""
+        puppet = self.world.worker(who)
+        for _ in range(boards):
+            puppet.act(puppet.board)
+        for _ in range(ticks):
+            puppet.act(puppet.runtime.engine.tick)
+            puppet.act(puppet.round)
+
     @rule(who=WHO, count=st.integers(1, 4))
     def board(self, who: int, count: int) -> None:
         puppet = self.world.worker(who)
@@ -89,10 +99,15 @@ class Machine(RuleBasedStateMachine):
         puppet = self.world.worker(who)
         puppet.frozen = not puppet.frozen
 
-    @rule(who=WHO)
-    def deploy(self, who: int) -> None:
+    @rule(who=WHO, rounds=st.sampled_from([0, 1, 12]))
+    def deploy(self, who: int, rounds: int) -> None:
+        """A stop, and what follows of it: nothing yet, some, or all."""
         puppet = self.world.worker(who)
         puppet.act(puppet.stop)
+        for _ in range(rounds):
+            self.clock.sleep(0.6)
+            puppet.act(puppet.round)
+            puppet.act(puppet.runtime.engine.tick)
 
     @rule(which=WHICH)
     def cancel(self, which: int) -> None:
@@ -102,9 +117,14 @@ class Machine(RuleBasedStateMachine):
     def purge(self, which: int) -> None:
         self.world.purge(which)
 
-    @rule()
-    def clean(self) -> None:
+    @rule(seconds=st.sampled_from([0.0, 6.0, 26.0]))
+    def clean(self, seconds: float) -> None:
+        """The janitor believes what it sees twice; the jobs of the dead come back in 20 s."""
+        self.world.wait(seconds)
         self.world.janitor.run()
+        if seconds:
+            self.world.wait(6.0)
+            self.world.janitor.run()
 
     @invariant()
     def holds(self) -> None:
@@ -149,7 +169,7 @@ def run(machine: type[Machine], *, examples: int, steps: int) -> None:
 
 
 def test_nothing_is_lost_or_blamed_in_any_order(machine: type[Machine]) -> None:
-    run(machine, examples=12, steps=30)
+    run(machine, examples=25, steps=30)
 
 
 @pytest.mark.slow
