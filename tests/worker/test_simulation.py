@@ -99,6 +99,18 @@ class Machine(RuleBasedStateMachine):
         puppet = self.world.worker(who)
         puppet.frozen = not puppet.frozen
 
+    @rule(who=WHO, other=WHO, ticks=st.integers(0, 3))
+    def hang(self, who: int, other: int, ticks: int) -> None:
+        """One worker does nothing until another has its jobs, and then goes on."""
+        puppet, heir = self.world.worker(who), self.world.worker(other)
+        puppet.frozen = True
+        self.clean(26.0)
+        for _ in range(3):
+            heir.act(heir.board)
+        puppet.frozen = False
+        for _ in range(ticks):
+            puppet.act(puppet.runtime.engine.tick)
+
     @rule(who=WHO, rounds=st.sampled_from([0, 1, 12]))
     def deploy(self, who: int, rounds: int) -> None:
         """A stop, and what follows of it: nothing yet, some, or all."""
