@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -93,6 +94,8 @@ class Runtime:
         self._threads = threads
         self._loader = Loader(self)
         self._duties_at = 0.0
+        # A heartbeat makes known what is served; held so that it is not what was just retired.
+        self._telling = threading.Lock()
         self._made_at = time.monotonic()
         self._looked_for_strangers = False
 
@@ -139,7 +142,8 @@ class Runtime:
         )
         for name in changes.gone:
             log.info("model %s is gone", name)
-            self.store.retire_card(name)
+            with self._telling:
+                self.store.retire_card(name)
         if changes.loaded or changes.gone:
             digests = {served.model.digest for served in self.folder.served.values()}
             self.engine.keep_only(digests)
@@ -156,18 +160,19 @@ class Runtime:
         self._loader.scan()
         self._retire_strangers()
         self._compiler.poll(self.folder.served.values())
-        served = self.folder.served
-        by_digest = self.engine.rates()
-        rates = {name: by_digest.get(s.model.digest, 0.0) for name, s in served.items()}
-        info = WorkerInfo(
-            name=worker,
-            queue=self.settings.queue,
-            models=tuple(served),
-            device=next((s.model.device.type for s in served.values()), "cpu"),
-            active=sum(flight.record.images for flight in list(self.flights.values())),
-        )
-        cards = [s.card for s in served.values()]
-        self.store.heartbeat(info, {name: r for name, r in rates.items() if r}, cards=cards)
+        with self._telling:
+            served = self.folder.served
+            by_digest = self.engine.rates()
+            rates = {name: by_digest.get(s.model.digest, 0.0) for name, s in served.items()}
+            info = WorkerInfo(
+                name=worker,
+                queue=self.settings.queue,
+                models=tuple(served),
+                device=next((s.model.device.type for s in served.values()), "cpu"),
+                active=sum(flight.record.images for flight in list(self.flights.values())),
+            )
+            cards = [s.card for s in served.values()]
+            self.store.heartbeat(info, {name: r for name, r in rates.items() if r}, cards=cards)
         return True
 
     def _retire_strangers(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,6 +200,33 @@ def test_a_noise_job_can_be_canceled(service: Service, runtime: Runtime) -> None
     service.store.cancel(job_id)
     assert runtime.run_to_end(flight).ending is Ending.CANCELED
     assert len(service.outputs(job_id)) < 32 * 1000
+
+
+def test_a_model_that_goes_during_a_heartbeat_stays_gone(
+    service: Service,
+    tmp_path: Path,
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A heartbeat makes known again what Redis has lost; not what was taken away meanwhile."""
+    service.models = tmp_path / "models"
+    for name in ("tiny", "second"):
+        diffusion.save(make_model(seed=4), service.models / name)
+    for runtime in make_runtime(service):
+        assert set(service.store.cards()) == {"tiny", "second"}
+        rescan = threading.Thread(target=runtime.rescan)
+
+        def slow(*told: Any, rescan: threading.Thread = rescan, **more: Any) -> None:
+            shutil.rmtree(service.models / "second")
+            rescan.start()
+            rescan.join(1.0)
+            type(service.store).heartbeat(service.store, *told, **more)
+
+        monkeypatch.setattr(service.store, "heartbeat", slow)
+        monkeypatch.setattr(runtime._loader, "scan", lambda: None)
+        runtime.duties("me")
+        rescan.join()
+        assert set(service.store.cards()) == {"tiny"}
 
 
 def test_duties_publish_models_rates_and_life(
