@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema
 
 from jobs.pictures import Float32, UInt8, encode_npy, encode_png, encode_webp, film, zip_files
 
@@ -69,8 +68,6 @@ class OneOf:
 
     names: tuple[str, ...]
 
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         """A literal, for validation and in JSON Schema."""
-        return core_schema.literal_schema(list(self.names))
+        return handler.generate_schema(Literal.__getitem__(self.names))
