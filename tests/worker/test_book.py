@@ -6,7 +6,7 @@ import torch
 
 import diffusion
 from diffusion import Model
-from diffusion.sampling import build_table
+from diffusion.samplers import build_table
 from worker.engine.lane import LOOK_EVERY, EngineOptions
 from worker.engine.loop import Engine
 from worker.engine.tasks import Advanced, Event, Finished, Images, Start, Task
