@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -17,9 +19,21 @@ from jobs.version import VERSION
 router = APIRouter(tags=["system"])
 
 
+_QUEUE: Any = {
+    "name": "ddpm",
+    "queued": 3,
+    "running": 2,
+    "image_steps": 420,
+    "eta_s": 1.08,
+    "paused": False,
+}
+
+
 class QueueView(BaseModel):
     """One queue. image_steps: not yet done. eta_s: until all of it is done, at the measured rate
     of the models it serves. paused: workers take no job from it."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _QUEUE})
 
     name: str
     queued: int
@@ -45,16 +59,7 @@ class QueuesView(BaseModel):
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
-                "queues": [
-                    {
-                        "name": "ddpm",
-                        "queued": 3,
-                        "running": 2,
-                        "image_steps": 420,
-                        "eta_s": 1.08,
-                        "paused": False,
-                    }
-                ],
+                "queues": [_QUEUE],
                 "workers": [
                     {
                         "name": "ddpm-4f1c",

@@ -267,7 +267,7 @@ def test_ways_of_sampling_become_the_models_defaults(
     model = diffusion.load(folder)
     assert model.config.sampling == ours
     by_default = diffusion.sample(model, 1, steps=5, dtype=torch.float32)
-    told = diffusion.sample(model, 1, steps=5, dtype=torch.float32, **vars(ours))
+    told = diffusion.sample(model, 1, dtype=torch.float32, **{**vars(ours), "steps": 5})
     assert torch.equal(by_default, told)
 
 
