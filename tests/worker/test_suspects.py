@@ -75,10 +75,11 @@ def test_killed_workers_cost_no_job(service: Service, nursery: Any) -> None:
 
 def test_a_deploy_makes_no_suspects(service: Service, nursery: Any) -> None:
     """Not even if the worker is killed before it has given its jobs back."""
-    long = {"steps": 1000, "num_images": 8, "corrector_steps": 9}  # none ends by itself
+    long = {"steps": 1000, "num_images": 2, "corrector_steps": 9}  # none ends by itself
     jobs = [service.admit(**long) for _ in range(3)]
     worker = nursery.worker(service, DDPM_DRAIN_S="60")
-    service.until(lambda: all(service.record(job_id).done for job_id in jobs))
+    # Which of them are stepped first is the engine's affair.
+    service.until(lambda: any(service.record(job_id).done for job_id in jobs))
     os.kill(worker.pid, signal.SIGTERM)
     service.until(
         lambda: not any(service.redis.hget(keys.job(job_id), "in_batch") for job_id in jobs)
