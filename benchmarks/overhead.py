@@ -109,7 +109,6 @@ class BareEngine:
     @torch.inference_mode()
     def _forward_s(self, seconds: float, rows: int) -> float:
         x, t, labels = example(self.served.model, rows)
-        x = x.to(self.network.dtype)
         forward = self.network._compiled.get(rows, self.network.eager)
         forward(x, t, labels)
         start, count = time.perf_counter(), 0
