@@ -128,7 +128,7 @@ def test_a_worker_waits_for_the_end_of_every_trouble(troubled: Service) -> None:
     server, folder = troubled.redis, folder_of(troubled)
     [worker] = troubled.processes
     for trouble in TROUBLES.values():
-        running_job = troubled.admit(steps=1000, num_images=16)
+        running_job = troubled.admit(steps=1000, num_images=16, corrector_steps=9)
         troubled.until(partial(lambda i: troubled.record(i).done > 0, running_job))
         with trouble(server, folder):
             time.sleep(3.5)  # longer than between two of its duties
