@@ -22,6 +22,8 @@ from jobs.outputs import snapshot_name
 from jobs.store.reader import JobState
 from jobs.uploads import Fit, decode, decode_x_t
 
+_LONG = 64 * 1024  # bytes of JSON that take a few milliseconds to read
+
 
 class PicturesBody(Strict):
     """What a request about pictures has beside its spec."""
@@ -61,7 +63,7 @@ async def take_in(
     held: Services, kind: type[JobSpec], body_type: type[JobSpec], body: Body
 ) -> Intake:
     """Read a request of this kind. Raises Problem."""
-    parsed = read_json(body_type, body.text)
+    parsed = await read(held, body_type, body.text)
     cards = await held.reader.cards()
     if not kind.takes:
         return Intake(parsed, choose_card(parsed.model, cards, held))
@@ -75,10 +77,12 @@ async def take_in(
     if source is not None:
         spec = spec.model_copy(update={"source": source})
     if source == "x_t":
-        return Intake(spec, card, uploaded_x_t(parsed, body, card), 1)
+        plane = await held.pools.decoding.run(uploaded_x_t, parsed, body, card)
+        return Intake(spec, card, plane, 1)
     settings = held.settings
     most = kind.most_pictures or settings.max_images
-    files = uploaded(getattr(parsed, "images", ()), body.files, most=most)
+    texts = getattr(parsed, "images", ())
+    files = await held.pools.decoding.run(uploaded, texts, body.files, most=most)
     fit: Fit = getattr(parsed, "fit", "error")
     pixels = settings.max_upload_pixels
     # One by one: between them the pictures of other requests have their turn.
@@ -87,6 +91,13 @@ async def take_in(
         for i, raw in enumerate(files)
     ]
     return Intake(spec, card, b"".join(planes), len(files))
+
+
+async def read(held: Services, body_type: type[JobSpec], text: bytes) -> JobSpec:
+    """The JSON as a body of this type; a long one in a thread. Raises Problem 422."""
+    if len(text) < _LONG:
+        return read_json(body_type, text)
+    return await held.pools.decoding.run(read_json, body_type, text)
 
 
 def which_input(parsed: Any, body: Body, takes: frozenset[Input]) -> str | SnapshotSource | None:
