@@ -116,13 +116,11 @@ def files(*suffixes: str) -> dict[str, Any]:
 CREATED: dict[int | str, dict[str, Any]] = {
     202: {"description": "Taken in", "headers": _LOCATION, "content": _JOB},
     200: {
-        "description": "With Prefer: wait, the job ended in time; with Accept: image/png or "
+        "description": "With Prefer: wait, the job ended in time. With Accept: image/png or "
         "image/webp the picture (the grid of several); with Accept: text/event-stream the events",
         "headers": _LOCATION,
-        "content": {
-            **_JOB,
-            **files(*PICTURES)["content"],
-            **EVENT_STREAM["content"],
-        },
+        "content": _JOB,
+        # Only for who asks: a client made from this document gets one type a status.
+        "x-accept": {**files(*PICTURES)["content"], **EVENT_STREAM["content"]},
     },
 }

@@ -46,6 +46,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,  # app/pages.py has it, with its policy
         redoc_url=None,
         redirect_slashes=False,
+        # For generated clients: `get_job` is an operation, and a default is not required anywhere.
+        generate_unique_id_function=lambda route: route.name,
+        separate_input_output_schemas=False,
         static_url=pages.DOCS_STATIC,
     )
     app.state.services = services
@@ -65,7 +68,11 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with the schemas that routes name by reference."""
     if app.openapi_schema is None:
         schema = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+            separate_input_output_schemas=False,
         )
         named: list[type[BaseModel]] = [
             *create.body_models(),

@@ -101,7 +101,7 @@ async def cancel_job(request: Request, job_id: str) -> Response:
         **documented("unauthorized", "not_found", "store_unavailable"),
     },
 )
-async def events(
+async def get_events(
     request: Request,
     job_id: str,
     last_event_id: Annotated[str | None, Header(description="resume after this event")] = None,

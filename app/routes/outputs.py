@@ -37,8 +37,11 @@ ImageSuffix = Annotated[str, OneOf(IMAGES)]
 PictureSuffix = Annotated[str, OneOf(PICTURES)]
 FilmSuffix = Annotated[str, OneOf(FILMS)]
 Kind = Literal["x_t", "x_start", "eps"]
-Px = Annotated[int, Query(ge=8, le=2048, description="enlarge the longer side to about this")]
-NO_PX = 0
+Px = Annotated[
+    int | None,
+    Query(ge=8, le=2048, description="enlarge the longer side to about this; absent: as it is"),
+]
+FilmPx = Annotated[int, Query(ge=8, le=2048, description="enlarge the longer side to about this")]
 
 
 @router.get(
@@ -46,7 +49,7 @@ NO_PX = 0
     response_class=Response,
     responses={200: documents.files("zip"), **ERRORS},
 )
-async def images_zip(
+async def get_images_zip(
     request: Request,
     job_id: str,
     suffix: Annotated[ImageSuffix | None, Query(alias="format")] = None,
@@ -75,14 +78,14 @@ def _zip(record: JobRecord, planes: list[Float32], suffix: str) -> bytes:
     response_class=Response,
     responses={200: documents.files(*IMAGES), **ERRORS},
 )
-async def image(
-    request: Request, job_id: str, index: Index, suffix: ImageSuffix, px: Px = NO_PX
+async def get_image(
+    request: Request, job_id: str, index: Index, suffix: ImageSuffix, px: Px = None
 ) -> Response:
     """One image. A PNG carries the manifest that makes it again; npy is float32 [C,H,W]."""
     held = services(request)
     record = (await held.job(job_id)).record
     [x] = await fetch(held, record, [image_name(index)])
-    encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px)
+    encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px or 0)
     return file_response(await encoding, suffix)
 
 
@@ -91,12 +94,12 @@ async def image(
     response_class=Response,
     responses={200: documents.files(*PICTURES), **ERRORS},
 )
-async def grid(request: Request, job_id: str, suffix: PictureSuffix, px: Px = NO_PX) -> Response:
+async def get_grid(request: Request, job_id: str, suffix: PictureSuffix, px: Px = None) -> Response:
     """All images of a job in one picture; of a noise job, x_t with t from left to right."""
     held = services(request)
     record = (await held.job(job_id)).record
     planes = await fetch(held, record, record.spec.grid(record.images))
-    encoding = held.pools.encoding.run(encode_grid, record, planes, suffix=suffix, px=px)
+    encoding = held.pools.encoding.run(encode_grid, record, planes, suffix=suffix, px=px or 0)
     return file_response(await encoding, suffix)
 
 
@@ -105,13 +108,13 @@ async def grid(request: Request, job_id: str, suffix: PictureSuffix, px: Px = NO
     response_class=Response,
     responses={200: documents.files(*FILMS), **ERRORS},
 )
-async def film(
+async def get_film(
     request: Request,
     job_id: str,
     suffix: FilmSuffix,
     kind: Annotated[Kind, Query()] = "x_t",
     index: Annotated[int | None, Query(ge=0, description="one image; else all in a grid")] = None,
-    px: Px = 128,
+    px: FilmPx = 128,
 ) -> Response:
     """The chain as a film: one frame a kept t, and the finished images at the end."""
     held = services(request)
@@ -133,21 +136,21 @@ async def film(
     response_class=Response,
     responses={200: documents.files(*IMAGES), **ERRORS},
 )
-async def snapshot(
+async def get_snapshot(
     request: Request,
     job_id: str,
     t: Annotated[int, Path(ge=1)],
     index: Index,
     suffix: ImageSuffix,
     kind: Annotated[Kind, Query()] = "x_t",
-    px: Px = NO_PX,
+    px: Px = None,
 ) -> Response:
     """A kept state of the chain at t. A PNG shows −1..1 as black to white and clips the rest;
     npy is the float32 [C,H,W] itself."""
     held = services(request)
     record = (await held.job(job_id)).record
     [x] = await fetch(held, record, [snapshot_name(t, kind, index)])
-    encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px)
+    encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px or 0)
     response = file_response(await encoding, suffix)
     levels = record.levels or {}
     if str(t) in levels:

@@ -103,7 +103,7 @@ class Readiness(BaseModel):
     response_model=QueuesView,
     responses=documented("unauthorized", "store_unavailable"),
 )
-async def queue(request: Request) -> Response:
+async def get_queue(request: Request) -> Response:
     """How much waits, how much runs, who works."""
     reader = services(request).reader
     views = [await _queue_view(reader, state) for state in await reader.queues()]
@@ -134,7 +134,7 @@ async def _queue_view(reader: JobReader, state: QueueState) -> QueueView:
     response_model=QueueView,
     responses=documented("unauthorized", "not_found", "store_unavailable"),
 )
-async def pause(request: Request, name: str) -> Response:
+async def pause_queue(request: Request, name: str) -> Response:
     """Let workers take no more jobs from a queue. Jobs are still accepted, and wait; those that
     run go on."""
     return await _paused(request, name, paused=True)
@@ -145,7 +145,7 @@ async def pause(request: Request, name: str) -> Response:
     response_model=QueueView,
     responses=documented("unauthorized", "not_found", "store_unavailable"),
 )
-async def resume(request: Request, name: str) -> Response:
+async def resume_queue(request: Request, name: str) -> Response:
     """Let workers take jobs from a queue again."""
     return await _paused(request, name, paused=False)
 
@@ -159,7 +159,7 @@ async def _paused(request: Request, name: str, *, paused: bool) -> Response:
 
 
 @router.get("/healthz", response_model=Health)
-async def healthz() -> Response:
+async def get_healthz() -> Response:
     """Whether this process answers."""
     return json_response(Health().model_dump_json())
 
@@ -167,7 +167,7 @@ async def healthz() -> Response:
 @router.get(
     "/readyz", response_model=Readiness, responses=documented("no_models", "store_unavailable")
 )
-async def readyz(request: Request) -> Response:
+async def get_readyz(request: Request) -> Response:
     """Whether jobs can be taken in. No worker needs to live for that: they wait."""
     reader = services(request).reader
     await reader.check_writable()
@@ -195,7 +195,7 @@ async def readyz(request: Request) -> Response:
         **documented("unauthorized", "store_unavailable"),
     },
 )
-async def metrics(request: Request) -> Response:
+async def get_metrics(request: Request) -> Response:
     """Counters and gauges for Prometheus."""
     held = services(request)
     return Response(await held.metrics.render(held.reader), media_type=CONTENT_TYPE_LATEST)
