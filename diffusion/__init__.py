@@ -3,6 +3,7 @@
 from diffusion.checkpoint import load, save
 from diffusion.files import CheckpointError
 from diffusion.model import Model, ModelConfig
+from diffusion.restoring import restore
 from diffusion.sampling import sample
 from diffusion.schedule import Schedule, ScheduleConfig, cosine_schedule, linear_schedule
 from diffusion.unet import UNet, UNetConfig
@@ -18,6 +19,7 @@ __all__ = [
     "cosine_schedule",
     "linear_schedule",
     "load",
+    "restore",
     "sample",
     "save",
 ]

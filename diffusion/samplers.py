@@ -26,6 +26,7 @@ from diffusion.table import (
     put,
     stepping,
 )
+from diffusion.travel import with_travel
 
 VARIANCES = ("large", "small", "learned")
 LANDINGS = ("next", "stride")
@@ -200,6 +201,7 @@ def build_table(
     landing: str = "next",
     corrector_steps: int | None = None,
     start: int | None = None,
+    travel: int = 1,
 ) -> SamplerTable:
     """The table of a named sampler. Raises SamplerError naming the option.
 
@@ -210,6 +212,8 @@ def build_table(
     corrector_steps: Langevin steps at each level: after every step but the last (default none);
     for langevin, which has nothing else, 1 by default. So its rows are steps·corrector_steps, those
     of all others steps + (steps − 1)·corrector_steps.
+    travel: how often each jump but the last is walked, (steps − 1)·travel + 1 rows; see
+    `diffusion.travel`. Not with Langevin steps.
     """
     if start is None:
         timesteps = spaced_timesteps(schedule.T, steps, spacing)
@@ -230,6 +234,6 @@ def build_table(
     }
     takes = {name: told[name] for name in chosen.takes}
     table = chosen.table(schedule, timesteps, clip=clip, **takes)
-    if chosen.corrector_only:
-        return table
-    return with_correctors(table, schedule, steps=corrector_steps or 0)
+    if not chosen.corrector_only:
+        table = with_correctors(table, schedule, steps=corrector_steps or 0)
+    return with_travel(table, schedule, times=travel)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from diffusion.condition import Condition
+from diffusion.forward import gather
 from diffusion.model import Estimate, Model
 from diffusion.noise import Purpose, check_seed, image_normals, normals
 from diffusion.samplers import build_table
+from diffusion.schedule import Schedule
 from diffusion.speed import fast_dtype, prepare
 from diffusion.table import (
     COLUMNS,
@@ -79,12 +83,14 @@ def chain(
     indices: Tensor | None = None,
     class_label: Tensor | None = None,
     guidance: float = 1.0,
+    condition: Condition | None = None,
 ) -> Iterator[Step]:
     """Run the rows of a table from x_t [N, C, H, W], yielding every Step.
 
     indices: [N], the image index that keys each image's noise (default 0..N−1). The noise of a
     row is keyed by its t, so that a chain that goes on from the x_t of another, in a table with
-    that `start`, draws nothing that is in x_t already, the seed being the same or not. Raises
+    that `start`, draws nothing that is in x_t already, the seed being the same or not. condition:
+    on a measurement, see `diffusion.condition`. Raises
     NotFiniteError after the last row: clipping would hide an infinite x̂_0.
     """
     n = x_t.shape[0]
@@ -97,9 +103,15 @@ def chain(
     for row, noisy_row in enumerate(noisy.tolist()):
         rows = on_device.coefficients[row].expand(n, -1)
         t = on_device.t[row].expand(n)
-        found = guided_estimate(model, x, t, class_label=class_label, guidance=guidance)
+        evaluate = partial(guided_estimate, model, t=t, class_label=class_label, guidance=guidance)
+        clip = partial(clip_x_start, rows)
+        if condition is None:
+            found = evaluate(x)
+            x_start = clip(found.x_start)
+        else:
+            alpha_bar, r2 = _levels(model.schedule, t, x)
+            found, x_start = condition.estimate(evaluate, x, alpha_bar=alpha_bar, r2=r2, clip=clip)
         finite.append(found.finite.all())
-        x_start = clip_x_start(rows, found.x_start)
         z = torch.zeros_like(x)
         if noisy_row:
             z = normals(
@@ -121,6 +133,13 @@ def chain(
         raise NotFiniteError(f"t = {first}: the network's output is not finite (NaN or infinity)")
 
 
+def _levels(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """ᾱ_t and 1 − ᾱ_t, [N]."""
+    tables = (schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod)
+    alpha_bar, r2 = (gather(table, t, like).flatten() for table in tables)
+    return alpha_bar, r2
+
+
 def sample(
     model: Model,
     num_images: int = 1,
@@ -137,6 +156,8 @@ def sample(
     rederive_eps: bool | None = None,
     landing: str | None = None,
     corrector_steps: int | None = None,
+    travel: int = 1,
+    condition: Condition | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
     batch_size: int = 64,
@@ -146,8 +167,9 @@ def sample(
 
     sampler, steps, spacing, variance, clip, rederive_eps, landing: by default as the model's config
     says (`SamplingDefaults`). class_label: one label for all, or one an image. Image i depends on
-    (seed, i) and not on `batch_size`. dtype: of the network (default: bfloat16 where a probe finds
-    it faster, else float32). compile: through torch.compile (about a minute at first).
+    (seed, i) and not on `batch_size`. travel, condition: of `diffusion.restore`. dtype: of the
+    network (default: bfloat16 where a probe finds it faster, else float32). compile: through
+    torch.compile (about a minute at first).
     on_step(first image of the batch, rows done, Step) is called after every evaluation.
     Raises SamplerError or ValueError naming the bad argument, NotFiniteError.
     """
@@ -166,7 +188,9 @@ def sample(
         rederive_eps=rederive_eps,
         landing=landing,
     )
-    table = build_table(model.schedule, eta=eta, corrector_steps=corrector_steps, **chosen)
+    table = build_table(
+        model.schedule, eta=eta, corrector_steps=corrector_steps, travel=travel, **chosen
+    )
     if table.learned_variance and not model.config.network.learned_variance:
         raise SamplerError("variance = 'learned': this model has no learned variance")
     labels = class_labels(model, class_label, num_images)
@@ -183,6 +207,7 @@ def sample(
             indices=indices,
             class_label=None if labels is None else labels[indices],
             guidance=guidance,
+            condition=condition,
         )
         for step in steps_of_chain:
             x = step.x_next

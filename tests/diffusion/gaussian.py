@@ -75,3 +75,29 @@ def assert_normal(x: Tensor, mean: float, variance: float) -> None:
     found = x.double()
     assert abs(found.mean().item() - mean) < 4 * math.sqrt(variance / n)
     assert abs(found.var().item() / variance - 1) < 4 * math.sqrt(2 / n)
+
+
+@dataclass(frozen=True, eq=False)
+class CorrelatedDenoiser:
+    """E[x_0 | x_t] of pixels drawn together from N(0, covariance), [D, D]; stands for a Model."""
+
+    schedule: Schedule
+    covariance: Tensor
+    shape: tuple[int, int, int]
+
+    def estimate(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Estimate:
+        """x̂_0 = √ᾱ Σ(ᾱΣ + (1−ᾱ)I)⁻¹ x_t, in the precision of x_t, and the ε̂ that goes with it."""
+        signal = gather(np.sqrt(self.schedule.alphas_cumprod), t, x_t).flatten()
+        rest = gather(self.schedule.one_minus_alphas_cumprod, t, x_t).flatten()
+        values, vectors = (v.to(x_t.dtype) for v in torch.linalg.eigh(self.covariance))
+        along = x_t.flatten(1) @ vectors
+        gain = signal[:, None] * values / (signal[:, None] ** 2 * values + rest[:, None])
+        x_start = ((gain * along) @ vectors.T).view_as(x_t)
+        eps = (x_t - signal.view(-1, 1, 1, 1) * x_start) / rest.sqrt().view(-1, 1, 1, 1)
+        return Estimate(x_start, eps)
+
+
+def ar1_covariance(D: int, correlation: float) -> Tensor:
+    """correlation^|i−j|, float64 [D, D]."""
+    at = torch.arange(D, dtype=torch.float64)
+    return torch.as_tensor(correlation, dtype=torch.float64) ** (at[:, None] - at).abs()

@@ -1,0 +1,56 @@
+"""Going up again and down again within a chain: the resampling of RePaint, as rows of a table.
+
+After a jump t → s, noise s → t, x ← √(ᾱ_t/ᾱ_s) x + √(1 − ᾱ_t/ᾱ_s) z. Both noises are independent
+Gaussians, so down and up is one row. Lugmayr et al. 2022, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from diffusion.noise import Purpose
+from diffusion.schedule import Schedule
+from diffusion.table import COLUMNS, SamplerError, SamplerTable
+
+MOST_TRAVEL = 100
+_A, _B, _D, _C, _E = (COLUMNS.index(name) for name in "abdce")
+
+
+def with_travel(table: SamplerTable, schedule: Schedule, *, times: int) -> SamplerTable:
+    """Every jump but the last walked `times` times: (R − 1)·times + 1 rows of R.
+
+    A row that reads x̂_0 of the row before becomes first order: x has moved since that was found.
+    Raises SamplerError for fewer than one time, for Langevin steps, which jump nowhere, and for a
+    learned variance, which scales all of a row's noise.
+    """
+    if not 1 <= times <= MOST_TRAVEL:
+        raise SamplerError(f"travel = {times}: must be 1..{MOST_TRAVEL}")
+    if times == 1 or len(table) == 1:
+        return table
+    if table.learned_variance:
+        raise SamplerError("travel: not with variance = 'learned'")
+    if np.any(np.diff(table.t) >= 0):
+        raise SamplerError("travel: not with Langevin steps")
+    last = len(table) - 1
+    row = np.append(np.repeat(np.arange(last), times), last)
+    number = np.append(np.tile(np.arange(times)[::-1], last), 0)  # 0 goes down for good
+    rows = table.coefficients.copy()
+    rows[:, _A] += rows[:, _D]
+    rows[:, _D] = 0.0
+    rows = rows[row]
+    for i in np.flatnonzero(number):
+        t, s = int(table.t[row[i]]), int(table.t[row[i] + 1])
+        up = schedule.alpha_bar(t) / schedule.alpha_bar(s)
+        rows[i, [_A, _B, _E]] *= math.sqrt(up)
+        rows[i, _C] = math.sqrt(up * rows[i, _C] ** 2 + schedule.jump(t, s).beta)
+    return replace(
+        table,
+        t=table.t[row],
+        coefficients=rows,
+        purpose=np.where(number > 0, Purpose.TRAVEL, table.purpose[row]),
+        spread=table.spread[row],
+        noise=table.noise[row] + schedule.T * number,
+    )
