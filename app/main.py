@@ -8,7 +8,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -57,7 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for module in (jobs, outputs, models, system):
         app.include_router(module.router)
     app.include_router(pages.router)
-    app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
+    app.mount("/static", pages.Files(directory=pages.STATIC), name="static")
     app.add_middleware(Uploads, settings=services.settings)
     app.add_middleware(Edge, keyring=services.keyring, metrics=services.metrics)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]

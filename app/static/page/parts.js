@@ -1,0 +1,95 @@
+/* Small pieces that several places use. */
+
+import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
+import { call } from "./api.js";
+import { fetched, sourceOf } from "./runs.js";
+import { count, seconds } from "./words.js";
+
+/* One picture of a run, in hard pixels; its box keeps its size while it is empty. */
+export function Picture({ picture, alt }) {
+  const [src, setSrc] = useState(sourceOf(picture));
+  useEffect(() => {
+    let here = true;
+    const there = sourceOf(picture);
+    if (there || !picture) setSrc(there);
+    else fetched(picture).then((found) => here && setSrc(found)).catch(() => here && setSrc(""));
+    return () => { here = false; };
+  }, [picture]);
+  const now = sourceOf(picture) || src;
+  return now
+    ? html`<img class="picture" src=${now} alt=${alt} decoding="sync" draggable=${false} />`
+    : html`<span class="picture void" role="img" aria-label=${`${alt}: not there yet`}></span>`;
+}
+
+/* How a job goes, in words. service: to tell whether anybody works. */
+export function Progress({ run, service }) {
+  const { job, progress, t, error } = run;
+  const live = job?.status === "running" || job?.status === "succeeded"; // these fit one line
+  const share = run.status === "succeeded" ? 1 : progress ? progress.step / progress.total : 0;
+  return html`<div class="progress">
+    <div class="bar" role="progressbar" aria-label="Progress" aria-valuemin="0" aria-valuemax="100"
+      aria-valuenow=${Math.round(100 * share)}><i style=${{ transform: `scaleX(${share})` }}></i></div>
+    <p class=${error || job?.error ? "bad long" : live ? "" : "long"} role="status" id="status">${
+      error || wordsOf(run, job, progress, t, service)}</p>
+  </div>`;
+}
+
+function wordsOf(run, job, progress, t, service) {
+  if (!job) return "Looking for the job…";
+  if (job.status === "queued") {
+    if (service.idle) {
+      return "Waiting: no worker is running. The job is kept, and starts when one does.";
+    }
+    const before = job.queue_position;
+    return before ? `Waiting: ${count(before, "job")} before this one` : "Waiting for its turn";
+  }
+  if (job.status === "running") {
+    if (service.idle) return "No worker is running: the job goes on when one is there.";
+    const left = progress?.eta_s == null ? "" : ` · ${seconds(progress.eta_s)} left`;
+    return t == null ? "Starting" : `${count(run.count, "image")} at t = ${t}${left}`;
+  }
+  if (job.status === "succeeded") {
+    const took = (new Date(job.completed_at) - new Date(job.started_at)) / 1000;
+    const time = Number.isFinite(took) ? ` in ${seconds(took)}` : "";
+    return `${count(run.count, "image")}${time} · seed ${job.request.seed}`;
+  }
+  if (job.status === "expired") return "Its pictures have been deleted; the settings are still here.";
+  if (job.status === "canceled") return "Canceled. What there was is kept.";
+  return job.error?.detail ?? "It failed.";
+}
+
+/* A modal window of the browser's own, which keeps the focus and closes with Escape. */
+export function Dialog({ title, onClose, children }) {
+  const dialog = useRef();
+  useEffect(() => { dialog.current.showModal(); }, []);
+  return html`<dialog ref=${dialog} aria-label=${title} onClose=${onClose}>
+    <header><h2>${title}</h2>
+      <button type="button" class="quiet" aria-label="Close"
+        onClick=${() => dialog.current.close()}>✕</button></header>
+    ${children}
+  </dialog>`;
+}
+
+/* Save a file of the service; a plain link would send no key. */
+export async function download(path, name) {
+  const url = URL.createObjectURL(await (await call(path)).blob());
+  save(url, name);
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+export function save(url, name) {
+  const link = Object.assign(document.createElement("a"), { href: url, download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+}
+
+/* A group of radio buttons that look like chips. options: [value, words]. */
+export function Chips({ name, label, value, options, onChange, hint }) {
+  return html`<fieldset class="chips"><legend>${label}</legend>
+    ${options.map(([option, words]) => html`<label key=${option}>
+      <input type="radio" name=${name} value=${option} checked=${option === value}
+        onChange=${() => onChange(option)} /><span>${words}</span></label>`)}
+    ${hint && html`<p class="hint">${hint}</p>`}
+  </fieldset>`;
+}

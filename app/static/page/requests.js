@@ -1,0 +1,54 @@
+/* What this page asks the service for. */
+
+const PICTURES_A_JOB = 720; // in events: the service keeps 2,000 of a job
+const SLOW = new Set(["slow-2g", "2g", "3g"]);
+
+/* How many states of each chain to watch: fewer of many images, and on a slow line. */
+export function frames(images) {
+  const most = SLOW.has(navigator.connection?.effectiveType) ? 12 : 40;
+  return Math.max(6, Math.min(most, Math.floor(PICTURES_A_JOB / (2 * images))));
+}
+
+export const watched = (steps, images) =>
+  ({ every: Math.max(1, Math.ceil(steps / frames(images))), kinds: ["x_t", "x_start"] });
+
+/* The fields that every walk down the chain has, from the settings of the form. */
+export function chain(model, settings, images, steps = settings.steps) {
+  const request = { model: model.name, sampler: settings.sampler, steps };
+  if (settings.spacing && settings.spacing !== model.sampling.spacing) {
+    request.spacing = settings.spacing;
+  }
+  if (settings.label !== null) {
+    request.class_label = settings.label;
+    if (model.guidance && settings.guidance !== 1) request.guidance = settings.guidance;
+  }
+  return { ...request, snapshots: watched(steps, images) };
+}
+
+/* One that people can say to each other; the service would draw one of 16 figures. */
+export const shortSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_000;
+
+export function generation(model, settings) {
+  const request = { ...chain(model, settings, settings.images), num_images: settings.images };
+  request.seed = settings.seed === "" ? shortSeed() : Number(settings.seed);
+  return request;
+}
+
+/* From t on, as densely as the whole chain would go. */
+export const stepsFrom = (t, T, steps) => Math.max(1, Math.min(t, Math.round((steps * t) / T)));
+
+/* Only what its kind takes of a manifest, which has all fields. */
+export function again(manifest) {
+  const { kind, ...request } = manifest;
+  return { kind: kind ?? "generate", request };
+}
+
+/* A request as a person would write it: without what only this page wants to see. */
+export function plain(request) {
+  const said = Object.entries(request).filter(([name, value]) =>
+    value !== null && !["kind", "snapshots", "provenance", "model_digest", "source"].includes(name)
+    && !(name === "guidance" && value === 1) && !(name === "deterministic" && !value)
+    && !(name === "corrector_steps" && !value) && !(name === "priority") && !(name === "format"));
+  const source = typeof request.source === "object" && request.source ? { source: request.source } : {};
+  return { ...Object.fromEntries(said), ...source };
+}

@@ -1,0 +1,162 @@
+/* Jobs as this page holds them: what has been seen of each chain, live or long ago. */
+
+import { Refusal, call, create, follow, get } from "./api.js";
+import { remember } from "./history.js";
+import { Observable } from "./observable.js";
+
+const MOST_KEPT = 8;
+const ENDED = new Set(["succeeded", "failed", "canceled", "expired"]);
+
+/* A picture is {png: base64} where its event brought it, else {url}, to be fetched when it is shown
+   (an <img> could send no key). */
+export const sourceOf = (picture) =>
+  picture?.src || (picture?.png ? `data:image/png;base64,${picture.png}` : "");
+
+export async function fetched(picture) {
+  if (!sourceOf(picture)) {
+    picture.src = URL.createObjectURL(await (await call(picture.url)).blob());
+  }
+  return sourceOf(picture);
+}
+
+export class Run extends Observable {
+  job = null; // as the service told it last
+  error = ""; // why there is nothing to see
+  progress = null; // {step, total, eta_s}, never going back
+  t = null; // the smallest seen
+  frames = new Map(); // t → {x_t: [picture], x_start: [picture]}
+  latest = []; // of each image: {x_t, x_start}, the last that came
+  images = [];
+  #times = null;
+  #abort = null;
+
+  constructor(id, job = null) {
+    super();
+    this.id = id;
+    this.job = job;
+  }
+
+  get status() { return this.job?.status ?? "queued"; }
+
+  get ended() { return ENDED.has(this.status); }
+
+  get count() { return this.job?.request.num_images ?? this.job?.request.lambdas?.length ?? 1; }
+
+  /* The t that were kept, largest first. */
+  get times() {
+    this.#times ??= [...this.frames.keys()].sort((a, b) => b - a);
+    return this.#times;
+  }
+
+  /* The kept t nearest to this one; 0 is the finished image. */
+  nearest(t) {
+    const all = this.images.length ? [...this.times, 0] : this.times;
+    return all.reduce((best, other) =>
+      (Math.abs(other - t) < Math.abs(best - t) ? other : best), all[0] ?? 0);
+  }
+
+  picture(t, kind, index) {
+    return t === 0 ? this.images[index] : this.frames.get(t)?.[kind]?.[index];
+  }
+
+  open() {
+    if (!this.#abort) {
+      this.#abort = new AbortController();
+      this.#watch(this.#abort.signal).catch((error) => {
+        if (this.#abort?.signal.aborted) return;
+        const gone = error instanceof Refusal && error.status === 404;
+        this.error = gone ? "There is no such job, or it has been deleted." : error.message;
+        this.changed();
+      });
+    }
+    return this;
+  }
+
+  close() {
+    this.#abort?.abort();
+    this.#abort = null;
+    for (const { src } of this.#pictures()) if (src?.startsWith("blob:")) URL.revokeObjectURL(src);
+  }
+
+  async cancel() {
+    this.#told(await (await call(`jobs/${this.id}/cancel`, { method: "POST", again: true })).json());
+  }
+
+  async #watch(signal) {
+    this.#told(await get(`jobs/${this.id}`, { signal }));
+    if (this.status === "expired") return;
+    for await (const event of follow(this.id, signal)) this.#take(event);
+    this.#told(await get(`jobs/${this.id}`, { signal }));
+  }
+
+  #told(job) {
+    this.job = job;
+    if (job.progress) this.#advance(job.progress);
+    for (const snapshot of job.snapshots ?? []) this.#snapshot(snapshot);
+    for (const image of job.images ?? []) this.images[image.index] ??= { url: image.url };
+    this.changed();
+  }
+
+  #take({ name, data }) {
+    if (name === "reset") this.#told(data.job);
+    else if (name === "status") this.job = { ...this.job, status: data.status };
+    else if (name === "progress") this.#advance(data);
+    else if (name === "snapshot") this.#snapshot(data);
+    else if (name === "image") this.images[data.index] = this.#best(this.images[data.index], data);
+    else if (name === "done") this.job = { ...this.job, status: data.status };
+    else if (name === "error") this.job = { ...this.job, status: data.status, error: data };
+    this.changed();
+  }
+
+  /* A job that goes on elsewhere repeats some steps; what people see does not. */
+  #advance({ step, total, t, eta_s }) {
+    this.progress = { step: Math.max(step, this.progress?.step ?? 0), total, eta_s };
+    if (t != null) this.t = Math.min(t, this.t ?? t);
+  }
+
+  #snapshot({ t, kind, index, png, url }) {
+    if (!this.frames.has(t)) {
+      this.frames.set(t, {});
+      this.#times = null;
+    }
+    const frame = this.frames.get(t);
+    const row = (frame[kind] ??= []);
+    row[index] = this.#best(row[index], { png, url });
+    this.t = Math.min(t, this.t ?? t);
+    const last = (this.latest[index] ??= { t });
+    if (t <= last.t) {
+      last.t = t;
+      last[kind] = row[index];
+    }
+  }
+
+  #best(known, { png, url }) {
+    return known?.png || known?.src ? known : { png, url };
+  }
+
+  * #pictures() {
+    for (const frame of this.frames.values()) for (const row of Object.values(frame)) yield* row;
+    yield* this.images;
+  }
+}
+
+const kept = new Map(); // id → Run, the least used first
+
+export function runOf(id, job = null) {
+  const run = kept.get(id) ?? new Run(id, job);
+  kept.delete(id);
+  kept.set(id, run);
+  for (const [old, other] of kept) {
+    if (kept.size <= MOST_KEPT) break;
+    other.close();
+    kept.delete(old);
+  }
+  return run.open();
+}
+
+/* Ask for a job; `about` is what this browser remembers of it. */
+export async function start(kind, body, about = {}) {
+  const job = await create(kind, body);
+  remember({ id: job.id, kind, created: job.created_at, ...about });
+  return runOf(job.id, job);
+}

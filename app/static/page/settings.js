@@ -1,0 +1,95 @@
+/* The form of a walk down the chain: model, class, preset, and the rest folded. */
+
+import { html } from "./vendor/preact-htm.js";
+import { Chips } from "./parts.js";
+import { PRESETS, presetOf } from "./presets.js";
+import { service } from "./service.js";
+import { compact, count } from "./words.js";
+
+export const MOST_IMAGES = 36;
+
+export const defaults = (model) =>
+  ({ label: null, images: 9, seed: "", guidance: 1, spacing: "",
+    ...PRESETS.balanced.settings(model) });
+
+/* The settings that a job was made with. */
+export const settingsOf = (request) => ({
+  label: request.class_label ?? null,
+  images: request.num_images ?? 9,
+  seed: String(request.seed ?? ""),
+  guidance: request.guidance ?? 1,
+  sampler: request.sampler,
+  steps: request.steps,
+  spacing: request.spacing ?? "",
+});
+
+export function About({ model }) {
+  const [channels, height, width] = model.shape;
+  const facts = [
+    `${height}×${width}${channels === 3 ? " in colour" : ""}`,
+    `${model.schedule} schedule of ${model.T}`,
+    model.parameters && `${compact(model.parameters / 1e6)} M parameters`,
+  ].filter(Boolean).join(" · ");
+  return html`<p class="about">${model.description || facts}</p>`;
+}
+
+export function ModelChoice({ model, onChange, thumbnail }) {
+  return html`<div class="model">
+    <span class="thumbnail" aria-hidden="true">${thumbnail}</span>
+    <label>Model
+      <select id="model" value=${model.name} onChange=${(e) => onChange(e.target.value)}>
+        ${service.models.map(({ name, served }) =>
+          html`<option value=${name}>${name}${served ? "" : " (no worker)"}</option>`)}
+      </select></label>
+    <${About} model=${model} />
+  </div>`;
+}
+
+export function ClassChips({ model, value, onChange, label = "What to draw" }) {
+  if (!model.class_names.length) return null;
+  const options = [[null, "anything"], ...model.class_names.map((name, i) => [i, name])];
+  return html`<${Chips} name="label" label=${label} value=${value} options=${options}
+    onChange=${onChange} />`;
+}
+
+const Field = ({ label, children, hint }) =>
+  html`<label class="field"><span>${label}</span>${children}${hint && html`<small>${hint}</small>`}</label>`;
+
+export function Settings({ model, settings, onChange, children }) {
+  const preset = presetOf(model, settings);
+  const presets = Object.entries(PRESETS).filter(([, { suits }]) => suits(model));
+  const set = (name) => (event) => onChange({ [name]: event.target.value });
+  const number = (name) => (event) => onChange({ [name]: event.target.valueAsNumber || 0 });
+  return html`
+    <${ClassChips} model=${model} value=${settings.label} onChange=${(label) => onChange({ label })} />
+    <${Chips} name="preset" label="How" value=${preset}
+      options=${[...presets.map(([name, { words }]) => [name, words]),
+        ...(preset === "own" ? [["own", "Own"]] : [])]}
+      hint=${PRESETS[preset]?.hint(model) ?? `${settings.sampler} in ${settings.steps} steps`}
+      onChange=${(name) => name !== "own"
+        && onChange({ spacing: "", ...PRESETS[name].settings(model) })} />
+    <details class="more"><summary>Everything else</summary>
+      <div class="fields">
+        ${children}
+        <${Field} label="Seed"><input id="seed" inputmode="numeric" pattern="[0-9]*" placeholder="any"
+          value=${settings.seed} onInput=${set("seed")} /><//>
+        <${Field} label="Sampler"><select id="sampler" value=${settings.sampler}
+          onChange=${set("sampler")}>
+          ${model.samplers.map((name) => html`<option>${name}</option>`)}</select><//>
+        <${Field} label="Steps"><input id="steps" type="number" min="1" max=${model.T} required
+          value=${settings.steps} onInput=${number("steps")} /><//>
+        <${Field} label="Spacing"><select id="spacing" value=${settings.spacing || model.sampling.spacing}
+          onChange=${set("spacing")}>
+          ${model.spacings.map((name) => html`<option>${name}</option>`)}</select><//>
+        ${model.guidance && html`<${Field} label="Guidance" hint="1 is off; needs a class">
+          <input id="guidance" type="number" min="0" max="50" step="any" value=${settings.guidance}
+            disabled=${settings.label === null} onInput=${number("guidance")} /><//>`}
+      </div>
+    </details>`;
+}
+
+export function ImageCount({ settings, onChange }) {
+  return html`<${Field} label="Images" hint=${`at most ${count(MOST_IMAGES, "image")} here`}>
+    <input id="count" type="number" min="1" max=${MOST_IMAGES} required value=${settings.images}
+      onInput=${(event) => onChange({ images: event.target.valueAsNumber || 1 })} /><//>`;
+}

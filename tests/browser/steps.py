@@ -1,0 +1,53 @@
+"""What a visitor does and sees."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+PATIENCE_S = 150.0
+
+
+def until(page: Any, condition: str) -> None:
+    """Look from outside until it holds: the page's policy lets nothing inside it evaluate text."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        page.wait_for_timeout(50)
+
+
+def ask(page: Any, *, images: int, steps: int, seed: int | None = None) -> None:
+    """Fill the form in and press Generate."""
+    if not page.locator("#count").is_visible():
+        page.click("text=Everything else")
+    page.fill("#count", str(images))
+    page.fill("#steps", str(steps))
+    page.fill("#seed", "" if seed is None else str(seed))
+    page.click("#go")
+
+
+def says(page: Any, text: str) -> None:
+    """Wait until the line below the bar says it."""
+    page.locator("#status", has_text=text).wait_for()
+
+
+def drawn(page: Any, where: str = "#grid") -> list[str]:
+    """The sources of the pictures in a place."""
+    found: list[str] = page.eval_on_selector_all(f"{where} img", "all => all.map(i => i.src)")
+    return found
+
+
+def slide(page: Any, to: int, slider: str = ".time") -> None:
+    """Move the slider over t; `to` counts from the noise, 0, up to the image, T."""
+    page.eval_on_selector(
+        slider,
+        "(slider, to) => { slider.value = to;"
+        " slider.dispatchEvent(new Event('input', {bubbles: true})); }",
+        to,
+    )
+
+
+def job_of(page: Any) -> str:
+    """The id of the job that the address names."""
+    page.wait_for_url("**#job=*")
+    return str(page.url).rpartition("#job=")[2]

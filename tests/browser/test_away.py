@@ -1,0 +1,71 @@
+"""What the page says and does when something of the service is away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jobs.settings import Settings
+from jobs.store.writer import JobStore
+from tests.app.conftest import CARD, serving
+from tests.browser.conftest import Served, Visit
+from tests.browser.steps import ask, drawn, job_of, says
+
+
+def test_an_api_killed_in_mid_stream_is_waited_for(page: Any, served: Served) -> None:
+    ask(page, images=4, steps=1000)
+    job = job_of(page)
+    says(page, "at t = ")
+    served.kill("api")
+    page.locator("#away", has_text="Reconnecting…").wait_for()
+    says(page, "4 images in")
+    assert job_of(page) == job and len(set(drawn(page))) == 4
+    page.wait_for_selector("#away", state="detached")
+
+
+def test_without_a_worker_a_job_waits_and_says_so(visit: Visit, redis_url: str) -> None:
+    settings = Settings(redis_url=redis_url, janitor_s=0.5)
+    store = JobStore.connect(settings)
+    store.publish_card(CARD)
+    with serving(settings) as client:
+        page = visit(str(client.base_url))
+        page.locator(".presence", has_text="no worker").wait_for()
+        page.click("#go")
+        says(page, "no worker is running. The job is kept")
+        assert client.get("/jobs").json()["data"][0]["status"] == "queued"
+    store.redis.close()
+
+
+def test_a_key_is_asked_for_where_keys_are_set(visit: Visit, redis_url: str) -> None:
+    settings = Settings(redis_url=redis_url, janitor_s=0.5, api_keys=["open-sesame"])
+    store = JobStore.connect(settings)
+    store.publish_card(CARD)
+    with serving(settings) as client:
+        page = visit(str(client.base_url))
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        page.locator("#key-fault", has_text="not accepted").wait_for()
+        page.fill("#key", "open-sesame")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#go")
+        page.wait_for_selector("#key", state="detached")
+        page.reload()
+        page.wait_for_selector("#go")
+        assert not page.locator("#key").is_visible()
+        page.click("#forget")
+        page.wait_for_selector("#key")
+    store.redis.close()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_a_pause(page: Any, served: Served) -> None:
+    ask(page, images=9, steps=1000)
+    says(page, "at t = ")
+    told: list[int] = []
+    served.kill("worker")
+    while "at t = " in (said := page.inner_text("#status")):
+        told.append(int(said.partition("at t = ")[2].split()[0]))
+        page.wait_for_timeout(200)
+    says(page, "9 images in")
+    assert told == sorted(told, reverse=True) and len(set(drawn(page))) == 9

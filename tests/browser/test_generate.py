@@ -1,0 +1,67 @@
+"""Generate: pictures from noise, live; their chain; the link of a job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import Served, Visit
+from tests.browser.steps import ask, drawn, job_of, says, slide
+
+
+def test_a_click_draws_pictures_and_keeps_their_chain(page: Any, visit: Visit) -> None:
+    assert page.input_value("#model") == "tiny"
+    ask(page, images=4, steps=20, seed=7)
+    says(page, "4 images in")
+    images = drawn(page)
+    assert len(set(images)) == 4
+    sizes = page.eval_on_selector_all("#grid img", "all => all.map(i => i.naturalWidth)")
+    assert sizes == [8] * 4
+    # Back to the beginning of the chain, in either kind.
+    slide(page, 0)
+    first = drawn(page)
+    assert len(first) == 4 and set(first).isdisjoint(images)
+    page.click(".chips.kind label:has-text('t')")
+    assert set(drawn(page)).isdisjoint(first)
+    assert page.inner_text(".of-t dd") == "1000"
+    # The film of it ends where it began.
+    page.click("#play")
+    page.locator("#play", has_text="Play").wait_for()
+    assert drawn(page) == images
+    # The link shows the same to somebody else.
+    other = visit(page.url)
+    says(other, "4 images in")
+    other.wait_for_selector("#grid img >> nth=3")
+    assert drawn(other) == images
+
+
+def test_a_reload_in_mid_run_comes_back_to_it(page: Any) -> None:
+    ask(page, images=4, steps=1000)
+    job = job_of(page)
+    says(page, "at t = ")
+    page.reload()
+    says(page, "4 images in")
+    assert job_of(page) == job and len(set(drawn(page))) == 4
+    page.click("text=Everything else")  # the link lends its settings too
+    assert page.input_value("#steps") == "1000"
+
+
+@pytest.mark.slow
+def test_cancel_stops_a_long_job_and_keeps_what_there_was(page: Any, served: Served) -> None:
+    ask(page, images=36, steps=1000)
+    says(page, "at t = ")
+    page.click("#cancel")
+    says(page, "Canceled")
+    assert served.jobs()[0]["status"] == "canceled"
+    page.wait_for_selector("#cancel:disabled")
+    page.wait_for_selector("#go:enabled")
+    assert drawn(page)
+
+
+@pytest.mark.slow
+def test_what_is_refused_is_said(page: Any) -> None:
+    page.evaluate("document.querySelector('form').noValidate = true")
+    ask(page, images=1, steps=1001)
+    page.locator("[role=alert]", has_text="steps").wait_for()
+    page.wait_for_selector("#go:enabled")
