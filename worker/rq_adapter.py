@@ -173,6 +173,7 @@ class EngineWorker(BaseWorker):
                 if self._is_paused():
                     time.sleep(POLL_S)
                     continue
+                self._next()
                 return self._dequeue(None if timeout is None else IDLE_SLICE_S)
             except DequeueTimeout:
                 if max_idle_time is not None and time.monotonic() - idle_since > max_idle_time:
@@ -323,16 +324,32 @@ class EngineWorker(BaseWorker):
 
     def _join(self) -> None:
         """Take more jobs; few of them while the batch is full, so that other workers get some."""
-        options = self.runtime.engine.options
-        full = self.runtime.engine.waiting_rows >= options.max_rows
+        engine = self.runtime.engine
+        full = engine.waiting_rows >= engine.options.max_rows
         for _ in range(1 if full else AT_ONCE):
-            aboard = len(self._boarded) - len(self._unread())
-            if aboard >= options.capacity or self.runtime.roster.busy:
+            if self.runtime.roster.busy:
+                return
+            client = self._next()
+            if client is None or not self._has_seat(client):
                 return
             found = self._dequeue(None)
-            if found is None:
+            if found is None:  # another worker was quicker
                 return
             self._board(*found)
+
+    def _next(self) -> str | None:
+        """Whose turn it is among those that wait; None: nobody waits."""
+        return self.runtime.store.next_turn(self.runtime.settings.queue)
+
+    def _has_seat(self, client: str) -> bool:
+        """Whether a job of this client can come aboard: even if one with many has filled it up."""
+        capacity = self.runtime.engine.options.capacity
+        aboard = [boarded for boarded in self._boarded.values() if not boarded.unread]
+        if len(aboard) < capacity:
+            return True
+        flights = [boarded.flight for boarded in aboard]
+        known = any(flight is not None and flight.record.client == client for flight in flights)
+        return not known and len(aboard) < 2 * capacity
 
     def _board(self, job: Job, queue: Queue) -> None:
         if not self._is_to_run(job, queue):

@@ -73,12 +73,18 @@ class Admission:
         known = self._known(idem_keys)
         room = Room(self._redis, self._settings, orders)
         pipe.multi()
-        outcomes = [
-            self._one(order, key, known, room=room, pipe=pipe)
-            for order, key in zip(orders, idem_keys, strict=True)
-        ]
-        if any(isinstance(o, Admitted) and not o.replayed for o in outcomes):
-            pipe.execute()
+        outcomes: list[Outcome] = []
+        asked: list[tuple[int, Admitted, int]] = []  # order, and which reply says what is before it
+        for order, key in zip(orders, idem_keys, strict=True):
+            at = len(pipe)
+            outcome = self._one(order, key, known, room=room, pipe=pipe)
+            if isinstance(outcome, Admitted) and not outcome.replayed:
+                asked.append((len(outcomes), outcome, at))
+            outcomes.append(outcome)
+        replies = pipe.execute() if asked else []
+        for number, admitted, at in asked:
+            before, ahead = replies[at]
+            outcomes[number] = replace(admitted, queue_position=before, ahead=ahead)
         return outcomes
 
     def _known(self, idem_keys: Sequence[str]) -> dict[str, Made]:
@@ -98,17 +104,13 @@ class Admission:
             room.check(order)
         except (Refused, SpecError) as refusal:
             return refusal
-        lane = room.take(order)
-        record = new_record(order, lane.admitted, self._settings)
+        record = new_record(order, room.take(order), self._settings)
         made = ""
         if idem is not None:
             known[idem_key] = (record.id, idem.fingerprint)
             made = json.dumps(known[idem_key])
         self._write(order, record, (idem_key, made), pipe)
-        place = 0 if order.at_front else lane.listed - 1
-        ahead = max(lane.admitted - lane.completed, record.work)
-        admitted = Admitted(record.id, replayed=False, record=record)
-        return replace(admitted, queue_position=place, ahead=ahead)
+        return Admitted(record.id, replayed=False, record=record)
 
     def _write(
         self, order: Order, record: JobRecord, idempotency: tuple[str, str], pipe: Any
@@ -128,6 +130,7 @@ class Admission:
             events.status_data(Status.QUEUED),
             *idempotency,
             self._settings.idempotency_ttl_s,
+            record.spec.priority,
             *(part for field in fields.items() for part in field),
         )
         if record.deadline is not None:

@@ -8,8 +8,10 @@ ddpm:job:{id}:inputs     string  uploaded images, uint8 [N,H,W,C], or an x_t, fl
 ddpm:job:{id}:state      hash    image index → saved chain state, while the job is active
 ddpm:jobs[:status:{s}|:model:{m}]   sorted sets of ids (score 0: ids sort by time)
 ddpm:paused              set     queues from which no worker takes a job
-ddpm:queue:{q}           hash    image-steps admitted and completed, ever
+ddpm:queue:{q}           hash    image-steps admitted and completed, ever; clocks of the turns
 ddpm:queue:{q}:{status}  sorted set of ids, queued and running
+ddpm:queue:{q}:turns:{priority}   sorted set of waiting ids by the place at which each begins
+ddpm:queue:{q}:shares:{priority}  hash  client → image-steps asked for, as a place too
 ddpm:totals              hash    output bytes held, counters for the metrics
 ddpm:clients             hash    client → outstanding image-steps
 ddpm:due                 sorted set  "expire:{id}", "forget:{id}" by time
@@ -94,6 +96,16 @@ def queue(name: str) -> str:
 def in_queue(name: str, status: str) -> str:
     """The jobs of a queue that are in a status."""
     return f"{PREFIX}queue:{name}:{status}"
+
+
+def turns(name: str, priority: str) -> str:
+    """The jobs of a queue that wait for their turn."""
+    return f"{PREFIX}queue:{name}:turns:{priority}"
+
+
+def shares(name: str, priority: str) -> str:
+    """What each client of a queue has asked for."""
+    return f"{PREFIX}queue:{name}:shares:{priority}"
 
 
 def idempotency(digest: str) -> str:

@@ -55,7 +55,8 @@ class Order:
 class Admitted:
     """replayed: the id is that of an earlier, equal request, and nothing else is known.
 
-    queue_position: jobs before it. ahead: image-steps to its end, its own included.
+    queue_position: jobs before it, as things are. ahead: image-steps to its end, its own among
+    them, where each client gets the same share.
     """
 
     job_id: str
@@ -90,6 +91,7 @@ def new_record(order: Order, position: int, settings: Settings) -> JobRecord:
         ttl_s=spec.ttl_s or settings.ttl_s,
         events=1,
         position=position,
+        client=order.client,
         levels=_levels(card, spec.level_ts) if spec.level_ts else None,
     )
 

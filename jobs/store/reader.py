@@ -121,22 +121,16 @@ class JobReader:
             return None if broken is None else JobState(broken, {}, ())
         if not found:
             return None
-        raw, index, place, completed = found
+        raw, index, place, left = found
         record = parse_record(job_id, _pairs(raw)).as_of(time.time())
         images, snapshots = await _outputs_of([] if record.outputs_gone else index)
         if record.status not in ACTIVE:
             return JobState(record, images, snapshots)
-        eta = await self._eta(record, count(completed))
-        return JobState(record, images, snapshots, None if place < 0 else place, eta)
-
-    async def _eta(self, record: JobRecord, completed: int) -> float | None:
-        """Seconds to the end: what a running job measures itself, else by the model's rate."""
+        eta = eta_s(count(left), await self.rate(record.model))
         if record.status is Status.RUNNING and record.eta_s is not None:
-            return record.eta_s
-        left = record.work - record.done
-        if record.status is Status.QUEUED:
-            left = max(left, record.position - completed)
-        return eta_s(left, await self.rate(record.model))
+            # What it measures itself; but while it hardly steps that means little.
+            eta = record.eta_s if eta is None else min(record.eta_s, eta)
+        return JobState(record, images, snapshots, None if place < 0 else place, eta)
 
     async def page(
         self, *, status: Status | None, model: str | None, limit: int, cursor: str | None

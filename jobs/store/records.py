@@ -75,7 +75,8 @@ class JobRecord:
     created_at: float
     ttl_s: int
     events: int
-    position: int  # image-steps admitted to the queue up to and including this job
+    position: int  # image-steps admitted to the queue up to and including this job; 0.1 needs it
+    client: str = ""
     started_at: float | None = None
     completed_at: float | None = None
     expires_at: float | None = None
@@ -142,6 +143,7 @@ def parse_record(job_id: str, raw: Mapping[bytes, bytes]) -> JobRecord:
         ttl_s=f.need("ttl_s", int, 0),
         events=f.find("events", int, 0),
         position=f.find("position", int, 0),
+        client=f.find("client", str, ""),
         started_at=f.find("started_at", number, None),
         completed_at=f.find("completed_at", number, None),
         expires_at=f.find("expires_at", number, None),

@@ -17,16 +17,14 @@ from jobs.settings import Settings
 from jobs.states import Status
 from jobs.store import keys
 from jobs.store.orders import Order
-from jobs.store.rq_queue import queue_key
 from jobs.store.tolerance import count
 
 
 @dataclass
 class Lane:
-    """One queue: jobs that wait, ids in RQ's list, image-steps admitted and completed, ever."""
+    """One queue: jobs that wait, image-steps admitted and completed, ever."""
 
     waiting: int
-    listed: int
     admitted: int
     completed: int
 
@@ -50,14 +48,13 @@ class Room:
             pipe.hmget(keys.CLIENTS, clients)
             for name in queues:
                 pipe.zcard(keys.in_queue(name, Status.QUEUED))
-                pipe.llen(queue_key(name))
                 pipe.hmget(keys.queue(name), ["admitted", "completed"])
             held, outstanding, *rows = pipe.execute()
         self._held = count(held)
         self._outstanding = {c: count(n) for c, n in zip(clients, outstanding, strict=True)}
         self.lanes = {
-            name: Lane(rows[3 * i], rows[3 * i + 1], *(count(n) for n in rows[3 * i + 2]))
-            for i, name in enumerate(queues)
+            name: Lane(waiting, *(count(n) for n in work))
+            for name, waiting, work in zip(queues, rows[::2], rows[1::2], strict=True)
         }
 
     def check(self, order: Order) -> None:
@@ -73,15 +70,14 @@ class Room:
             detail = f"outputs hold {self._held} of {self._limits.max_output_bytes} bytes"
             raise Refused("storage_full", detail, self._next_expiry())
 
-    def take(self, order: Order) -> Lane:
-        """Count an order in. Returns its queue, counted up to and including it."""
+    def take(self, order: Order) -> int:
+        """Count an order in. Returns the image-steps its queue has ever admitted, with it."""
         lane = self.lanes[order.card.queue]
         lane.waiting += 1
-        lane.listed += 1
         lane.admitted += order.plan.evaluations
         self._outstanding[order.client] += order.plan.evaluations
         self._held += order.bytes
-        return lane
+        return lane.admitted
 
     def _check_size(self, order: Order) -> None:
         limits, work = self._limits, order.plan.evaluations

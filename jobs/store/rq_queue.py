@@ -120,5 +120,5 @@ class Queues:
 
 
 def queue_key(name: str) -> str:
-    """RQ's list of waiting ids, to be read only."""
+    """RQ's list of waiting ids. Only its order is ours to change: see `lua/next.lua`."""
     return f"{Queue.redis_queue_namespace_prefix}{name}"

@@ -27,10 +27,12 @@ def _text(name: str) -> str:
 
 
 _TABLES = f"local STATES = {{{_STATES}}}\nlocal LEGAL = {{{_LEGAL}}}\n"
-_PRELUDE = _PREFIX + _TABLES + _text("prelude")
+_TURNS = _text("turns")
+_PRELUDE = _PREFIX + _TABLES + _TURNS + _text("prelude")
 _FORGET = _PRELUDE + _text("forget")
 
-ADMIT = _PREFIX + _text("admit")
+ADMIT = _PREFIX + _TURNS + _text("admit")
+NEXT = _PRELUDE + _text("next")
 VIEW = _PRELUDE + _text("view")
 START = _PRELUDE + _text("start")
 WRITE = _PRELUDE + _text("write")

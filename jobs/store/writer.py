@@ -6,6 +6,7 @@ once            store = JobStore.connect(settings)
 models loaded   store.retire_strangers(queue, names): what was taken away while no worker looked
 a model found   store.publish_card(card); gone from the folder: store.retire_card(name)
 every few s     store.heartbeat(WorkerInfo(...), rates={model: image-steps/s})
+before a pop    store.next_turn(queue): whose turn it is stands at the head of RQ's list
 a job popped    started = store.start(job_id, execution, worker=…, digest=…, provenance=…)
                 None: drop it (canceled, ended or deleted; the store has written what is due).
                 Else run started.record.spec, skip the images in `started.finished`, resume the
@@ -52,6 +53,7 @@ from jobs.store.connections import connect
 from jobs.store.events import JobFault
 from jobs.store.outputs import open_outputs
 from jobs.store.records import JobRecord, parse_record, parse_reply
+from jobs.store.rq_queue import queue_key
 from jobs.store.sending import send_all
 from jobs.store.tolerance import each, is_data_fault, items, number, tell_once
 
@@ -123,6 +125,7 @@ class JobStore:
         self._cancel = connection.register_script(scripts.CANCEL)
         self._purge = connection.register_script(scripts.PURGE)
         self._requeue = connection.register_script(scripts.REQUEUE)
+        self._next = connection.register_script(scripts.NEXT)
         self._unlock = connection.register_script(scripts.UNLOCK)
         self.outputs = open_outputs(settings, connection)
 
@@ -319,6 +322,12 @@ class JobStore:
         for card in cards:
             if card.name not in known:
                 self.publish_card(card)
+
+    def next_turn(self, queue: str) -> str | None:
+        """Put the job whose turn it is to the head of RQ's list of a queue, where RQ's own pop
+        finds it. Returns its client ("": not known); None: nothing waits."""
+        client = self._next(args=[queue, queue_key(queue)])
+        return None if client is None else str(client.decode(errors="replace"))
 
     def is_paused(self, queue: str) -> bool:
         """Whether no job is to be taken from a queue; those that run go on."""

@@ -180,6 +180,7 @@ class Puppet:
     def board(self) -> None:
         if self.rq._stop_requested:
             return
+        self.rq._next()
         found = self.rq._dequeue(None)
         if found is not None:
             self.rq._board(*found)
@@ -318,7 +319,12 @@ class World:
             pipe.lrange(queue.key, 0, -1)
             pipe.lrange(queue.intermediate_queue.key, 0, -1)
             pipe.zrange(queue.started_job_registry.key, 0, -1)
-            *sets, everyone, ends, clients, held, waits, popped, runs = pipe.execute()
+            for priority in ("high", "normal"):
+                pipe.zrange(keys.turns("ddpm", priority), 0, -1)
+                pipe.hlen(keys.shares("ddpm", priority))
+            *sets, everyone, ends, clients, held, waits, popped, runs, high, h, normal, n = (
+                pipe.execute()
+            )
         for status, members, queued in zip(Status, sets[::2], sets[1::2], strict=True):
             expected = {r.id.encode() for r in records if r.status is status}
             assert set(members) == expected, status
@@ -335,6 +341,9 @@ class World:
         known = {*waits, *popped, *(entry.split(b":")[0] for entry in runs)}
         nowhere = [r.id for r in active if r.id.encode() not in known]
         assert not nowhere, f"RQ has lost {nowhere}"
+        queued = {r.id.encode() for r in records if r.status is Status.QUEUED}
+        assert {*high, *normal} <= queued, "the turn of a job that does not wait"
+        assert bool(high) == bool(h) and bool(normal) == bool(n), "shares that nobody waits for"
         for r in records:
             if r.status not in ACTIVE and (r.id, r.status) not in self.looked_at:
                 self.looked_at.add((r.id, r.status))

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from worker.engine import fairness
 from worker.engine.fairness import (
     LEAST_SHARE,
     Turns,
@@ -18,6 +19,7 @@ class Job:
     arrival: int
     remaining: int
     urgent: bool = False
+    client: str = ""
 
 
 LONG, SHORT, LATER = Job(0, 6400), Job(1, 10), Job(2, 10)
@@ -77,3 +79,35 @@ def test_who_comes_later_has_no_claim_on_the_past() -> None:
 def test_no_pool_waits_for_ever() -> None:
     dealt = deal({"busy": 6400.0, "small": 1.0}, {"busy": 1.0, "small": 1.0}, 100)
     assert dealt.count("small") >= 100 * LEAST_SHARE / (1 + LEAST_SHARE) - 1
+
+
+def rows(runs: list[Job], *, patient: bool = False) -> str:
+    """Whose the first twelve rows of a batch are; each run has nine samples of one row."""
+    dealt = fairness.deal(runs, lambda run: [run] * 9, lambda _: 1, patient=patient)
+    return "".join(job.client for job in fill(dealt, 12, lambda _: 1))
+
+
+def test_each_client_gets_the_same_rows_whatever_it_has_waiting() -> None:
+    many = [Job(i, 1, client="a") for i in range(100)]
+    assert rows([*many, Job(100, 900, client="b")]) == "ab" * 6
+    assert rows([*many, Job(100, 900, client="b"), Job(101, 5, client="c")]) == "acb" * 4
+    assert rows(many) == "a" * 12
+
+
+def test_urgent_runs_go_before_others_but_not_when_it_is_the_turn_of_the_oldest() -> None:
+    runs = [Job(0, 9, client="a"), Job(1, 9, client="b"), Job(2, 9, urgent=True, client="b")]
+    assert rows(runs) == "bbbbbbbbb" + "aba"
+    assert rows(runs, patient=True) == "ab" * 6
+
+
+def test_a_sample_of_two_rows_counts_twice() -> None:
+    guided, plain = Job(0, 9, client="g"), Job(1, 9, client="p")
+    dealt = fairness.deal(
+        [guided, plain], lambda run: [run] * 9, lambda job: 1 + (job is guided), patient=False
+    )
+    assert "".join(job.client for job in dealt)[:9] == "gppgppgpp"
+
+
+def test_pools_share_the_device_by_client_too() -> None:
+    weights = fairness.pool_weights({"x": {"a": 300, "b": 1}, "y": {"a": 100}, "z": {"c": 1}})
+    assert weights == {"x": 1.75, "y": 0.25, "z": 1.0}

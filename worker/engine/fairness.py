@@ -1,13 +1,16 @@
 """Who steps next: pure rules over what is in flight.
 
-Within a pool three steps of four go to the jobs with the least work left, so a short job never
+Each client gets the same share of a batch's rows, and what it cannot use goes to the others. Of a
+client's own jobs three steps of four go to those with the least work left, so a short job never
 waits for a long one; every fourth goes to the oldest, so a long one never waits for ever. Between
-pools the device's time is dealt in proportion to their waiting images.
+pools the device's time is dealt alike: each client's share in proportion to its waiting images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import heapq
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 PATIENT_EVERY = 4
@@ -19,6 +22,8 @@ class Runnable(Protocol):
 
     @property
     def urgent(self) -> bool: ...
+    @property
+    def client(self) -> str: ...
     @property
     def remaining(self) -> int: ...
     @property
@@ -43,6 +48,51 @@ def shortest_first(runs: Iterable[R]) -> list[R]:
 def oldest_first(runs: Iterable[R]) -> list[R]:
     """By age alone."""
     return sorted(runs, key=lambda run: run.arrival)
+
+
+def deal(
+    runs: Iterable[R],
+    samples: Callable[[R], Iterable[S]],
+    cost: Callable[[S], int],
+    *,
+    patient: bool,
+) -> Iterator[S]:
+    """The samples of all runs in the order in which they are to step: always one of the client that
+    has had the fewest rows so far. patient: by age, else by the work left and the urgent first."""
+    if patient:
+        yield from _by_client(oldest_first(runs), samples, cost)
+        return
+    ordered = shortest_first(runs)
+    yield from _by_client([run for run in ordered if run.urgent], samples, cost)
+    yield from _by_client([run for run in ordered if not run.urgent], samples, cost)
+
+
+def _by_client(
+    runs: Iterable[R], samples: Callable[[R], Iterable[S]], cost: Callable[[S], int]
+) -> Iterator[S]:
+    clients: dict[str, list[R]] = {}
+    for run in runs:
+        clients.setdefault(run.client, []).append(run)
+    left = [
+        (0, first, (sample for run in theirs for sample in samples(run)))
+        for first, theirs in enumerate(clients.values())
+    ]
+    while left:
+        rows, first, rest = heapq.heappop(left)
+        if (sample := next(rest, None)) is not None:
+            yield sample
+            heapq.heappush(left, (rows + cost(sample), first, rest))
+
+
+def pool_weights(waiting: Mapping[K, Mapping[str, float]]) -> dict[K, float]:
+    """What each pool weighs against the others, from what waits there of each client."""
+    totals: Counter[str] = Counter()
+    for clients in waiting.values():
+        totals.update(clients)
+    return {
+        key: sum(weight / totals[client] for client, weight in clients.items())
+        for key, clients in waiting.items()
+    }
 
 
 def fill(samples: Iterable[S], rows: int, cost: Callable[[S], int]) -> list[S]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from worker.engine.fairness import fill, is_patient, oldest_first, shortest_first
+from worker.engine.fairness import deal, fill, is_patient, oldest_first, shortest_first
 from worker.engine.pool import Batch, Pool
 from worker.engine.runs import Run, Sample
 from worker.network.costs import RateMeter, Shape
@@ -52,7 +54,7 @@ class Lane:
         self.rate = RateMeter()
         self.waiting_rows = 0  # network rows that could run now
         self.ready_rows = 0  # of these, rows of tasks that are admitted to the batch
-        self.weight = 0.0  # images that wait, against those of other lanes
+        self.weights: Counter[str] = Counter()  # client → images that wait, against other lanes'
         self._need = 1  # rows of the most demanding sample
         self._max_rows = options.max_rows
         self._turn = self._call_at = 0
@@ -90,7 +92,9 @@ class Lane:
         self.waiting_rows = sum(costs)
         self.ready_rows = sum(run.rows for run in self.runs.values() if run.admitted)
         self._call_at = self._turn
-        self.weight = float(sum(r.task.weight(len(r.samples)) for r in self.runs.values()))
+        self.weights.clear()
+        for run in (run for run in self.runs.values() if run.samples):
+            self.weights[run.client] += run.task.weight(len(run.samples))
         self._need = max(costs, default=1)
 
     def next_batch(self) -> tuple[Batch, Shape]:
@@ -116,14 +120,10 @@ class Lane:
         soon = [r for r in self.runs.values() if r.admitted and r.remaining <= SOON * r.rows]
         room = self._max_rows + sum(run.rows for run in soon)
         found: dict[Run, None] = {}
-        for order in (shortest_first, oldest_first):
-            left = room
-            for run in order(self.runs.values()):
-                if left <= 0:
-                    break
-                left -= run.rows
-                if not run.admitted and not run.called:
-                    found[run] = None
+        for patient in (False, True):
+            for sample in fill(_dealt(self.runs.values(), patient=patient), room, _cost):
+                if not sample.run.admitted and not sample.run.called:
+                    found[sample.run] = None
         for run in found:
             run.called = True
         return list(found)
@@ -148,12 +148,19 @@ class Lane:
         return [run for run in runs if run.admitted and self._turn - run.turn > LOOK_EVERY]
 
     def _choose(self, patient: bool, rows: int) -> Batch:
-        order = oldest_first if patient else shortest_first
-        runs = order(run for run in self.runs.values() if run.admitted)
-        samples = fill((s for run in runs for s in run.samples), rows, lambda s: s.cost)
+        admitted = [run for run in self.runs.values() if run.admitted]
+        samples = fill(_dealt(admitted, patient=patient), rows, _cost)
         chosen = set(samples)
-        everyone = order(self.runs.values())
+        everyone = (oldest_first if patient else shortest_first)(self.runs.values())
         last_first = (s for run in reversed(everyone) for s in reversed(run.samples))
         if self.pool.seat(samples, (s for s in last_first if s.slot >= 0 and s not in chosen)):
             self._batches.clear()  # an older choice may have lost a slot
         return self.pool.batch(samples)
+
+
+def _dealt(runs: Iterable[Run], *, patient: bool) -> Iterator[Sample]:
+    return deal(runs, lambda run: run.samples, _cost, patient=patient)
+
+
+def _cost(sample: Sample) -> int:
+    return sample.cost

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 
 from worker.engine.chain_pool import ChainPool
-from worker.engine.fairness import Turns
+from worker.engine.fairness import Turns, pool_weights
 from worker.engine.lane import EngineOptions, Lane
 from worker.engine.pool import Batch, Pool, Step
 from worker.engine.runs import Run
@@ -185,9 +185,9 @@ class Engine:
                 self._commands.popleft()()
         if self._book is not None:
             self._keep(self._book)
-        ready = {lane: lane.weight for lane in self.lanes.values() if lane.ready_rows}
+        ready = {lane: lane.weights for lane in self.lanes.values() if lane.ready_rows}
         if ready:
-            self._step(self._turns.next(ready))
+            self._step(self._turns.next(pool_weights(ready)))
         self._settle_all_but(self._steps_behind() if ready else 0)
         self.waiting_rows = sum(lane.waiting_rows for lane in self.lanes.values())
         if self._events:

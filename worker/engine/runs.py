@@ -20,7 +20,7 @@ class Run:
         self.admitted = admitted  # to the batch: else the book has to hold it first
         self.called = False  # the book was told to
         self.turn = 0  # of its lane, when it was last stepped
-        self.urgent = task.urgent
+        self.urgent, self.client = task.urgent, task.client
         self.remaining = self.total = task.evaluations
         self.samples = [Sample(self, start) for start in task.starts]  # not yet ended
         self.untold = len(task.starts)  # chains whose end was not yet reported

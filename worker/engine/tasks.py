@@ -81,6 +81,8 @@ class Work(Protocol):
     @property
     def urgent(self) -> bool: ...
     @property
+    def client(self) -> str: ...
+    @property
     def snapshot_rows(self) -> frozenset[int]: ...
     @property
     def evaluations(self) -> int: ...
@@ -96,7 +98,8 @@ class Task:
 
     guidance: g of ε_u + g(ε_c − ε_u); other than 1 costs two evaluations a row.
     deterministic: the same bytes whatever shares the batch (a lane of its own, eager float32).
-    urgent: goes before what is not. snapshot_rows: rows whose (x_t, x̂_0, ε) are reported.
+    urgent: goes before what is not. client: each gets the same share of a batch.
+    snapshot_rows: rows whose (x_t, x̂_0, ε) are reported.
     """
 
     id: str
@@ -107,6 +110,7 @@ class Task:
     guidance: float = 1.0
     deterministic: bool = False
     urgent: bool = False
+    client: str = ""
     snapshot_rows: frozenset[int] = frozenset()
 
     @property

@@ -38,6 +38,7 @@ class TermTask:
     class_label: int | None = None
     deterministic: bool = False
     urgent: bool = False
+    client: str = ""
 
     @property
     def terms(self) -> bool:

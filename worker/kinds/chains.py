@@ -77,6 +77,7 @@ class ChainFlight(Flight[ChainT]):
             guidance=spec.guidance,
             deterministic=spec.deterministic,
             urgent=spec.priority == "high",
+            client=started.record.client,
             snapshot_rows=snapshot_rows(self.table, spec.snapshots),
         )
 

@@ -88,6 +88,7 @@ class Numbers:
         n = len(self._x_start)
         self._indices = np.array(spec.indices or range(n), np.int64)
         self._plan = plan_of(spec, self._model, self._indices)
+        self._client = started.record.client
         self._unsaved: set[int] = set()
         self._saved_at = time.monotonic()
         self._found = np.full((2, *self._plan.row.shape), math.nan)  # nats, squared errors
@@ -110,6 +111,7 @@ class Numbers:
             class_label=spec.class_label,
             deterministic=spec.deterministic,
             urgent=spec.priority == "high",
+            client=self._client,
         )
 
     def take(self, event: Terms) -> None:

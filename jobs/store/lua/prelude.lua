@@ -19,6 +19,7 @@ local function move(id, to)
   if not LEGAL[from .. '>' .. to] then error('job ' .. id .. ': ' .. from .. ' to ' .. to) end
   redis.call('ZREM', P .. 'jobs:status:' .. from, id)
   redis.call('ZREM', P .. 'queue:' .. queue .. ':' .. from, id)
+  leave(queue, id, get(id, 'client') or '', number(id, 'work'), to == 'running')
   redis.call('ZADD', P .. 'jobs:status:' .. to, 0, id)
   if to == 'queued' or to == 'running' then
     redis.call('ZADD', P .. 'queue:' .. queue .. ':' .. to, 0, id)

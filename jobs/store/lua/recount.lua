@@ -16,6 +16,19 @@ for _, queue in ipairs(ARGV) do
       end
     end
   end
+  for _, priority in ipairs(PRIORITIES) do
+    for _, id in ipairs(redis.call('ZRANGE', turns(queue, priority), 0, -1)) do
+      if not redis.call('ZSCORE', P .. 'queue:' .. queue .. ':queued', id) then
+        leave(queue, id, '', 0, true)
+      end
+    end
+    local now, asking = clock(queue, priority), redis.call('HGETALL', shares(queue, priority))
+    for i = 1, #asking, 2 do
+      if tonumber(asking[i + 1]) <= now then
+        redis.call('HDEL', shares(queue, priority), asking[i])  -- as good as new
+      end
+    end
+  end
   local admitted = tonumber(redis.call('HGET', P .. 'queue:' .. queue, 'admitted') or '0')
   redis.call('HSET', P .. 'queue:' .. queue, 'completed', admitted - outstanding)
 end
