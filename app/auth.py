@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from app.keyfile import KeyFile
+from app.signing import signer_of
 from jobs.settings import Settings
 
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+# The documentation says nothing of this deployment, and a browser sends no key for it.
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 OPEN_PREFIX = "/static/"
 _KEY = "key:"
 
@@ -60,17 +63,29 @@ class Keyring:
         if not self._needed:
             peer = scope.get("client")
             return f"ip:{peer[0]}" if peer else "local"
-        name = self._name(digest_of(_bearer(scope) or ""))
+        given = _bearer(scope)
+        if given is None:
+            name = signer_of(scope, self._known())
+        else:
+            name, _ = self._named(digest_of(given))
         if name is not None:
             return f"{_KEY}{name}"
         path = scope["path"]
         return "open" if path in OPEN_PATHS or path.startswith(OPEN_PREFIX) else None
 
-    def _name(self, given: bytes) -> str | None:
+    def signing(self, scope: Scope) -> tuple[str, bytes] | None:
+        """Name and digest of the key that a request came with, to sign in its name."""
+        name, digest = self._named(digest_of(_bearer(scope) or ""))
+        return None if name is None else (name, digest)
+
+    def _known(self) -> Mapping[bytes, str]:
+        return self._fixed if self._file is None else {**self._fixed, **self._file.keys()}
+
+    def _named(self, given: bytes) -> tuple[str | None, bytes]:
         """The name of the key with this digest; all are compared, each in constant time."""
-        known = self._fixed if self._file is None else {**self._fixed, **self._file.keys()}
+        known = self._known()
         [*found] = [name for digest, name in known.items() if hmac.compare_digest(given, digest)]
-        return found[0] if found else None
+        return (found[0] if found else None), given
 
 
 def key_name(client: str) -> str:

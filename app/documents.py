@@ -55,7 +55,7 @@ def create_request(
 CREATE_ERRORS = (
     "unauthorized", "timeout", "expired", "too_large", "unsupported_media_type", "invalid_request",
     "idempotency_conflict", "quota_exceeded", "busy", "queue_full", "storage_full", "no_models",
-    "store_unavailable", "job_failed", "job_canceled",
+    "store_unavailable", "job_failed", "job_canceled", "still_running",
 )  # fmt: skip
 
 EVENT_EXAMPLES: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
@@ -26,6 +27,8 @@ from jobs.version import VERSION
 DESCRIPTION = """Denoising diffusion as a service: images from noise, noise from images, and every
 state in between. A request makes a job; the job is there at once, can be watched, canceled,
 repeated to the byte, and fetched again."""
+# Headers of answers that a page of another origin may read.
+EXPOSED = ("Location", "Retry-After", "X-Request-ID", "Idempotency-Replayed", "Preference-Applied")
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -59,6 +62,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.mount("/static", pages.Files(directory=pages.STATIC), name="static")
     app.add_middleware(Uploads, settings=services.settings)
     app.add_middleware(Edge, keyring=services.keyring, metrics=services.metrics)
+    if services.settings.cors_origins:  # outermost: what asks beforehand sends no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=services.settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*", "Authorization"],
+            expose_headers=EXPOSED,
+        )
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
     return app
 

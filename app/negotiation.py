@@ -17,12 +17,13 @@ class Wish:
     """How a client wants its answer.
 
     wait_s: hold the request for so long. applied: value of Preference-Applied, or None.
-    media: `json`, `events`, or the suffix of a picture's format.
+    media: `json`, `events`, or the suffix of a picture's format. json: whether JSON will do, too.
     """
 
     wait_s: float
     applied: str | None
     media: str
+    json: bool = True
 
 
 def wish(request: Request) -> Wish:
@@ -31,10 +32,12 @@ def wish(request: Request) -> Wish:
     A client that takes pictures and no JSON waits as long as it can, even if it did not ask to.
     """
     wait = prefer_wait(request.headers.getlist("prefer"))
-    media = accepted(request.headers.get("accept", ""))
+    accept = request.headers.get("accept", "")
+    kinds = ranked(accept)
+    media, json = accepted(accept), "json" in kinds or not kinds
     if wait is not None:
-        return Wish(wait, f"wait={wait}", media)
-    return Wish(MOST_WAIT_S if media in PICTURES else 0, None, media)
+        return Wish(wait, f"wait={wait}", media, json)
+    return Wish(MOST_WAIT_S if media in PICTURES else 0, None, media, json)
 
 
 def prefer_wait(values: list[str]) -> int | None:
@@ -51,14 +54,19 @@ def prefer_wait(values: list[str]) -> int | None:
 
 def accepted(accept: str) -> str:
     """The kind of answer that ranks highest; `json` where nothing else is named."""
-    best, best_q = "json", 0.0
+    kinds = ranked(accept)
+    return max(kinds, key=lambda kind: kinds[kind], default="json")
+
+
+def ranked(accept: str) -> dict[str, float]:
+    """The kinds of answer that are named, in their order, and how much each is wanted: over 0."""
+    found: dict[str, float] = {}
     for part in accept.split(","):
         media, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        kind = _KINDS.get(media)
-        q = _quality(parameters)
-        if kind is not None and q > best_q:
-            best, best_q = kind, q
-    return best
+        kind, q = _KINDS.get(media), _quality(parameters)
+        if kind is not None and q > 0:
+            found[kind] = max(q, found.get(kind, 0.0))
+    return found
 
 
 _KINDS = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -60,6 +61,7 @@ CODES: dict[str, int] = {
     "no_models": 503,
     "queue_full": 503,
     "storage_full": 503,
+    "still_running": 504,
     **dict.fromkeys(TROUBLES, 503),
 }
 
@@ -115,21 +117,19 @@ def read_json(model: type[M], text: bytes) -> M:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise validation_problem(error) from error
+        raise _fields_problem(error.errors(include_url=False), model) from error
 
 
-def validation_problem(error: ValidationError) -> Problem:
-    """A 422 with what pydantic found."""
-    return _fields_problem(error.errors(include_url=False))
-
-
-def _fields_problem(items: Sequence[Mapping[str, Any]]) -> Problem:
+def _fields_problem(
+    items: Sequence[Mapping[str, Any]], model: type[BaseModel] | None = None
+) -> Problem:
+    """A 422 with what pydantic found. model: that it looked for."""
     # A bad element also makes pydantic call its list too short: the element's error is enough.
     looked_at = items[:_MOST_LOOKED_AT]
     above = {parent for item in looked_at for parent in _parents(item["loc"])}
     deepest = [item for item in looked_at if tuple(item["loc"]) not in above]
     shown = [
-        FieldError(pointer=_pointer(item["loc"]), detail=_detail(item))
+        FieldError(pointer=_pointer(item["loc"]), detail=_detail(item, model))
         for item in deepest[:MOST_ERRORS]
     ]
     first, more = shown[0], len(items) - len(looked_at) + len(deepest) - len(shown)
@@ -148,8 +148,10 @@ def clipped(text: str, most: int = LONGEST_POINTER) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def _detail(item: Mapping[str, Any]) -> str:
+def _detail(item: Mapping[str, Any], model: type[BaseModel] | None) -> str:
     """What pydantic found, after the value that it found it in."""
+    if item["type"] == "extra_forbidden" and model is not None:
+        return unknown_field(model, item["loc"])
     if item["type"] == "value_error":  # one of ours: without the "Value error, " before it
         return str(item["ctx"]["error"])
     value = item["input"]
@@ -159,6 +161,34 @@ def _detail(item: Mapping[str, Any]) -> str:
         value = value[: LONGEST_VALUE + 1]  # it may be as long as the whole request
     text = clipped(json.dumps(value, ensure_ascii=False), LONGEST_VALUE)
     return f"{text}: {item['msg']}"
+
+
+def unknown_field(model: type[BaseModel], location: Sequence[int | str]) -> str:
+    """That there is no field at a location, and which there are."""
+    *above, name = location
+    known = [*_fields_at(model, above)]
+    (like, *_) = [*difflib.get_close_matches(str(name)[:100], known, 1, 0.75), None]
+    hint = f"; did you mean {like}?" if like else "."
+    return f"there is no such field{hint} There are {', '.join(sorted(known))}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> Iterable[str]:
+    """Names of the fields of the model that stands at a location inside another."""
+    if not location:
+        return model.model_fields
+    name, *rest = location
+    field = model.model_fields.get(str(name))
+    inner = [] if field is None else [*_models_in(field.annotation)]
+    # Behind a union's name stands the branch that was tried, behind a list's the place in it.
+    below = [part for part in rest if part in {f for one in inner for f in one.model_fields}]
+    return next((_fields_at(one, below) for one in inner), ())
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
 
 
 def _pointer(location: Sequence[int | str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -17,7 +17,7 @@ from app.metrics import Metrics
 from app.pools import Pools
 from app.previews import Previews
 from app.tasks import reap
-from app.views import dump, job_view
+from app.views import JobView, dump, job_view
 from app.webhooks import Courier
 from jobs.errors import JobNotFound
 from jobs.rates import eta_s
@@ -118,11 +118,11 @@ class Services:
             raise JobNotFound(f"no job {job_id}")
         return state
 
-    async def told(self, state: JobState) -> str:
+    async def told(self, state: JobState, view: Callable[[JobState], JobView] = job_view) -> str:
         """The JSON of a job; of one with many outputs in a thread, so that the loop goes on."""
         if len(state.images) + len(state.snapshots) < _MANY:
-            return dump(job_view(state))
-        return await self.pools.encoding.run(lambda: dump(job_view(state)))
+            return dump(view(state))
+        return await self.pools.encoding.run(lambda: dump(view(state)))
 
     async def cancel(self, job_id: str) -> None:
         """Ask a job to stop; JobNotFound. A job that has ended is left as it is."""

@@ -20,6 +20,7 @@ from redis import ConnectionPool
 MIB = 2**20
 _USER = re.compile(r"://([^:@/]*)(:.*)?@", re.DOTALL)
 _QUERY = re.compile(r"(password=)[^&]*")
+_ORIGIN = re.compile(r"https?://[^/,\s]+")
 DAY_S = 86_400
 PREFIX = "DDPM_"
 
@@ -93,6 +94,10 @@ class Settings(BaseSettings):
     allow_public_without_keys: bool = Field(
         default=False, description="let the API listen on a public address without keys"
     )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="origins, separated by commas, whose pages may use the API; `*`: all",
+    )
     webhook_secret: SecretStr | None = Field(
         default=None, description="whsec_ and base64, signs webhooks; none: webhooks are off"
     )
@@ -131,9 +136,17 @@ class Settings(BaseSettings):
         ConnectionPool.from_url(value)  # it connects to nothing yet
         return value
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("cors_origins")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin}: must be like https://example.org, or *")
+        return value
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(key.strip() for key in value.split(",") if key.strip())
         return value

@@ -169,10 +169,13 @@ async def finished(
     """The answer to a request that was (perhaps) held."""
     status = state.record.status
     pictures = state.record.spec.grid(state.record.images)
-    if asked.media == "json" or status in ACTIVE or not pictures:
+    if asked.media == "json" or not pictures or (status in ACTIVE and asked.json):
         code = 200 if asked.wait_s and status not in ACTIVE else 202
         body = await held.told(state)
         return Response(body, code, headers=headers, media_type="application/json")
+    if status in ACTIVE:  # whoever takes a picture alone must not find something else in its file
+        detail = f"job {state.record.id} is {status}: {headers['Location']} has its pictures later"
+        raise Problem("still_running", detail, headers=headers)
     if status is Status.FAILED:
         fault = state.record.fault
         raise Problem("job_failed", fault.detail if fault else "it failed", headers=headers)

@@ -10,13 +10,14 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 
-from app import documents
+from app import documents, signing
 from app.problems import documented, field_problem
 from app.services import services
 from app.streams import EventStream, has_ended, job_frames
 from app.views import JobList, JobView, dump, job_view
 from app.waiting import until_ended
 from jobs.states import Status
+from jobs.store.reader import JobState
 
 router = APIRouter(tags=["jobs"])
 _CURSOR = re.compile(r"[0-9a-f]{28}")
@@ -60,11 +61,28 @@ async def get_job(
     request: Request,
     job_id: str,
     wait: Annotated[float, Query(ge=0, le=60, description="hold until the job ends")] = 0,
+    sign: Annotated[
+        int | None,
+        Query(
+            ge=1,
+            le=signing.MOST_S,
+            description="where the service has keys: addresses of outputs and events that open "
+            "without one for so many seconds, as in the `src` of a picture",
+        ),
+    ] = None,
 ) -> Response:
     """A job."""
     held = services(request)
     state = await until_ended(held, request, await held.job(job_id), seconds=wait)
-    return json_response(await held.told(state))
+    key = held.keyring.signing(request.scope)
+    if sign is None or key is None:
+        return json_response(await held.told(state))
+    name, digest = key
+
+    def view(state: JobState) -> JobView:
+        return signing.with_signed_urls(job_view(state), name=name, digest=digest, seconds=sign)
+
+    return json_response(await held.told(state, view))
 
 
 @router.delete(

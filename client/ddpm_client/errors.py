@@ -169,6 +169,7 @@ CODES: dict[str, type[Problem]] = {
     "no_models": NoModels,
     "queue_full": QueueFull,
     "storage_full": StorageFull,
+    "still_running": Unavailable,
 }
 _STATUSES: dict[int, type[Problem]] = {
     401: Unauthorized,

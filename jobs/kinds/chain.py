@@ -10,12 +10,13 @@ from jobs.cards import ModelCard
 from jobs.errors import SpecError
 from jobs.kinds.common import (
     JobSpec,
+    Label,
     Plan,
     SnapshotKind,
     Strict,
     Timestep,
-    check_label,
     check_timestep,
+    label_of,
 )
 from jobs.settings import Settings
 
@@ -87,7 +88,9 @@ class ChainSpec(JobSpec):
     corrector_steps: int | None = Field(
         None, ge=0, le=100, description="Langevin steps after each step (langevin: a level)"
     )
-    class_label: int | None = Field(None, ge=0, description="what to draw; absent: anything")
+    class_label: Label | None = Field(
+        None, description="what to draw, by number or name; absent: anything"
+    )
     guidance: float = Field(1.0, ge=0, le=50, description="ε_u + g(ε_c − ε_u); 1 is off")
     snapshots: Snapshots | None = None
 
@@ -124,7 +127,7 @@ class ChainSpec(JobSpec):
             )
         self._check_steps(card)
         self._check_sampler(card)
-        check_label(self.class_label, card)
+        label_of(self.class_label, card)
         if self.guidance != 1.0 and self.class_label is None:
             raise SpecError("/guidance", "needs a class_label")
         if self.guidance != 1.0 and card.null_label is None:
@@ -174,6 +177,7 @@ class ChainSpec(JobSpec):
         defaults = super().defaults(card, settings)
         name = self.sampler or card.sampling.sampler
         sampler = card.samplers[name]
+        defaults["class_label"] = label_of(self.class_label, card)
         defaults["sampler"] = name
         defaults["spacing"] = self.spacing or card.sampling.spacing
         own = card.steps if name == card.sampling.sampler else None

@@ -11,7 +11,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
@@ -22,6 +22,21 @@ from jobs.settings import Settings
 MAX_DEADLINE_S = 30 * 86_400
 MAX_SEED = 2**53 - 1
 
+MOST_NAMES = 20  # of classes, that an error lists
+
+
+def _label(value: object) -> object:
+    if isinstance(value, str) or (type(value) is int and value >= 0):
+        return value
+    raise ValueError(f"{value!r:.60}: must be a label, 0 or more, or the name of a class")
+
+
+# A number, or until `fill` the name of a class.
+Label = Annotated[
+    int,
+    PlainValidator(_label),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}),
+]
 Timestep = Annotated[int, Field(ge=1, description="the paper's t: 1..T")]
 SnapshotKind = Literal["x_t", "x_start", "eps"]
 # An `x_t` is uploaded as an array; a `snapshot` is one that another job kept.
@@ -195,13 +210,24 @@ def check_timestep(pointer: str, t: int, card: ModelCard) -> None:
         raise SpecError(pointer, f"{t}: must be 1..{card.T} for model {card.name}")
 
 
-def check_label(label: int | None, card: ModelCard) -> None:
-    """Raise SpecError unless the model takes this label, or none."""
+def label_of(label: object, card: ModelCard) -> int | None:
+    """The number of a class that is given by number or name; None for none.
+
+    A name that is a number is that of its class, whatever its place. Raises SpecError unless the
+    model takes it.
+    """
     if label is None:
         if card.num_classes and card.null_label is None:
             raise SpecError("/class_label", f"model {card.name} needs a label")
-        return
+        return None
     if not card.num_classes:
         raise SpecError("/class_label", f"model {card.name} has no classes")
-    if label >= card.num_classes:
-        raise SpecError("/class_label", f"{label}: must be 0..{card.num_classes - 1}")
+    if isinstance(label, int) and label < card.num_classes:
+        return label
+    if label in card.class_names:
+        return card.class_names.index(str(label))
+    allowed = f"must be 0..{card.num_classes - 1}"
+    if isinstance(label, str):
+        more = ", …" if card.num_classes > MOST_NAMES else ""
+        allowed = f"must be one of {', '.join(card.class_names[:MOST_NAMES])}{more}"
+    raise SpecError("/class_label", f"{label!s:.60}: {allowed}")

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
-from jobs.kinds.common import Gift, Input, JobSpec, Plan, Timestep, check_label, check_timestep
+from jobs.kinds.common import Gift, Input, JobSpec, Label, Plan, Timestep, check_timestep, label_of
 from jobs.results import LikelihoodResult
 from jobs.settings import Settings
 
@@ -38,7 +38,9 @@ class LikelihoodSpec(JobSpec):
         None,
         description="σ² of the reverse steps; default: learned where the model has it, else small",
     )
-    class_label: int | None = Field(None, ge=0, description="of all images; absent: none")
+    class_label: Label | None = Field(
+        None, description="of all images, by number or name; absent: none"
+    )
     indices: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] | None = Field(
         None,
         description="what keys each image's noise, by default 0, 1, …: with the positions in a "
@@ -61,7 +63,7 @@ class LikelihoodSpec(JobSpec):
     def check(self, card: ModelCard, settings: Settings) -> None:
         """Raise SpecError for what this model or these limits do not allow."""
         super().check(card, settings)
-        check_label(self.class_label, card)
+        label_of(self.class_label, card)
         if self.mode == "full" and self.samples is not None:
             raise SpecError("/samples", "is for mode monte_carlo, not full")
         if self.mode == "monte_carlo" and self.terms is not None:
@@ -85,6 +87,7 @@ class LikelihoodSpec(JobSpec):
     def defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
         """Values for the fields that were left out."""
         defaults = super().defaults(card, settings)
+        defaults["class_label"] = label_of(self.class_label, card)
         defaults["variance"] = self.variance or ("learned" if card.learned_variance else "small")
         if self.mode == "monte_carlo":
             defaults["samples"] = self.samples or DEFAULT_SAMPLES

@@ -47,7 +47,7 @@ def test_high_priority_goes_to_the_front(client: httpx.Client, store: JobStore) 
 @pytest.mark.parametrize(
     ("body", "pointer", "says"),
     [
-        ({"num_image": 1}, "/num_image", "not permitted"),
+        ({"num_image": 1}, "/num_image", "no such field"),
         ({"num_images": 65}, "/num_images", "at most 64"),
         ({"num_images": 0}, "/num_images", "greater than or equal to 1"),
         ({"num_images": "2"}, "/num_images", "valid integer"),

@@ -60,8 +60,8 @@ def test_the_numbers_are_in_the_job_but_not_in_listings(
         ({"class_label": 10}, "/class_label", "0..9"),
         ({"indices": [0, 1]}, "/indices", "2 for 1 pictures"),
         ({"indices": [-1]}, "/indices/0", "greater than or equal to 0"),
-        ({"sigma": "small"}, "/sigma", "not permitted"),
-        ({"steps": 10}, "/steps", "not permitted"),
+        ({"sigma": "small"}, "/sigma", "no such field"),
+        ({"steps": 10}, "/steps", "no such field"),
     ],
 )
 def test_what_is_refused(

@@ -57,7 +57,7 @@ def test_every_code_has_a_class_of_its_own_meaning(code: str) -> None:
     status = problems.CODES[code]
     assert code in errors.CODES or status in (409, 503) or code == "job_failed"
     found = errors.class_of(code, status)
-    assert issubclass(found, errors.Unavailable) == (status in (408, 503))
+    assert issubclass(found, errors.Unavailable) == (status in (408, 503, 504))
     assert set(errors.CODES) <= set(problems.CODES)
 
 
