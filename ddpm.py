@@ -41,6 +41,10 @@ COMMANDS: dict[str, Entry] = {
         "training.evaluate_command:evaluate", "train", "Measure bits/dim and image quality."
     ),
     "convert": Entry("training.commands:convert", "train", "Convert from and to diffusers."),
+    "serve-model": Entry(
+        "training.commands:serve_model", "train", "Put a run's checkpoint under a name in models/."
+    ),
+    "pull": Entry("training.commands:pull", "hub", "Fetch a model from the Hugging Face hub."),
 }
 
 

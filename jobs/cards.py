@@ -98,6 +98,7 @@ class ModelCard(BaseModel):
     parameters: int | None = None
     schedule_kind: str = "betas"
     description: str = ""
+    thumbnail: str = Field("", repr=False, description="base64 PNG")
 
     @property
     def T(self) -> int:

@@ -1,7 +1,8 @@
-"""The offline commands: `ddpm train`, `ddpm sample` and `ddpm convert`."""
+"""The offline commands: `ddpm train`, `sample`, `convert`, `serve-model` and `pull`."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ PATH = click.Path(path_type=Path)
     "--out", type=PATH, help="Run folder; default runs/ and the name of FOLDER or CONFIG."
 )
 @click.option("--resume", is_flag=True, help="Go on with a run, from its last checkpoint.")
-@click.option("--init", type=PATH, help="Start from the weights of this checkpoint folder.")
+@click.option("--init", type=PATH, help="Start from the weights of this folder or named model.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def train(
     config: Path,
@@ -57,6 +58,7 @@ def train(
                 "the timestep and the label will have no effect there",
                 err=True,
             )
+        init = init and _find_model(init)
         trainer = Trainer(settings, folder, init=init, progress=not quiet)
         for note in trainer.images.notes if trainer.is_main else ():
             click.echo(f"{settings.data.source}: {note}", err=True)
@@ -107,13 +109,14 @@ def _settings(config: Path, overrides: tuple[str, ...], folder: Path, resume: bo
     return settings
 
 
-def _find_model(name: str) -> Path:
-    """A folder, or the name of one in models/ (DDPM_MODELS)."""
-    import os
+def models_folder() -> Path:
+    """Where models have names: models/, or DDPM_MODELS."""
+    return Path(os.environ.get("DDPM_MODELS", "models"))
 
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(os.environ.get("DDPM_MODELS", "models")) / name
+
+def _find_model(name: str | Path) -> Path:
+    """A folder, or the name of one in models/ (DDPM_MODELS)."""
+    return Path(name) if Path(name).is_dir() else models_folder() / name
 
 
 @click.command()
@@ -165,7 +168,8 @@ def sample(**options: object) -> None:
 @click.option("--to", type=click.Choice(["ours", "diffusers"]), default="ours", show_default=True)
 @click.option("--sampling", multiple=True, metavar="FIELD=VALUE", help="Sample otherwise; repeat.")
 def convert(source: Path, target: Path, to: str, sampling: tuple[str, ...]) -> None:
-    """Convert a checkpoint folder: SOURCE in our format or diffusers', TARGET in the one named.
+    """Convert a checkpoint folder: SOURCE (or a name in models/) in our format or diffusers',
+    TARGET in the one named.
 
     A pipeline of diffusers draws the same images as the model does by default. Where it cannot,
     the field is named; --sampling changes it: --sampling sampler=ddpm --sampling clip=false.
@@ -175,7 +179,7 @@ def convert(source: Path, target: Path, to: str, sampling: tuple[str, ...]) -> N
 
     try:
         changes = dict(_field_and_value(text) for text in sampling)
-        checkpoint.convert(source, target, to, sampling=changes)
+        checkpoint.convert(_find_model(source), target, to, sampling=changes)
     except (CheckpointError, OSError) as error:
         sys.exit(f"ddpm convert: {error}")
     click.echo(str(target))
@@ -187,3 +191,44 @@ def _field_and_value(text: str) -> tuple[str, str | bool]:
     if not equals:
         raise click.BadParameter(f"{text!r}: must be FIELD=VALUE", param_hint="--sampling")
     return name, {"true": True, "false": False}.get(value, value)
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.option("--name", help="What the service calls it; default: the folder's name.")
+@click.option("--description", help="What GET /models says of it; default: what the run knows.")
+@click.option("--replace", is_flag=True, help="Put it in the place of a model of this name.")
+def serve_model(run: Path, name: str | None, description: str | None, replace: bool) -> None:
+    """Put the checkpoint of a RUN under a name into models/ (DDPM_MODELS), with a thumbnail.
+
+    Workers that run serve it at once. RUN may be any checkpoint folder, of diffusers too.
+    """
+    from diffusion.files import CheckpointError
+    from training.publish import PublishError, publish
+
+    name = name or run.resolve().name
+    try:
+        made = publish(run, models_folder(), name, description=description, replace=replace)
+    except (CheckpointError, OSError, PublishError) as error:
+        sys.exit(f"ddpm serve-model: {error}")
+    click.echo(f'{made}: requests may say {{"model": "{name}"}}')
+
+
+@click.command()
+@click.argument("hub_id")
+@click.option("--name", help="What the service calls it; default: the last part of HUB_ID.")
+@click.option("--replace", is_flag=True, help="Put it in the place of a model of this name.")
+def pull(hub_id: str, name: str | None, replace: bool) -> None:
+    """Fetch a DDPM from the Hugging Face hub into models/ (DDPM_MODELS): google/ddpm-cifar10-32."""
+    import huggingface_hub  # noqa: F401 - that it is missing is told before anything else
+
+    from diffusion.files import CheckpointError
+    from training.publish import PublishError
+    from training.publish import pull as fetch
+
+    name = name or hub_id.rpartition("/")[2]
+    try:
+        made = fetch(hub_id, models_folder(), name, replace=replace)
+    except (CheckpointError, OSError, PublishError) as error:
+        sys.exit(f"ddpm pull: {error}")
+    click.echo(f'{made}: requests may say {{"model": "{name}"}}')

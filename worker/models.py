@@ -6,6 +6,7 @@ new or changed one serves without a restart; a chain that runs keeps the weights
 
 from __future__ import annotations
 
+import base64
 import logging
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 
 import diffusion
 from diffusion import CheckpointError, Model, noise
+from diffusion.about import About, read_about
 from diffusion.samplers import SAMPLERS
 from diffusion.spacings import SPACINGS
 from jobs.cards import ModelCard, SamplerTraits, Sampling
@@ -122,7 +124,7 @@ class ModelFolder:
     def _load(self, name: str, folder: Path, prepare: Callable[[Served], object]) -> Served | None:
         try:
             model = diffusion.load(folder, self._device, memory=free_bytes(self._device))
-            served = Served(name, model, card_of(model, name, self._queue), folder)
+            served = Served(name, model, card_of(model, name, self._queue, _about(folder)), folder)
             prepare(served)
         except (CheckpointError, OSError) as error:
             log.error("model %s cannot be served: %s", name, error)
@@ -141,9 +143,18 @@ class ModelFolder:
             raise
 
 
-def card_of(model: Model, name: str, queue: str) -> ModelCard:
+def _about(folder: Path) -> About:
+    """What the folder says of its model; what is wrong with that keeps no model from serving."""
+    try:
+        return read_about(folder)
+    except (CheckpointError, OSError) as error:
+        log.warning("model %s is served without its description: %s", folder.name, error)
+        return About()
+
+
+def card_of(model: Model, name: str, queue: str, about: About | None = None) -> ModelCard:
     """What the API has to know of a model."""
-    config, network = model.config, model.config.network
+    config, network, about = model.config, model.config.network, about or About()
     labels = config.class_names or tuple(str(i) for i in range(network.num_classes))
     return ModelCard(
         name=name,
@@ -169,6 +180,8 @@ def card_of(model: Model, name: str, queue: str) -> ModelCard:
         noise=noise.VERSION,
         parameters=_parameters(model),
         schedule_kind=config.schedule.kind,
+        description=about.description,
+        thumbnail=base64.b64encode(about.thumbnail).decode(),
     )
 
 

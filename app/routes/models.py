@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from app import documents
+from app.outputs import file_response
 from app.problems import Problem, documented
 from app.routes.jobs import json_response
 from app.services import services
@@ -36,7 +39,8 @@ EXAMPLE: dict[str, Any] = {
     "queue": "ddpm",
     "image_steps_per_s": 390.5,
     "served": True,
-    "description": "",
+    "description": "handwritten digits",
+    "thumbnail": "/models/mnist/thumbnail.png",
 }
 
 
@@ -63,6 +67,7 @@ class ModelView(BaseModel):
     image_steps_per_s: float | None
     served: bool
     description: str
+    thumbnail: str | None = Field(None, description="URL of a small picture, if there is one")
 
 
 class ModelList(BaseModel):
@@ -120,6 +125,21 @@ async def get_schedule(request: Request, name: str) -> Response:
     return json_response(ScheduleView(**tables).model_dump_json())
 
 
+@router.get(
+    "/models/{name}/thumbnail.png",
+    response_class=Response,
+    responses={200: documents.files("png"), **ERRORS},
+)
+async def get_thumbnail(request: Request, name: str) -> Response:
+    """A small picture of what a model draws."""
+    card = await _card(request, name)
+    if not card.thumbnail:
+        raise Problem("not_found", f"model {name} has no thumbnail")
+    answer = file_response(base64.b64decode(card.thumbnail), "png")
+    answer.headers["Cache-Control"] = "no-cache"  # the name may come to mean another model
+    return answer
+
+
 async def _card(request: Request, name: str) -> ModelCard:
     cards = await services(request).reader.cards()
     if name not in cards:
@@ -150,4 +170,5 @@ async def _view(request: Request, card: ModelCard) -> ModelView:
         image_steps_per_s=None if rate is None else round(rate, 2),
         served=any(card.name in worker.models for worker in await reader.workers()),
         description=card.description,
+        thumbnail=f"/models/{card.name}/thumbnail.png" if card.thumbnail else None,
     )

@@ -131,6 +131,10 @@ class AsyncClient(Kinds[Awaitable[AsyncJob]]):
         """β_t, ᾱ_t, SNR_t and β̃_t of a model."""
         return await self.run(flows.get(Schedule, f"/models/{name}/schedule", self.retry))
 
+    async def thumbnail(self, name: str) -> bytes:
+        """A small picture (PNG) of what a model draws."""
+        return await self.run(flows.file(f"/models/{name}/thumbnail.png", self.retry))
+
     async def queues(self) -> Queues:
         """How much waits, how much runs, who works."""
         return await self.run(flows.get(Queues, "/queue", self.retry))

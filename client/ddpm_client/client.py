@@ -129,6 +129,10 @@ class Client(Kinds[Job]):
         """β_t, ᾱ_t, SNR_t and β̃_t of a model."""
         return self.run(flows.get(Schedule, f"/models/{name}/schedule", self.retry))
 
+    def thumbnail(self, name: str) -> bytes:
+        """A small picture (PNG) of what a model draws."""
+        return self.run(flows.file(f"/models/{name}/thumbnail.png", self.retry))
+
     def queues(self) -> Queues:
         """How much waits, how much runs, who works."""
         return self.run(flows.get(Queues, "/queue", self.retry))

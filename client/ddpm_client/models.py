@@ -134,6 +134,7 @@ class ModelInfo(Model):
     image_steps_per_s: float | None = None
     served: bool
     description: str
+    thumbnail: str | None = None
 
 
 class ModelPage(Model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 import time
@@ -14,7 +15,8 @@ import pytest
 from app.keyfile import new_key
 from app.signing import signed
 from jobs.settings import Settings
-from tests.app.conftest import Worker, until
+from jobs.store.writer import JobStore
+from tests.app.conftest import CARD, Worker, png, until
 
 Serve = Callable[..., httpx.Client]
 KEY = {"Authorization": "Bearer secret"}
@@ -175,3 +177,19 @@ def test_a_field_that_is_none(
     detail = {error["pointer"]: error["detail"] for error in errors}[pointer]
     assert f"there is no such field; did you mean {like}? There are" in detail
     assert others in detail
+
+
+def test_a_model_says_what_it_is(client: httpx.Client, store: JobStore) -> None:
+    about = {"description": "Squares.", "thumbnail": base64.b64encode(png()).decode()}
+    store.publish_card(CARD.model_copy(update=about))
+
+    def model() -> dict[str, str | None]:
+        told: dict[str, str | None] = client.get("/models/mnist").json()
+        return told
+
+    until(lambda: model()["description"] == "Squares.")  # cards are read again now and then
+    picture = client.get(model()["thumbnail"] or "")
+    assert picture.content == png() and picture.headers["content-type"] == "image/png"
+    store.publish_card(CARD)
+    until(lambda: model()["thumbnail"] is None)
+    assert client.get("/models/mnist/thumbnail.png").status_code == 404

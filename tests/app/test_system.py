@@ -114,7 +114,7 @@ def test_openapi_is_complete() -> None:
         for path, operations in schema["paths"].items()
         for method, operation in operations.items()
     }
-    assert len(routes) == 24
+    assert len(routes) == 25
     for route, operation in routes.items():
         good = [r for status, r in operation["responses"].items() if status.startswith("2")]
         assert good and operation.get("description"), route

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 
 import diffusion
 from tests.training.conftest import write_images
-from training.commands import sample, train
+from training.commands import sample, serve_model, train
 from training.config import ConfigError, load_config
 from training.evaluate_command import evaluate
 from training.infer import infer_config
@@ -171,20 +172,30 @@ def test_the_page_on_own_data_does_what_it_says(
 ) -> None:
     text = (ROOT / "docs" / "own-data.md").read_text("utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    commands = [line.split()[1:] for block in blocks for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
     write_images(tmp_path / "pictures", count=500, size=(20, 16))
     write_images(tmp_path / "pictures" / "train", count=8, size=(20, 16))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DDPM_MODELS", raising=False)
     quickly = {
-        train: [*SHORT, "schedule.T=20"],
-        sample: ["--steps", "2"],
-        evaluate: ["--batch-size", "256"],
+        train: [*SHORT, "schedule.T=20", "--quiet"],
+        sample: ["--steps", "2", "--quiet"],
+        evaluate: ["--batch-size", "256", "--quiet"],
+        serve_model: [],
     }
     by_name = {str(command.name): command for command in quickly}
-    assert [words[0] for words in commands] == ["train", "train", "train", "sample", "evaluate"]
+    assert [words[0] for words in commands] == [
+        "train",
+        "train",
+        "train",
+        "sample",
+        "evaluate",
+        "serve-model",
+    ]
     for name, *words in commands:
-        extra = ["steps=4"] if "--resume" in words else quickly[by_name[name]]
-        result = CliRunner().invoke(by_name[name], [*words, *extra, "--quiet"])
+        extra = ["steps=4", "--quiet"] if "--resume" in words else quickly[by_name[name]]
+        result = CliRunner().invoke(by_name[name], [*words, *extra])
         assert result.exit_code == 0, result.output
     assert json.loads(Path("runs/split/train.json").read_text())["data"]["split"] == "train"
+    assert diffusion.load("models/pets").digest == diffusion.load("runs/pets").digest
     assert Path("pets.png").is_file() and Path("runs/pets-bits/terms.png").is_file()
