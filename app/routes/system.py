@@ -87,7 +87,8 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Ready: Redis takes writes and at least one model is known."""
+    """Ready: Redis takes writes and at least one model is known. paused: queues, if there are any,
+    whose jobs wait until they are resumed."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"status": "ready", "models": 1, "workers": 1}}
@@ -96,6 +97,7 @@ class Readiness(BaseModel):
     status: str = "ready"
     models: int
     workers: int
+    paused: list[str] | None = None
 
 
 @router.get(
@@ -175,8 +177,10 @@ async def get_readyz(request: Request) -> Response:
     if not cards:
         detail = "no worker has published a model yet"
         raise Problem("no_models", detail, headers={"Retry-After": "5"})
-    view = Readiness(models=len(cards), workers=len(await reader.workers()))
-    return json_response(view.model_dump_json())
+    view = Readiness(
+        models=len(cards), workers=len(await reader.workers()), paused=await reader.paused() or None
+    )
+    return json_response(view.model_dump_json(exclude_none=True))
 
 
 @router.get(

@@ -191,6 +191,10 @@ class JobReader:
             )
         ]
 
+    async def paused(self) -> list[str]:
+        """The queues from which no worker takes a job."""
+        return sorted(text(name) for name in await self._redis.smembers(keys.PAUSED))
+
     async def pause(self, queue: str, *, paused: bool) -> QueueState | None:
         """Let workers take no job from a queue any more, or again. None: there is no such queue."""
         change = self._redis.sadd if paused else self._redis.srem

@@ -118,7 +118,9 @@ def test_a_paused_queue_gives_no_job_away(running: Service) -> None:
         assert running.record(waiting).status == running.rq_status(waiting) == "queued"
         [queue] = client.get("/queue").json()["queues"]
         assert queue["paused"] is True and queue["queued"] == 1
+        assert client.get("/readyz").json()["paused"] == ["ddpm"]
         assert client.post("/queue/ddpm/resume").json()["paused"] is False
+        assert "paused" not in client.get("/readyz").json()
         running.ended(waiting)
 
 

@@ -155,6 +155,50 @@ def test_a_worker_that_starts_into_trouble_waits(service: Service, nursery: Any)
     service.ended(service.admit(steps=2))
 
 
+BETWEEN = """
+import pathlib, time
+from worker.rq_adapter import EngineWorker
+execute, dequeue = EngineWorker.execute_job, EngineWorker.dequeue_job_and_maintain_ttl
+ended, idle = (pathlib.Path({folder!r}) / name for name in ("ended", "idle"))
+def then_wait(self, job, queue):
+    execute(self, job, queue)
+    ended.touch()
+    while ended.exists():
+        time.sleep(0.01)
+def say_so(self, *waits):
+    if not ended.exists():
+        idle.touch()
+    return dequeue(self, *waits)
+EngineWorker.execute_job = then_wait
+EngineWorker.dequeue_job_and_maintain_ttl = say_so
+"""
+
+
+def test_a_redis_that_goes_away_between_two_jobs_is_waited_for(
+    own_redis: Callable[..., tuple[str, Any]], model_folder: Path, tmp_path: Path, nursery: Any
+) -> None:
+    """When RQ itself, with nothing in flight, says that the worker lives."""
+    persistent = ("--appendonly", "yes", "--appendfsync", "always")
+    address, server = own_redis("between", *persistent)
+    service = Service(address, model_folder, tmp_path / "log")
+    ended, idle = tmp_path / "ended", tmp_path / "idle"
+    try:
+        worker = nursery.worker(service, fault=BETWEEN.format(folder=str(tmp_path)))
+        job_id = service.admit(steps=2)
+        service.until(ended.exists)
+        service.ended(job_id)
+        server.kill()
+        server.wait()
+        idle.unlink()
+        ended.unlink()
+        service.until(lambda: idle.exists() or not worker.alive())
+        own_redis("between", *persistent)
+        assert worker.alive()
+        service.ended(service.admit(steps=2))
+    finally:
+        service.close()
+
+
 def test_a_redis_that_comes_back_empty_is_filled_again(troubled: Service) -> None:
     lost = troubled.admit(steps=1000, num_images=64)
     troubled.until(lambda: troubled.record(lost).done > 0)
