@@ -6,6 +6,7 @@ Each kind of job has a flight of its own (`worker.kinds`); what they share is he
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +21,9 @@ from jobs.store.batch import WriteBatch
 from jobs.store.writer import Started
 from worker.engine.tasks import Event, Snapshot, Work
 from worker.models import Served
+
+PACE_S = 10.0  # the time over which a job's own pace is taken
+PACES = 20
 
 
 class Intent(Enum):
@@ -80,6 +84,7 @@ class Flight(Generic[SpecT]):
         self.best = started.best
         self.intent = Intent.RUN
         self.began = time.monotonic()
+        self._marks: deque[tuple[float, int]] = deque(maxlen=PACES)  # when how much was done
         assert spec.seed is not None  # filled at admission
         self.seed = spec.seed
 
@@ -89,10 +94,14 @@ class Flight(Generic[SpecT]):
         return self.record.id
 
     def eta_s(self, done: int) -> float | None:
-        """Seconds left at this execution's own pace; None before it has one."""
-        seconds = time.monotonic() - self.began
-        made = done - self.done_before
-        return seconds * (self.record.work - done) / made if made > 0 else None
+        """Seconds left at this execution's own pace of late; None before it has one: what it waited
+        for its first step, or behind others long ago, says nothing of what is left."""
+        now = time.monotonic()
+        if not self._marks or now - self._marks[-1][0] >= PACE_S / PACES:
+            self._marks.append((now, done))
+        then, before = self._marks[0]
+        made = done - before
+        return (now - then) * (self.record.work - done) / made if made > 0 else None
 
     # What a kind fills in
 

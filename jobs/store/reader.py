@@ -126,10 +126,9 @@ class JobReader:
         images, snapshots = await _outputs_of([] if record.outputs_gone else index)
         if record.status not in ACTIVE:
             return JobState(record, images, snapshots)
-        eta = eta_s(count(left), await self.rate(record.model))
-        if record.status is Status.RUNNING and record.eta_s is not None:
-            # What it measures itself; but while it hardly steps that means little.
-            eta = record.eta_s if eta is None else min(record.eta_s, eta)
+        eta = record.eta_s  # what a running job measures itself
+        if record.status is Status.QUEUED or eta is None:
+            eta = eta_s(count(left), await self.rate(record.model))
         return JobState(record, images, snapshots, None if place < 0 else place, eta)
 
     async def page(

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
-import pytest
+import time
 
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.model import Model
 from worker.network.costs import FORGET_AFTER, TRIALS, CostModel, RateMeter, Shape
+from worker.network.network import Network
 
 SHAPES = [Shape(rows) for rows in (1, 2, 4, 8, 16, 32, 64)]
 
@@ -120,3 +126,19 @@ def test_the_fastest_is_not_forgotten_while_little_is_to_do() -> None:
     run(costs, Shape(64), 0.32)
     now += 1
     assert costs.fastest >= 200
+
+
+@pytest.mark.parametrize(("a_row", "tried"), [(0.0, {1, 4, 16, 64}), (0.02, {1, 4})])
+def test_a_fresh_network_has_tried_full_batches_if_they_are_quick(
+    a_row: float, tried: set[int], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Estimates of a worker that has run nothing yet are made with its rate."""
+
+    def run_for(self: Network, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        time.sleep(0.002 + a_row * len(x))  # 0.002: as a GPU does, whatever the batch
+        return x
+
+    monkeypatch.setattr(Network, "eager", run_for)
+    network = Network(model, dtype=torch.float32, max_rows=64)
+    assert set(network.uses) == tried
+    assert network.costs.fastest > (4_000 if 64 in tried else 20)

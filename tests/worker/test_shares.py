@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,19 @@ def test_one_small_job_is_among_the_next_few_behind_five_hundred(
     # Those that were being stepped, what fits beside it in the same time, and as much for delay.
     assert len(between) < 4 * SLOTS, (len(ended), len(between))
     assert len(ended) < 500
+
+
+def test_a_fresh_worker_estimates_what_it_takes(shared: httpx.Client, service: Service) -> None:
+    """By the rate of full batches, though it has run none for anybody."""
+    assert shared.post("/queue/ddpm/pause", headers=CLIENTS["one"]).status_code == 200
+    service.until(lambda: service.redis.exists("ddpm:rates:tiny"))
+    post(shared, "many", steps=500)  # of another client: to be reckoned with, but no more than that
+    ids = [post(shared, "one", steps=100, num_images=4) for _ in range(12)]
+    told = shared.get(f"/jobs/{ids[-1]}", headers=CLIENTS["one"]).json()["eta_s"]
+    began = time.time()
+    shared.post("/queue/ddpm/resume", headers=CLIENTS["one"])
+    took = service.ended(ids[-1]).completed_at - began
+    assert took / 20 < told < 4 * took  # a machine that is busy makes it later
 
 
 def test_a_client_that_fills_every_seat_locks_nobody_out(

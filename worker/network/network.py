@@ -19,7 +19,9 @@ from worker.network.threads import team_size
 # A CPU gains nothing from one more row of padding, and its kernels are set up anew for each shape.
 EAGER_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 EXACT_SIZES = (8, 4, 2, 1)
-WARM_UP_SIZES = (1, 4)
+WARM_UP_SIZES = (1, 4, 16, 64)
+WARM_UP_S = 0.3  # for each: a size is not tried that would take longer
+WARM_UPS = 5  # the quickest counts
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -139,13 +141,19 @@ class Network:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Run small batches, so that the first request finds kernels ready and a rate known."""
+        """Run growing batches, so that the first request finds kernels ready, and an estimate the
+        rate of full batches: that of single samples is many times too low."""
         for shape in [shape for shape in self.shapes if shape.rows in WARM_UP_SIZES or self.exact]:
+            if shape.rows > WARM_UP_SIZES[1] and 2 * self.costs.seconds(shape) > WARM_UP_S:
+                break
             x = torch.zeros(shape.rows, *self.model.shape, device=self.model.device)
             t = torch.zeros(shape.rows, dtype=torch.long, device=self.model.device)
             labels = t if self.model.config.network.num_classes else None
-            for _ in range(2):
+            started = time.perf_counter()
+            for run in range(WARM_UPS):  # two at least: the first is not counted
                 began = time.perf_counter()
+                if run > 1 and began - started > WARM_UP_S:
+                    break
                 self.output(x, t, labels, shape).sum().item()  # waits for the device
                 self.costs.record(shape, time.perf_counter() - began)
 
