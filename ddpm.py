@@ -30,6 +30,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "up": Entry("app.commands:up", "serve", "Serve: start Redis, a worker and the HTTP API."),
     "env": Entry("app.commands:env", "api", "Print REDIS_URL of the `ddpm up` that runs here."),
+    "doctor": Entry("app.commands:doctor", "api", "Say what is installed, runs, and is wrong."),
     "api": Entry("app.commands:api", "api", "Run the HTTP API alone, against REDIS_URL."),
     "key": Entry("app.commands:key", "api", "Make an API key; only its hash is kept."),
     "worker": Entry("worker.commands:worker", "worker", "Run one worker alone, on REDIS_URL."),

@@ -128,3 +128,23 @@ def env(data: Path) -> None:
         raise click.ClickException(str(error)) from error
     for variable in ("REDIS_URL", "RQ_REDIS_URL"):  # ours, and that of RQ's own commands
         click.echo(f"export {variable}={shlex.quote(url)}")
+
+
+@click.command()
+@click.option("--port", default=8000, show_default=True, help="Where the API would listen.")
+@DATA
+def doctor(port: int, data: Path) -> None:
+    """Look at versions, Redis, workers, models, threads, ports and disks, and say what is wrong.
+
+    Exits with 1 if something is.
+    """
+    from app.doctor import WRONG, examine
+
+    wrong = 0
+    for finding in examine(load_settings(), data=data, port=port):
+        colour = {"ok": "green", "warning": "yellow"}.get(finding.verdict, "red")
+        verdict = click.style(f"{finding.verdict:8}", fg=colour)
+        click.echo(f"{verdict} {finding.subject}: {finding.detail}")
+        wrong += finding.verdict == WRONG
+    if wrong:
+        raise click.exceptions.Exit(1)
