@@ -8,33 +8,37 @@ import binascii
 import hashlib
 import json
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.problems import Problem, field_problem
+from jobs.kinds.common import ARRAYS
 
 # Values in a JSON text, which bounds what parsing and its errors cost: no field takes more than
 # 10,000, and a picture is one.
 _MOST_VALUES = 12_000
 _PIECE = 2**18  # bytes that are decompressed at a time
-_UNKNOWN_PART = "unknown part: there are `image` files and `request` (for /reconstruct also `x_t`)"
+_UNKNOWN_PART = (
+    "unknown part: there are `image` files and `request` (for /reconstruct also `x_t`, for "
+    "/restore also `y`)"
+)
 
 
 @dataclass(frozen=True)
 class Body:
     """A request body: its JSON text, and the files that came with it.
 
-    files: the parts named `image`; x_t: the part of this name, an .npy file.
+    files: the parts named `image`; arrays: those with the name of an array, .npy files.
     """
 
     text: bytes
     files: tuple[bytes, ...] = ()
-    x_t: bytes | None = None
+    arrays: Mapping[str, bytes] = field(default_factory=dict)
 
     def fingerprint(self, kind: str) -> str:
         """Digest of what was asked, whatever the order of fields or the multipart boundary."""
@@ -45,18 +49,18 @@ class Body:
         digest = hashlib.sha256(kind.encode() + b"\0" + canonical)
         for file in self.files:
             digest.update(hashlib.sha256(file).digest())
-        if self.x_t is not None:
-            digest.update(b"x_t" + hashlib.sha256(self.x_t).digest())
+        for name, array in sorted(self.arrays.items()):
+            digest.update(name.encode() + hashlib.sha256(array).digest())
         return digest.hexdigest()
 
 
 async def read_body(
-    request: Request, *, limit: int, most_files: int = 0, takes_x_t: bool = False
+    request: Request, *, limit: int, most_files: int = 0, arrays: Collection[str] = ()
 ) -> Body:
     """The body, at most `limit` bytes. Raises Problem 413, 415 or 422.
 
-    most_files: how many `image` parts a multipart body may have; 0: JSON only. takes_x_t:
-    whether it may have an `x_t` part.
+    most_files: how many `image` parts a multipart body may have; 0: JSON only. arrays: which
+    parts with .npy files it may have.
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media == "application/json" or (media.startswith("application/") and "+json" in media):
@@ -64,8 +68,9 @@ async def read_body(
             return Body(_parsable(b"".join([chunk async for chunk in chunks])))
     if media == "multipart/form-data" and most_files:
         body = await _multipart(request, limit, most_files)
-        if body.x_t is not None and not takes_x_t:
-            raise field_problem("/x_t", _UNKNOWN_PART)
+        for name in body.arrays:
+            if name not in arrays:
+                raise field_problem(f"/{name}", _UNKNOWN_PART)
         return body
     kinds = "application/json or multipart/form-data" if most_files else "application/json"
     raise Problem("unsupported_media_type", f"Content-Type {media or '(none)'}: must be {kinds}")
@@ -158,7 +163,7 @@ async def _multipart(request: Request, limit: int, most_files: int) -> Body:
 
 async def _parts(form: FormData, most_files: int) -> Body:
     text: bytes = b"{}"
-    x_t: bytes | None = None
+    arrays: dict[str, bytes] = {}
     files = []
     for name, value in form.multi_items():
         content = await value.read() if isinstance(value, UploadFile) else value.encode()
@@ -166,13 +171,13 @@ async def _parts(form: FormData, most_files: int) -> Body:
             text = _parsable(content)
         elif name == "image" and isinstance(value, UploadFile):
             files.append(content)
-        elif name == "x_t" and isinstance(value, UploadFile):
-            x_t = content
+        elif name in ARRAYS and isinstance(value, UploadFile):
+            arrays[name] = content
         else:
             raise field_problem(f"/{name}", _UNKNOWN_PART)
     if len(files) > most_files:
         raise field_problem("/image", f"{len(files)} pictures: must be at most {most_files}")
-    return Body(text, tuple(files), x_t)
+    return Body(text, tuple(files), arrays)
 
 
 def from_base64(text: str, pointer: str) -> bytes:

@@ -29,6 +29,7 @@ _HEADERS = [
 ]
 
 _FILE = {"type": "string", "format": "binary"}
+_ARRAYS = {"x_t": "the state to start from", "y": "the measurement"}
 
 
 def create_request(
@@ -42,9 +43,9 @@ def create_request(
         if "pictures" in kind.takes:
             about = "PNG, JPEG or WebP files"
             form["image"] = {"type": "array", "items": _FILE, "description": about}
-        if "x_t" in kind.takes:
-            about = "the state to start from: .npy, float [C,H,W]"
-            form["x_t"] = {**_FILE, "description": about}
+        for array, about in _ARRAYS.items():
+            if array in kind.takes:
+                form[array] = {**_FILE, "description": f"{about}: .npy, float [C,H,W]"}
         content["multipart/form-data"] = {
             "schema": {"type": "object", "properties": {**form, "request": schema}},
             "encoding": {"request": {"contentType": "application/json"}},

@@ -16,11 +16,12 @@ from app.problems import Problem, field_problem, read_json
 from app.services import Services
 from jobs.cards import ModelCard
 from jobs.errors import OutputExpired, PictureError, PictureMedia, PictureTooLarge
-from jobs.kinds.common import Input, JobSpec, Strict
+from jobs.kinds.common import ARRAYS, Input, JobSpec, Shape, Strict
 from jobs.kinds.reconstruct import SnapshotSource
 from jobs.outputs import snapshot_name
+from jobs.pictures import Float32, UInt8
 from jobs.store.reader import JobState
-from jobs.uploads import Fit, decode, decode_x_t
+from jobs.uploads import Fit, decode, decode_array
 
 _LONG = 64 * 1024  # bytes of JSON that take a few milliseconds to read
 
@@ -32,10 +33,10 @@ class PicturesBody(Strict):
     fit: Fit = Field("error", description="what to do with a picture of another size")
 
 
-_X_T: Any = (
-    str | None,
-    Field(None, description="base64 .npy, float [C,H,W]: the state at t itself"),
-)
+_ARRAYS = {
+    "x_t": "base64 .npy, float [C,H,W]: the state at t itself",
+    "y": "base64 .npy, float [C,H,W]: the measurement, of images that lie in [−1, 1]",
+}
 
 
 def body_model(kind: type[JobSpec]) -> type[JobSpec]:
@@ -43,7 +44,11 @@ def body_model(kind: type[JobSpec]) -> type[JobSpec]:
     if not kind.takes:
         return kind
     name = kind.__name__.replace("Spec", "Body")
-    fields = {"x_t": _X_T} if "x_t" in kind.takes else {}
+    fields: dict[str, Any] = {
+        array: (str | None, Field(None, description=about))
+        for array, about in _ARRAYS.items()
+        if array in kind.takes
+    }
     bases: Any = (kind, PicturesBody) if "pictures" in kind.takes else kind
     made: Any = create_model(name, __base__=bases, __doc__=kind.__doc__, **fields)
     return cast("type[JobSpec]", made)
@@ -76,9 +81,11 @@ async def take_in(
     card = choose_card(parsed.model, cards, held)
     if source is not None:
         spec = spec.model_copy(update={"source": source})
-    if source == "x_t":
-        plane = await held.pools.decoding.run(uploaded_x_t, parsed, body, card)
-        return Intake(spec, card, plane, 1)
+    shape = spec.input_shape(card.shape)
+    if source in ARRAYS:
+        array = await held.pools.decoding.run(uploaded_array, source, parsed, body, shape)
+        spec.check_content(array)
+        return Intake(spec, card, array.astype("<f4").tobytes(), 1)
     settings = held.settings
     most = kind.most_pictures or settings.max_images
     texts = getattr(parsed, "images", ())
@@ -87,10 +94,12 @@ async def take_in(
     pixels = settings.max_upload_pixels
     # One by one: between them the pictures of other requests have their turn.
     planes = [
-        await held.pools.decoding.run(decoded, f"/images/{i}", raw, card, fit=fit, pixels=pixels)
+        await held.pools.decoding.run(decoded, f"/images/{i}", raw, shape, fit=fit, pixels=pixels)
         for i, raw in enumerate(files)
     ]
-    return Intake(spec, card, b"".join(planes), len(files))
+    for plane in planes:
+        spec.check_content(plane)
+    return Intake(spec, card, b"".join(plane.tobytes() for plane in planes), len(files))
 
 
 async def read(held: Services, body_type: type[JobSpec], text: bytes) -> JobSpec:
@@ -101,22 +110,22 @@ async def read(held: Services, body_type: type[JobSpec], text: bytes) -> JobSpec
 
 
 def which_input(parsed: Any, body: Body, takes: frozenset[Input]) -> str | SnapshotSource | None:
-    """`image`, `x_t` or a snapshot: what came must agree with what `source` says, if it does.
+    """`image`, the name of an array, or a snapshot; None where a kind takes pictures alone.
 
-    None where a kind takes pictures alone.
+    What came must agree with what `source` says, if it says anything.
     """
     if takes == {"pictures"}:
         return None
-    came = {
-        "image": bool(parsed.images or body.files),
-        "x_t": parsed.x_t is not None or body.x_t is not None,
-        "job": isinstance(parsed.source, SnapshotSource),
-    }
+    arrays = [name for name in ARRAYS if name in takes]
+    came = {"image": bool(parsed.images or body.files)}
+    came |= {a: getattr(parsed, a) is not None or a in body.arrays for a in arrays}
+    came["job"] = isinstance(parsed.source, SnapshotSource)
     given = [name for name, is_there in came.items() if is_there]
     if len(given) != 1:
         what = " and ".join(given) or "nothing"
-        wanted = "one of `images` (or an `image` file), `x_t`, or source {job, t, index}"
-        raise field_problem("/source", f"{what} came: must be {wanted}")
+        wanted = ["`images` (or an `image` file)", *(f"`{array}`" for array in arrays)]
+        wanted += ["source {job, t, index}"] if "snapshot" in takes else []
+        raise field_problem("/source", f"{what} came: must be one of {', '.join(wanted)}")
     [found] = given
     if found == "job":
         source: SnapshotSource = parsed.source
@@ -153,23 +162,24 @@ def uploaded(texts: tuple[str, ...], files: Sequence[bytes], *, most: int) -> Se
     return [from_base64(text, f"/images/{i}") for i, text in enumerate(texts)] or files
 
 
-def decoded(pointer: str, raw: bytes, card: ModelCard, *, fit: Fit, pixels: int) -> bytes:
-    """uint8 [H,W,C] bytes. Raises Problem 413, 415 or 422 that names the picture."""
+def decoded(pointer: str, raw: bytes, shape: Shape, *, fit: Fit, pixels: int) -> UInt8:
+    """uint8 [H,W,C]. Raises Problem 413, 415 or 422 that names the picture."""
     try:
-        return decode(raw, card.shape, fit=fit, max_pixels=pixels).tobytes()
+        return decode(raw, shape, fit=fit, max_pixels=pixels)
     except PictureError as error:
         raise picture_problem(pointer, error) from error
 
 
-def uploaded_x_t(parsed: Any, body: Body, card: ModelCard) -> bytes:
-    """float32 [C,H,W] bytes of the x_t of a request, from either place."""
-    if parsed.x_t is not None and body.x_t is not None:
-        raise field_problem("/x_t", "give an `x_t` file or base64, not both")
-    raw = body.x_t if body.x_t is not None else from_base64(parsed.x_t or "", "/x_t")
+def uploaded_array(name: str, parsed: Any, body: Body, shape: Shape) -> Float32:
+    """The array of this name that came with a request, from either place. Raises Problem."""
+    text, pointer = getattr(parsed, name), f"/{name}"
+    if text is not None and name in body.arrays:
+        raise field_problem(pointer, f"give a file `{name}` or base64, not both")
+    raw = body.arrays[name] if name in body.arrays else from_base64(text or "", pointer)
     try:
-        return decode_x_t(raw, card.shape).astype("<f4").tobytes()
+        return decode_array(raw, shape)
     except PictureError as error:
-        raise picture_problem("/x_t", error) from error
+        raise picture_problem(pointer, error) from error
 
 
 def picture_problem(pointer: str, error: PictureError) -> Problem:

@@ -24,6 +24,8 @@ class Urls(BaseModel):
     cancel: str
     images: str | None = Field(None, description="where a job makes images")
     grid: str | None = Field(None, description="where a job makes images or noises them")
+    mean: str | None = Field(None, description="of the images, where they are samples of one thing")
+    std: str | None = Field(None, description="their standard deviation: where they differ")
 
 
 class ImageView(BaseModel):
@@ -33,6 +35,9 @@ class ImageView(BaseModel):
     url: str
     sha256: str
     seed: int
+    residual: float | None = Field(
+        None, description="of a restored image: root of the mean square of y − A x, in grey levels"
+    )
 
 
 class SnapshotView(BaseModel):
@@ -219,12 +224,15 @@ def urls(record: JobRecord) -> Urls:
     root = f"/jobs/{record.id}"
     images = "images" in record.spec.gives
     pictures = bool(record.spec.grid(record.images))
+    summarized = record.spec.summarized and record.images > 1
     return Urls(
         self=root,
         events=f"{root}/events",
         cancel=f"{root}/cancel",
         images=f"{root}/images.zip" if images else None,
         grid=f"{root}/grid.png" if pictures else None,
+        mean=f"{root}/mean.png" if summarized else None,
+        std=f"{root}/std.png" if summarized else None,
     )
 
 
@@ -243,7 +251,11 @@ def _images(state: JobState) -> list[ImageView]:
     job_id, spec = state.record.id, state.record.spec
     return [
         ImageView(
-            index=i, url=image_url(job_id, i, spec.format), sha256=sha256, seed=spec.seed or 0
+            index=i,
+            url=image_url(job_id, i, spec.format),
+            sha256=sha256,
+            seed=spec.seed or 0,
+            residual=state.residuals.get(i),
         )
         for i, sha256 in state.images.items()
     ]

@@ -22,18 +22,19 @@ Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+GREY_LEVELS = 127.5  # of 8 bits, in one unit of [−1, 1]
 MANIFEST_KEY = "ddpm"  # PNG text chunk with the JSON that makes the image again
 
 
 def to_uint8(x: Float32) -> UInt8:
     """round((x + 1)·127.5), clipped to 0..255. [C,H,W] → [H,W,C]."""
-    scaled = np.clip(np.rint((x.astype(np.float32) + 1.0) * 127.5), 0, 255)
+    scaled = np.clip(np.rint((x.astype(np.float32) + 1.0) * GREY_LEVELS), 0, 255)
     return np.ascontiguousarray(np.moveaxis(scaled, 0, -1).astype(np.uint8))
 
 
 def from_uint8(pixels: UInt8) -> Float32:
     """x/127.5 − 1. [H,W,C] → [C,H,W]."""
-    return np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32) / 127.5 - 1.0, -1, 0))
+    return np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32) / GREY_LEVELS - 1.0, -1, 0))
 
 
 def from_bytes(raw: bytes, shape: tuple[int, int, int]) -> Float32:

@@ -41,7 +41,7 @@ def decode(
     return np.asarray(fitted, dtype=np.uint8).reshape(h, w, c)
 
 
-def decode_x_t(raw: bytes, shape: tuple[int, int, int]) -> Float32:
+def decode_array(raw: bytes, shape: tuple[int, int, int]) -> Float32:
     """The float32 [C,H,W] of an .npy file. Raises PictureMedia, PictureShape or PictureError.
 
     The header is read first: nothing is allocated for an array that is not of this shape.
@@ -59,12 +59,12 @@ def decode_x_t(raw: bytes, shape: tuple[int, int, int]) -> Float32:
     content = buffer.read()
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise PictureMedia(f"{len(content)} bytes of data: {shape} of {dtype} has another number")
-    x_t = np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
+    array = np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
     with np.errstate(over="ignore"):  # of a float64: becomes infinite, and is refused
-        x_t = np.ascontiguousarray(x_t, dtype=np.float32)
-    if not np.isfinite(x_t).all():
+        made: Float32 = np.ascontiguousarray(array, dtype=np.float32)
+    if not np.isfinite(made).all():
         raise PictureError("an array with values that are not finite")
-    return x_t
+    return made
 
 
 def _fit(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:

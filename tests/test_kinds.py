@@ -219,3 +219,24 @@ def test_a_picture_or_a_stream_in_one_call(client: httpx.Client, pictures: list[
         "/likelihood", json={"images": images}, headers={"Accept": "text/event-stream"}
     )
     assert "event: progress" in stream.text and stream.text.rstrip().endswith('"succeeded"}')
+
+
+def test_a_picture_is_restored_with_what_is_known_of_it(
+    client: httpx.Client, pictures: list[bytes]
+) -> None:
+    operator = {"name": "mask", "boxes": [[0, 4, 8, 8]]}
+    job = post(
+        client, "/restore", pictures[:1], operator=operator, num_images=3, steps=6, travel=2, seed=1
+    )
+    assert job["progress"]["step"] == job["progress"]["total"] == 3 * 11
+    assert all(image["residual"] < 0.01 for image in job["images"])
+    images = np.stack([npy(client, image["url"]) for image in job["images"]])
+    known = np.asarray(Image.open(io.BytesIO(pictures[0])), np.float32)[:4] / 127.5 - 1
+    np.testing.assert_allclose(images[:, 0, :4], np.broadcast_to(known, (3, 4, 8)), atol=1e-5)
+    np.testing.assert_allclose(npy(client, job["urls"]["mean"]), images.mean(0), atol=1e-6)
+    std = npy(client, job["urls"]["std"])
+    np.testing.assert_allclose(std, images.std(0, ddof=1), atol=1e-6)
+    assert std[0, :4].max() < 1e-5 < std[0, 4:].max()
+    again = post(client, "/restore", pictures[:1], **job["manifest"])
+    found = np.stack([npy(client, image["url"]) for image in again["images"]])
+    np.testing.assert_allclose(found, images, atol=1e-2)

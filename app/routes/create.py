@@ -19,7 +19,7 @@ from app.routes.words import WORDS, Words
 from app.services import Services, services
 from app.streams import EventStream, job_frames
 from app.waiting import until_ended
-from jobs.kinds.common import JobSpec
+from jobs.kinds.common import ARRAYS, JobSpec
 from jobs.kinds.table import KINDS, admit
 from jobs.states import ACTIVE, Status
 from jobs.store.admission import Admitted, Idempotency, Order
@@ -76,7 +76,7 @@ def _route(name: str, kind: type[JobSpec], body_type: type[JobSpec]) -> Route:
             request,
             limit=settings.max_upload_bytes,
             most_files=most,
-            takes_x_t="x_t" in kind.takes,
+            arrays=[name for name in ARRAYS if name in kind.takes],
         )
         desk = Desk(held, request, name, body)
         admitted = await desk.replay()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response
 
-from app import documents
+from app import documents, summary
 from app.outputs import (
     encode_film,
     encode_grid,
@@ -101,6 +101,40 @@ async def get_grid(request: Request, job_id: str, suffix: PictureSuffix, px: Px 
     planes = await fetch(held, record, record.spec.grid(record.images))
     encoding = held.pools.encoding.run(encode_grid, record, planes, suffix=suffix, px=px or 0)
     return file_response(await encoding, suffix)
+
+
+@router.get(
+    "/jobs/{job_id}/mean.{suffix}",
+    response_class=Response,
+    responses={200: documents.files(*IMAGES), **ERRORS},
+)
+async def get_mean(request: Request, job_id: str, suffix: ImageSuffix, px: Px = None) -> Response:
+    """The mean of a job's images, which is the best single answer where they are samples of one."""
+    return await _statistic(request, job_id, summary.mean, suffix=suffix, px=px)
+
+
+@router.get(
+    "/jobs/{job_id}/std.{suffix}",
+    response_class=Response,
+    responses={200: documents.files(*IMAGES), **ERRORS},
+)
+async def get_std(request: Request, job_id: str, suffix: ImageSuffix, px: Px = None) -> Response:
+    """The standard deviation of a job's images: where they differ. A picture shows 0..1 as black to
+    white, of images in [−1, 1]; npy is the deviation itself, float32 [C,H,W]."""
+    return await _statistic(request, job_id, summary.std, suffix=suffix, px=px)
+
+
+async def _statistic(
+    request: Request, job_id: str, statistic: summary.Summary, *, suffix: str, px: int | None
+) -> Response:
+    held = services(request)
+    record = (await held.job(job_id)).record
+    names = [image_name(i) for i in range(record.images)] if "images" in record.spec.gives else []
+    planes = await fetch(held, record, names)
+    content = await held.pools.encoding.run(
+        summary.encode, planes, statistic, suffix=suffix, px=px or 0
+    )
+    return file_response(content, suffix)
 
 
 @router.get(

@@ -73,6 +73,37 @@ WORDS: dict[str, Words] = {
             },
         },
     ),
+    "restore": Words(
+        "Samples of images that agree with a measurement y = A x_0 + noise: fill in a part, make "
+        "larger, colour, sharpen, denoise.\n\n"
+        "The picture is the measurement itself: of the model's size for `mask` (what is filled in "
+        "may hold anything), `blur` and `identity`, smaller by the factor for `average_pool`, grey "
+        "for `gray`. Several samples show several answers: `urls.mean` is their mean, `urls.std` "
+        "where they differ, and `images[].residual` how far A x is from y.",
+        {
+            "mask": {
+                "summary": "Eight ways to fill in the lower half",
+                "value": {
+                    "images": [_PICTURE],
+                    "operator": {"name": "mask", "boxes": [[0, 16, 32, 32]]},
+                    "num_images": 8,
+                    "seed": 1,
+                },
+            },
+            "larger": {
+                "summary": "Four times as large",
+                "value": {
+                    "images": [_PICTURE],
+                    "operator": {"name": "average_pool", "factor": 4},
+                    "num_images": 4,
+                },
+            },
+            "denoise": {
+                "summary": "Take away noise of 25 grey levels, from an array that is not clipped",
+                "value": {"y": "k05VTVBZAQB2AHsn…", "operator": {"name": "identity"}, "noise": 25},
+            },
+        },
+    ),
     "interpolate": Words(
         "Two images noised to t with one ε, mixed there by each λ, and denoised.\n\n"
         "All chains share their noise: image i differs from its neighbours by λ alone.",

@@ -56,9 +56,15 @@ class Snapshots(Strict):
 
 
 class ChainSpec(JobSpec):
-    """How to walk the reverse chain, from wherever it starts, and what to keep of it."""
+    """How to walk the reverse chain, from wherever it starts, and what to keep of it.
+
+    table_fields: those that say which table of a sampler it is.
+    """
 
     count_field: ClassVar[str] = "/num_images"
+    table_fields: ClassVar[tuple[str, ...]] = (
+        "sampler", "steps", "spacing", "eta", "variance", "corrector_steps",
+    )  # fmt: skip
 
     sampler: str | None = Field(
         None,
@@ -102,6 +108,10 @@ class ChainSpec(JobSpec):
     def first_t(self, card: ModelCard) -> int:
         """The paper's t of the state that enters the first step."""
         return card.T
+
+    def own_sampler(self, card: ModelCard) -> str:
+        """The sampler where a request names none."""
+        return card.sampling.sampler
 
     @property
     def snapshot_kinds(self) -> tuple[SnapshotKind, ...]:
@@ -153,7 +163,7 @@ class ChainSpec(JobSpec):
         return None
 
     def _check_sampler(self, card: ModelCard) -> None:
-        name = self.sampler or card.sampling.sampler
+        name = self.sampler or self.own_sampler(card)
         if name not in card.samplers:
             raise SpecError(
                 "/sampler", f"{name}: model {card.name} runs {', '.join(card.samplers)}"
@@ -175,7 +185,7 @@ class ChainSpec(JobSpec):
     def defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
         """Values for the fields that were left out."""
         defaults = super().defaults(card, settings)
-        name = self.sampler or card.sampling.sampler
+        name = self.sampler or self.own_sampler(card)
         sampler = card.samplers[name]
         defaults["class_label"] = label_of(self.class_label, card)
         defaults["sampler"] = name
@@ -190,21 +200,29 @@ class ChainSpec(JobSpec):
             defaults["corrector_steps"] = 1 if sampler.corrector_only else 0
         return defaults
 
-    def plan(self, card: ModelCard, num_inputs: int) -> Plan:
-        """Cost of a filled spec; the images come out of `count` chains."""
+    def rows(self, card: ModelCard) -> int:
+        """Rows of the filled spec's table."""
         assert self.sampler is not None
         assert self.steps is not None and self.corrector_steps is not None
         # A corrector follows every step but the last, unless there is nothing else.
         alone = card.samplers[self.sampler].corrector_only
         levels = self.steps if alone else self.steps - 1
         predictors = 0 if alone else self.steps
-        rows = predictors + levels * self.corrector_steps
-        nets = 2 if self.guidance != 1.0 else 1
+        return predictors + levels * self.corrector_steps
+
+    @property
+    def evaluations_a_row(self) -> int:
+        """Network evaluations that a row of one chain takes."""
+        return 2 if self.guidance != 1.0 else 1
+
+    def plan(self, card: ModelCard, num_inputs: int) -> Plan:
+        """Cost of a filled spec; the images come out of `count` chains."""
+        rows = self.rows(card)
         kept = 1
         if self.snapshots is not None:
             kept += self.snapshots.count(rows) * len(set(self.snapshots.kinds))
         return Plan(
             images=self.count,
-            evaluations=self.count * rows * nets,
+            evaluations=self.count * rows * self.evaluations_a_row,
             output_bytes=self.count * kept * card.plane_bytes,
         )

@@ -11,6 +11,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from jobs.cards import ModelCard
@@ -39,8 +40,10 @@ Label = Annotated[
 ]
 Timestep = Annotated[int, Field(ge=1, description="the paper's t: 1..T")]
 SnapshotKind = Literal["x_t", "x_start", "eps"]
-# An `x_t` is uploaded as an array; a `snapshot` is one that another job kept.
-Input = Literal["pictures", "x_t", "snapshot"]
+# An `x_t` and a `y` are uploaded as arrays; a `snapshot` is an x_t that another job kept.
+Input = Literal["pictures", "x_t", "y", "snapshot"]
+Shape = tuple[int, int, int]
+ARRAYS: tuple[Input, ...] = ("x_t", "y")
 Gift = Literal["images", "snapshots", "numbers"]
 
 
@@ -73,7 +76,8 @@ class JobSpec(Strict):
     a kind that starts from noise. gives: what it leaves. result_model: of the numbers it gives.
     runs_network: a kind that does not needs neither a prepared network nor the engine.
     work_field, bytes_field, count_field: pointers of the fields that make a job large. film_rises:
-    its film goes from the image to the noise.
+    its film goes from the image to the noise. summarized: its images are samples of one thing, so
+    that their mean and deviation mean something.
     """
 
     takes: ClassVar[frozenset[Input]] = frozenset()
@@ -82,6 +86,7 @@ class JobSpec(Strict):
     result_model: ClassVar[type[BaseModel] | None] = None
     runs_network: ClassVar[bool] = True
     film_rises: ClassVar[bool] = False
+    summarized: ClassVar[bool] = False
     count_field: ClassVar[str] = "/images"
 
     kind: str
@@ -123,6 +128,10 @@ class JobSpec(Strict):
     def input(self) -> Input | None:
         """Which of `takes` this request works on, as the worker gets it."""
         return next(iter(self.takes), None)
+
+    def input_shape(self, shape: Shape) -> Shape:
+        """[C, H, W] of what comes in, for a model of this shape. Raises SpecError."""
+        return shape
 
     @property
     def snapshot_kinds(self) -> tuple[SnapshotKind, ...]:
@@ -186,6 +195,9 @@ class JobSpec(Strict):
 
     def check_inputs(self, count: int) -> None:
         """Raise SpecError unless so many pictures are what this kind works on."""
+
+    def check_content(self, content: NDArray[Any]) -> None:
+        """Raise SpecError for what came in: uint8 [H, W, C], or of an array float32 [C, H, W]."""
 
     def fill(self, card: ModelCard, settings: Settings) -> Self:
         """The same request with every default written out."""

@@ -26,6 +26,7 @@ class ReconstructSpec(ChainSpec):
 
     takes: ClassVar[frozenset[Input]] = frozenset({"pictures", "x_t", "snapshot"})
     most_pictures: ClassVar[int | None] = 1
+    summarized: ClassVar[bool] = True
 
     kind: Literal["reconstruct"] = "reconstruct"
     num_images: int = Field(1, ge=1, description="samples from the one x_t")

@@ -18,12 +18,14 @@ from jobs.kinds.interpolate import InterpolateSpec
 from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.kinds.noise import NoiseSpec
 from jobs.kinds.reconstruct import ReconstructSpec
+from jobs.kinds.restore import RestoreSpec
 from jobs.settings import Settings
 
 KINDS: dict[str, type[JobSpec]] = {
     "generate": GenerateSpec,
     "noise": NoiseSpec,
     "reconstruct": ReconstructSpec,
+    "restore": RestoreSpec,
     "interpolate": InterpolateSpec,
     "likelihood": LikelihoodSpec,
 }

@@ -58,12 +58,24 @@ class WriteBatch:
         event = events.dump(ProgressEvent(step=done, total=record.work, t=t, eta_s=eta))
         self._ops(record.id, execution).extend(["p", done, t, "" if eta is None else eta, event])
 
-    def image(self, record: JobRecord, execution: str, *, index: int, x: Float32) -> None:
-        """A finished image, float32 [C,H,W] in [−1, 1]; its saved state is dropped."""
+    def image(
+        self,
+        record: JobRecord,
+        execution: str,
+        *,
+        index: int,
+        x: Float32,
+        residual: float | None = None,
+    ) -> None:
+        """A finished image, float32 [C,H,W] in [−1, 1]; its saved state is dropped.
+
+        residual: how far it is from what was measured of it, in grey levels.
+        """
         sha256 = pixels_sha256(x)
         url = events.image_url(record.id, index, record.spec.format)
         event = events.dump(ImageEvent(index=index, url=url, sha256=sha256))
-        meta = json.dumps({"sha256": sha256})
+        about = {"sha256": sha256} | ({} if residual is None else {"residual": residual})
+        meta = json.dumps(about)
         name = image_name(index)
         self._keep(record, execution, name, x)
         ops = self._ops(record.id, execution)

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -23,13 +24,12 @@ from jobs.store.connections import probe
 from jobs.store.outputs import open_outputs
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.rq_queue import queue_key
-from jobs.store.tolerance import UNREADABLE, count, each, items, text
+from jobs.store.tolerance import UNREADABLE, count, each, items, number, text
 from jobs.store.writer import WorkerInfo
 
 _CARDS_S = 1.0  # how long cards and rates are remembered
 _SCAN = 100
 _MANY = 1000  # entries of an index
-Listed = tuple[dict[int, str], tuple[tuple[int, str, int], ...]]  # JobState: images, snapshots
 _MOST_SCANNED = 2000
 
 
@@ -37,7 +37,8 @@ _MOST_SCANNED = 2000
 class JobState:
     """A record with what there is of its outputs.
 
-    images: index → SHA-256 of the pixels. snapshots: (t, kind, index), t falling.
+    images: index → SHA-256 of the pixels. snapshots: (t, kind, index), t falling. residuals: of
+    the images that have one, in grey levels.
     queue_position: 0 is next; None for a job that does not wait.
     """
 
@@ -46,6 +47,7 @@ class JobState:
     snapshots: tuple[tuple[int, str, int], ...]
     queue_position: int | None = None
     eta_s: float | None = None
+    residuals: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,13 @@ class JobReader:
             return None
         raw, index, place, left = found
         record = parse_record(job_id, _pairs(raw)).as_of(time.time())
-        images, snapshots = await _outputs_of([] if record.outputs_gone else index)
+        state = await _state_of(record, [] if record.outputs_gone else index)
         if record.status not in ACTIVE:
-            return JobState(record, images, snapshots)
+            return state
         eta = record.eta_s  # what a running job measures itself
         if record.status is Status.QUEUED or eta is None:
             eta = eta_s(count(left), await self.rate(record.model))
-        return JobState(record, images, snapshots, None if place < 0 else place, eta)
+        return replace(state, queue_position=None if place < 0 else place, eta_s=eta)
 
     async def page(
         self, *, status: Status | None, model: str | None, limit: int, cursor: str | None
@@ -228,22 +230,26 @@ def _difference(pair: list[bytes | None]) -> int:
     return max(admitted - completed, 0)
 
 
-async def _outputs_of(index: list[bytes]) -> Listed:
-    """Images and snapshots from an index; that of many in a thread, so that the loop goes on."""
+async def _state_of(record: JobRecord, index: list[bytes]) -> JobState:
+    """With what an index names; that of many outputs in a thread, so that the loop goes on."""
     if len(index) < _MANY:
-        return _parse_index(index)
-    return await asyncio.to_thread(_parse_index, index)
+        return _parse_index(record, index)
+    return await asyncio.to_thread(_parse_index, record, index)
 
 
-def _parse_index(index: list[bytes]) -> Listed:
+def _parse_index(record: JobRecord, index: list[bytes]) -> JobState:
     images: dict[int, str] = {}
+    residuals: dict[int, float] = {}
     snapshots: list[tuple[int, str, int]] = []
-    for field, meta in _pairs(index).items():
+    for name, meta in _pairs(index).items():
         with contextlib.suppress(*UNREADABLE):  # of a newer version
-            what = parse_name(text(field))
+            what = parse_name(text(name))
             if isinstance(what, int):
-                images[what] = str(json.loads(meta)["sha256"])
+                about = json.loads(meta)
+                images[what] = str(about["sha256"])
+                if "residual" in about:
+                    residuals[what] = number(about["residual"])
             else:
                 snapshots.append(what)
     snapshots.sort(key=lambda s: (-s[0], s[1], s[2]))
-    return dict(sorted(images.items())), tuple(snapshots)
+    return JobState(record, dict(sorted(images.items())), tuple(snapshots), residuals=residuals)

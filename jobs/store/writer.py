@@ -43,6 +43,7 @@ import redis
 from numpy.typing import NDArray
 
 from jobs.cards import ModelCard, to_store
+from jobs.kinds.common import ARRAYS
 from jobs.pictures import Float32, UInt8, from_bytes
 from jobs.settings import Settings
 from jobs.states import Status
@@ -65,8 +66,8 @@ WORKER_TTL_S = 30  # a worker unheard of for so long is not counted as alive
 class Started:
     """A job to run.
 
-    inputs: uploaded images, uint8 [N,H,W,C], or None. x_t: where a chain that was given one
-    starts, float32 [C,H,W]. states: image index → what `checkpoint`
+    inputs: uploaded images, uint8 [N,H,W,C], or None. array: an x_t to start from or a measurement,
+    float32 [C,H,W], or None. states: image index → what `checkpoint`
     saved. finished: indices of images already stored. crashes: workers that died with the job in
     their batch since it was last cleared; lone_crashes: with nothing else in it. best: the most
     image-steps that were ever done. in_batch: as it is marked now. earlier_digest: the model of
@@ -79,7 +80,7 @@ class Started:
     best: int
     in_batch: InBatch
     inputs: UInt8 | None
-    x_t: Float32 | None
+    array: Float32 | None
     states: dict[int, bytes]
     finished: frozenset[int]
     earlier_digest: str | None
@@ -167,15 +168,16 @@ class JobStore:
         if not raw:
             return None
         record = parse_record(job_id, raw)
-        from_x_t = record.spec.input == "x_t"
+        as_array = record.spec.input in ARRAYS
+        shape = record.spec.input_shape(record.shape) if inputs is not None else record.shape
         return Started(
             record=record,
             crashes=int(crashes),
             lone_crashes=int(lone_crashes),
             best=int(best),
             in_batch=InBatch.NO if crashes and in_batch is InBatch.SHARED else in_batch,
-            inputs=None if inputs is None or from_x_t else inputs_array(inputs, record.shape),
-            x_t=from_bytes(inputs, record.shape) if from_x_t and inputs is not None else None,
+            inputs=None if inputs is None or as_array else inputs_array(inputs, shape),
+            array=from_bytes(inputs, shape) if as_array and inputs is not None else None,
             states={int(index): value for index, value in states.items()},
             finished=frozenset(int(f[2:]) for f in fields if f.startswith(b"i:")),
             earlier_digest=_text(earlier),

@@ -54,7 +54,7 @@ def test_an_image_noised_to_t(client: httpx.Client, worker: Worker) -> None:
     assert "images" not in asked and "x_t" not in asked
     started = worker.start(job["id"])
     assert started.inputs is not None and started.inputs.shape == (1, 8, 8, 1)
-    assert started.x_t is None and started.record.work == 3 * 40 and started.record.images == 3
+    assert started.array is None and started.record.work == 3 * 40 and started.record.images == 3
     worker.image(started, 2)
     as_json = client.post("/reconstruct", json={**request, "images": [b64(png())], "steps": 7})
     assert as_json.status_code == 202 and as_json.json()["request"]["steps"] == 7
@@ -69,8 +69,8 @@ def test_an_x_t_of_ones_own(client: httpx.Client, worker: Worker) -> None:
         job = client.post("/reconstruct", **sent).json()  # type: ignore[arg-type]
         assert job["request"]["source"] == "x_t" and job["request"]["steps"] == 9
         started = worker.start(job["id"])
-        assert started.inputs is None and started.x_t is not None
-        np.testing.assert_array_equal(started.x_t, X * 3)
+        assert started.inputs is None and started.array is not None
+        np.testing.assert_array_equal(started.array, X * 3)
 
 
 def test_a_snapshot_of_an_earlier_job(client: httpx.Client, worker: Worker, source: str) -> None:
@@ -79,11 +79,11 @@ def test_a_snapshot_of_an_earlier_job(client: httpx.Client, worker: Worker, sour
     assert job["request"]["t"] == 500 and job["request"]["steps"] == 100
     assert job["request"]["source"] == body["source"]
     started = worker.start(job["id"])
-    assert started.x_t is not None
-    np.testing.assert_allclose(started.x_t, X * 0.5)
+    assert started.array is not None
+    np.testing.assert_allclose(started.array, X * 0.5)
     assert started.record.work == 2 * 100 * 2  # guided: two evaluations a step
     client.delete(f"/jobs/{source}")  # the x_t was copied
-    assert worker.start(job["id"]).x_t is not None
+    assert worker.start(job["id"]).array is not None
 
 
 def test_the_manifest_makes_the_job_again(

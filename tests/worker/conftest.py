@@ -36,6 +36,7 @@ from jobs.kinds.interpolate import InterpolateSpec
 from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.kinds.noise import NoiseSpec
 from jobs.kinds.reconstruct import ReconstructSpec
+from jobs.kinds.restore import RestoreSpec
 from jobs.kinds.table import admit
 from jobs.settings import Settings
 from jobs.states import ACTIVE
@@ -50,6 +51,7 @@ KINDS: dict[str, Any] = {
     "generate": GenerateSpec,
     "noise": NoiseSpec,
     "reconstruct": ReconstructSpec,
+    "restore": RestoreSpec,
     "interpolate": InterpolateSpec,
     "likelihood": LikelihoodSpec,
 }

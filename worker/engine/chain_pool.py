@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.condition import Projection
+from diffusion.forward import gather
 from diffusion.noise import Purpose, image_normals, normals
 from diffusion.table import COLUMNS, DeviceTable, SamplerTable, clip_x_start, scale_noise, update
 from worker.engine.pool import Batch, Int64, Step, labels_of
@@ -202,6 +204,19 @@ class ChainPool:
             labels=labels_of(self.network.model, samples, len(guided)),
             guided=torch.tensor(guided, device=self.device) if guided else None,
             guidance=torch.tensor(weights, device=self.device) if guided else None,
+            corrections=self._corrections(samples),
+        )
+
+    def _corrections(self, samples: list[Sample]) -> tuple[tuple[Projection, Tensor], ...]:
+        """What corrects which samples: those of a task together, unless each must stand alone."""
+        groups: dict[tuple[Projection, int], list[int]] = {}
+        for i, sample in enumerate(samples):
+            correction = task_of(sample).condition
+            if correction is not None:
+                groups.setdefault((correction, i if self.network.exact else -1), []).append(i)
+        return tuple(
+            (correction, torch.tensor(at, device=self.device))
+            for (correction, _), at in groups.items()
         )
 
     def step(self, batch: Batch, shape: Shape) -> ChainStep:
@@ -221,7 +236,7 @@ class ChainPool:
         t, coefficients = self.bank.rows.t[packed[1]], self.bank.rows.coefficients[packed[1]]
         inputs = Inputs(x, t, batch.labels, batch.guided, batch.guidance)
         found = self.network.evaluate(inputs, shape)
-        x_start = clip_x_start(coefficients, found.x_start)
+        x_start = self._corrected(batch, clip_x_start(coefficients, found.x_start), t)
         z = self._noise(packed, self.bank.noisy[table_rows], like=x)
         if found.v is not None and self.bank.learned[table_rows].any():
             z = scale_noise(self.bank.rows.spread[packed[1]], found.v, z)
@@ -239,6 +254,16 @@ class ChainPool:
             self._due[sample.slot] = sample.run.next_due(int(rows[i]) + 1)
         t_of = self.bank.t[table_rows]
         return ChainStep(batch, rows, t_of, finite, due, x, x_start, found.eps, x_next)
+
+    def _corrected(self, batch: Batch, x_start: Tensor, t: Tensor) -> Tensor:
+        """x̂_0 with those of conditioned chains corrected."""
+        if not batch.corrections:
+            return x_start
+        variances = self.network.model.schedule.one_minus_alphas_cumprod
+        r2 = gather(variances, t, x_start).flatten()
+        for correction, at in batch.corrections:
+            x_start[at] = correction.correct(x_start[at], r2[at])
+        return x_start
 
     def _noise(self, packed: Tensor, noisy: NDArray[np.bool_], like: Tensor) -> Tensor:
         """z of every sample; drawn only where its row uses it."""

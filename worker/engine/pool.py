@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.condition import Projection
 from diffusion.model import Model
 from worker.engine.runs import Run, Sample
 from worker.engine.tasks import Event, States
@@ -22,7 +23,10 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A choice of samples, with the part of a step's input that stays the same while it stands."""
+    """A choice of samples, with the part of a step's input that stays the same while it stands.
+
+    corrections: of x̂_0, each with the samples (positions in the batch) that it is for.
+    """
 
     samples: list[Sample]
     slots: Int64
@@ -30,6 +34,7 @@ class Batch:
     labels: Tensor | None
     guided: Tensor | None
     guidance: Tensor | None
+    corrections: tuple[tuple[Projection, Tensor], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

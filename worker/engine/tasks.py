@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.condition import Projection
 from diffusion.model import Model
 from diffusion.table import SamplerTable
 
@@ -100,6 +101,7 @@ class Task:
     deterministic: the same bytes whatever shares the batch (a lane of its own, eager float32).
     urgent: goes before what is not. client: each gets the same share of a batch.
     snapshot_rows: rows whose (x_t, x̂_0, ε) are reported.
+    condition: corrects each x̂_0; its measurement is on the model's device.
     """
 
     id: str
@@ -112,6 +114,7 @@ class Task:
     urgent: bool = False
     client: str = ""
     snapshot_rows: frozenset[int] = frozenset()
+    condition: Projection | None = None
 
     @property
     def terms(self) -> bool:

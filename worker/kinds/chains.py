@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.condition import Projection
 from diffusion.forward import q_samples_at
 from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import build_table
 from diffusion.schedule import Schedule
 from diffusion.table import SamplerTable
 from jobs.kinds.chain import ChainSpec, Snapshots
+from jobs.pictures import GREY_LEVELS
 from jobs.store.batch import WriteBatch
 from jobs.store.writer import Started
 from worker.engine.tasks import Canceled, Checkpoint, Event, Images, Start, States, Task
@@ -32,12 +35,15 @@ class ChainFlight(Flight[ChainT]):
     """A job that runs reverse chains; each kind says where they begin."""
 
     from_noise: ClassVar[bool] = False  # else at the t of the spec
+    # Options of the table that are this kind's own, and no choice of model or request.
+    own_options: ClassVar[Mapping[str, object]] = {}
 
     def __init__(
         self, started: Started, execution: str, served: Served, *, spec: ChainT, deadline: float
     ) -> None:
         super().__init__(started, execution, served, spec=spec, deadline=deadline)
-        self.table = spec_table(served, spec, from_noise=self.from_noise)
+        self.table = spec_table(served, spec, from_noise=self.from_noise, **self.own_options)
+        self.condition = self.condition_on(started)
         self._task = self._rest(started)
         self.done_before = self.record.work - self._task.evaluations
 
@@ -48,11 +54,16 @@ class ChainFlight(Flight[ChainT]):
         made: dict[str, Any] = {"clip": sampling.clip}
         if spec.sampler == "ddim":
             made |= {"rederive_eps": sampling.rederive_eps, "landing": sampling.landing}
+            made |= cls.own_options
         return made
 
     def fresh_starts(self, started: Started) -> list[Start]:
         """Where the chains begin, in the order of the images. Raises MissingInput."""
         raise NotImplementedError
+
+    def condition_on(self, started: Started) -> Projection | None:
+        """What the chains are conditioned on. Raises MissingInput."""
+        return None
 
     def task(self) -> Task:
         """The chains, or what earlier executions left of them."""
@@ -79,15 +90,17 @@ class ChainFlight(Flight[ChainT]):
             urgent=spec.priority == "high",
             client=started.record.client,
             snapshot_rows=snapshot_rows(self.table, spec.snapshots),
+            condition=self.condition,
         )
 
     def write(self, event: Event, batch: WriteBatch) -> None:
         """Images, snapshots and states of the chains."""
         match event:
             case Images():
-                for index, x in zip(event.indices, on_host(event.x), strict=True):
-                    image = np.clip(x, -1, 1)
-                    batch.image(self.record, self.execution, index=index, x=image)
+                images = event.x.clamp(-1, 1)
+                found = zip(event.indices, on_host(images), self._residuals(images), strict=True)
+                for index, x, residual in found:
+                    batch.image(self.record, self.execution, index=index, x=x, residual=residual)
             case Checkpoint():
                 self._save_states(event.states, batch)
             case Canceled(states=States() as states):
@@ -97,6 +110,13 @@ class ChainFlight(Flight[ChainT]):
                     self._show_states(states, batch)
             case _:
                 super().write(event, batch)
+
+    def _residuals(self, images: Tensor) -> list[float] | list[None]:
+        """How far each image is from what was measured, in grey levels."""
+        if self.condition is None:
+            return [None] * len(images)
+        distance = self.condition.measurement.distance(images)
+        return [round(value, 4) for value in (distance * GREY_LEVELS).tolist()]
 
     def _save_states(self, states: States, batch: WriteBatch) -> None:
         memory = self.table.has_memory
@@ -138,10 +158,9 @@ def noised(schedule: Schedule, x_start: Tensor, *, t: int, seed: int) -> Tensor:
     return x_t
 
 
-def spec_table(served: Served, spec: ChainSpec, *, from_noise: bool) -> SamplerTable:
-    """The sampler table of a filled spec; equal requests share one."""
-    names = ("sampler", "steps", "spacing", "eta", "variance", "corrector_steps")
-    given = {name: getattr(spec, name) for name in names}
+def spec_table(served: Served, spec: ChainSpec, *, from_noise: bool, **own: object) -> SamplerTable:
+    """The sampler table of a filled spec; equal requests share one. own: further options."""
+    given: dict[str, object] = {name: getattr(spec, name) for name in spec.table_fields} | own
     given["start"] = None if from_noise else spec.first_t(served.card) - 1
     return _table(served, tuple((name, v) for name, v in given.items() if v is not None))
 

@@ -23,9 +23,21 @@ def uploaded(started: Started) -> Tensor:
 
 def given_x_t(started: Started) -> Tensor:
     """The x_t a job was given, float32 [C, H, W]. Raises MissingInput."""
-    if started.x_t is None:
+    if started.array is None:
         raise MissingInput("the x_t to start from is gone")
-    return torch.from_numpy(started.x_t.copy())
+    return torch.from_numpy(started.array.copy())
+
+
+def measured(started: Started) -> Tensor:
+    """The measurement of a job, float32 [1, C, H, W], from a picture or an array.
+
+    Raises MissingInput.
+    """
+    if started.array is not None:
+        return torch.from_numpy(started.array.copy())[None]
+    if started.inputs is None:
+        raise MissingInput("the measurement is gone")
+    return x_start_of(started.inputs)
 
 
 def x_start_of(inputs: NDArray[np.uint8]) -> Tensor:

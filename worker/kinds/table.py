@@ -8,11 +8,13 @@ from worker.kinds.interpolate import InterpolateFlight
 from worker.kinds.likelihood import LikelihoodFlight
 from worker.kinds.noise import NoiseFlight
 from worker.kinds.reconstruct import ReconstructFlight
+from worker.kinds.restore import RestoreFlight
 
 FLIGHTS: dict[str, type[AnyFlight]] = {
     "generate": GenerateFlight,
     "noise": NoiseFlight,
     "reconstruct": ReconstructFlight,
+    "restore": RestoreFlight,
     "interpolate": InterpolateFlight,
     "likelihood": LikelihoodFlight,
 }
