@@ -134,6 +134,14 @@ class Job(Known):
         """The file of all images in one picture."""
         return self._file(f"{self._root}/grid.{format}", px=px)
 
+    def mean(self, *, format: str = "png", px: int | None = None) -> bytes:
+        """The file of the images' mean."""
+        return self._file(f"{self._root}/mean.{format}", px=px)
+
+    def std(self, *, format: str = "png", px: int | None = None) -> bytes:
+        """The file of their standard deviation: where they differ."""
+        return self._file(f"{self._root}/std.{format}", px=px)
+
     def film(
         self,
         *,
@@ -215,6 +223,14 @@ class AsyncJob(Known):
     async def grid(self, *, format: str = "png", px: int | None = None) -> bytes:
         """The file of all images in one picture."""
         return await self._file(f"{self._root}/grid.{format}", px=px)
+
+    async def mean(self, *, format: str = "png", px: int | None = None) -> bytes:
+        """The file of the images' mean."""
+        return await self._file(f"{self._root}/mean.{format}", px=px)
+
+    async def std(self, *, format: str = "png", px: int | None = None) -> bytes:
+        """The file of their standard deviation: where they differ."""
+        return await self._file(f"{self._root}/std.{format}", px=px)
 
     async def film(
         self,

@@ -105,6 +105,30 @@ class Reconstruct(Chain, Pictures, total=False):
     x_t: Array
 
 
+class Operator(TypedDict, total=False):
+    """What a measurement keeps of an image. mask: a picture, white where it is to be filled in."""
+
+    name: Required[Literal["mask", "average_pool", "gray", "blur", "identity"]]
+    boxes: Sequence[Sequence[int]]
+    mask: Picture
+    factor: int
+    weights: Sequence[float]
+    deviation: float
+    kernel: Sequence[Sequence[float]]
+
+
+class Restore(Chain, Pictures, total=False):
+    """Samples given a measurement: a picture, or an array y of images that lie in [−1, 1]."""
+
+    operator: Required[Operator]
+    num_images: int
+    source: Literal["image", "y"]
+    y: Array
+    noise: float
+    method: Literal["projection"]
+    travel: int
+
+
 class Interpolate(Chain, Pictures, total=False):
     """Between two pictures."""
 
@@ -127,6 +151,7 @@ KINDS: dict[str, type] = {
     "generate": Generate,
     "noise": Noise,
     "reconstruct": Reconstruct,
+    "restore": Restore,
     "interpolate": Interpolate,
     "likelihood": Likelihood,
 }
@@ -151,6 +176,10 @@ class Kinds(Generic[J]):
     def reconstruct(self, **request: Unpack[Reconstruct]) -> J:
         """Images from any point of a chain."""
         return self.create("reconstruct", **request)
+
+    def restore(self, **request: Unpack[Restore]) -> J:
+        """Images given what was measured: filled in, larger, coloured, sharper, without noise."""
+        return self.create("restore", **request)
 
     def interpolate(self, **request: Unpack[Interpolate]) -> J:
         """Images between two pictures."""

@@ -32,15 +32,18 @@ class Urls(Model):
     cancel: str
     images: str | None = None
     grid: str | None = None
+    mean: str | None = None
+    std: str | None = None
 
 
 class ImageData(Model):
-    """A finished image. sha256: of its 8-bit pixels."""
+    """A finished image. sha256: of its 8-bit pixels. residual: of a restored one."""
 
     index: int
     url: str
     sha256: str
     seed: int
+    residual: float | None = None
 
 
 class SnapshotData(Model):

@@ -50,8 +50,12 @@ def _value(name: str, value: Any) -> Any:
     if name == "images":
         many = isinstance(value, Sequence) and not isinstance(value, str | bytes)
         return [_base64(one) for one in (value if many else [value])]
-    if isinstance(value, bytes | os.PathLike) or _is_picture(value) or name == "x_t":
+    if name == "operator" and isinstance(value, Mapping):
+        return encoded(value)
+    if isinstance(value, bytes | os.PathLike) or _is_picture(value) or name in ("x_t", "y"):
         return _base64(value)
+    if name == "kernel" and hasattr(value, "tolist"):
+        return value.tolist()
     if hasattr(value, "tolist"):  # numbers of numpy, or an array of them
         return _base64(value) if getattr(value, "ndim", 0) > 1 else value.tolist()
     return value

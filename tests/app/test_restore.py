@@ -179,7 +179,7 @@ KERNEL = {"name": "blur", "kernel": [[0.1, 0.2, 0.1]]}
         ({"operator": HALF, "source": "y"}, "/source", "y: but image came"),
         ({"operator": HALF, "corrector_steps": 1}, "/corrector_steps", "do not travel"),
         ({"operator": HALF, "sampler": "langevin"}, "/sampler", "do not travel"),
-        ({"operator": HALF, "t": 5}, "/t", "not permitted"),
+        ({"operator": HALF, "t": 5}, "/t", "no such field"),
     ],
 )
 def test_what_is_refused(

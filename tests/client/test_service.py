@@ -29,6 +29,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "generate": {"num_images": 2, "steps": 3},
     "noise": {"images": [GREY], "t": [1, 10]},
     "reconstruct": {"images": GREY, "t": 5, "num_images": 2},
+    "restore": {
+        "images": GREY,
+        "operator": {"name": "mask", "mask": np.eye(8, dtype=np.uint8) * 255},
+        "steps": 3,
+        "num_images": 2,
+    },
     "interpolate": {"images": [GREY, GREY], "t": 5, "lambdas": [0, 0.5, 1]},
     "likelihood": {"images": GREY, "samples": 12},
 }
@@ -86,6 +92,11 @@ def test_everything_that_a_job_leaves(client: Client, tmp_path: Path) -> None:
     assert [i.sha256 for i in again.data.images] == [i.sha256 for i in job.data.images]
     branch = client.reconstruct(source={"job": job.id, "t": kept.t}, class_label=1)
     assert branch.status == "succeeded"
+    y = np.zeros((1, 4, 4), np.float32)
+    larger = client.restore(y=y, operator={"name": "average_pool", "factor": 2}, num_images=2)
+    assert Image.open(io.BytesIO(larger.mean())).size == (8, 8)
+    assert np.load(io.BytesIO(larger.std(format="npy"))).max() > 0
+    assert larger.data.images is not None and larger.data.images[0].residual is not None
     (tmp_path / "a.png").write_bytes(job.image())
     for picture in (tmp_path / "a.png", job.image(), np.asarray(job.images[0])):
         assert client.noise(images=picture, t=[3], seed=0).status == "succeeded"
