@@ -70,7 +70,7 @@ EVENT_EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "image": {"index": 0, "url": f"/jobs/{EXAMPLE_ID}/images/0.png", "sha256": "5f8c…"},
     "done": {"status": "succeeded"},
-    "error": {"code": "worker_error", "detail": "the device ran out of memory"},
+    "error": {"code": "out_of_memory", "detail": "the device ran out of memory"},
     "reset": {"reason": "trimmed", "job": {"id": EXAMPLE_ID, "status": "running"}},
 }
 

@@ -28,6 +28,7 @@ from worker.engine.tasks import (
     NotFinite,
 )
 from worker.flights import AnyFlight, Ending, Intent, Outcome
+from worker.network.device import is_out_of_memory
 from worker.network.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
@@ -228,4 +229,6 @@ def _fault_code(error: BaseException) -> str:
         return "not_finite"
     if isinstance(error, TimeoutError):
         return "deadline_exceeded"
+    if is_out_of_memory(error):
+        return "out_of_memory"
     return "worker_error"

@@ -31,6 +31,7 @@ from worker.engine.tasks import (
     Task,
 )
 from worker.network.costs import Shape
+from worker.network.device import is_out_of_memory
 from worker.network.networks import LaneKey
 
 E = TypeVar("E", bound=Event)
@@ -427,6 +428,53 @@ def test_a_batch_that_raises_is_bisected_down_to_the_guilty_task(
     ended = {e.task_id for e in harness.events if isinstance(e, Finished)}
     assert failed == {f"t{i}" for i in range(16) if i % 3 == 2}
     assert ended == {f"t{i}" for i in range(16) if i % 3 != 2}
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["device", "host"]
+)
+def test_a_batch_without_memory_is_halved_and_all_goes_on(
+    model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """And stays so for a while: not every step runs into it again; then all of it is tried."""
+    harness, alone = Harness(), Harness()
+    tasks = [task(model, f"t{i}", seed=i, steps=40) for i in range(16)]
+    harness.run(tasks[0], ticks=1)
+    lane = harness.engine.lanes[LaneKey(model.digest)]
+    eager, sizes = lane.pool.network.eager, []
+
+    def limited(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > 5:
+            raise error
+        return eager(x, t, labels)
+
+    monkeypatch.setattr(lane.pool.network, "eager", limited)
+    monkeypatch.setattr("worker.engine.lane.GROW_EVERY", 30)
+    harness.run(*tasks[1:])
+    assert not [e for e in harness.events if isinstance(e, Failed)]
+    assert {e.task_id for e in harness.events if isinstance(e, Finished)} == {t.id for t in tasks}
+    refused = sum(size > 5 for size in sizes)
+    assert 2 <= refused < len(sizes) / 4
+    alone.run(tasks[3])
+    torch.testing.assert_close(harness.images("t3")[0], alone.images("t3")[0], atol=1e-4, rtol=0)
+
+
+def test_a_sample_without_memory_for_itself_fails_by_that_name(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness()
+    harness.run(task(model, "a", steps=4), ticks=1)
+    network = harness.engine.lanes[LaneKey(model.digest)].pool.network
+
+    def full(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return torch.empty(10**15)  # more than any machine has
+
+    monkeypatch.setattr(network, "eager", full)
+    harness.run(task(model, "b", steps=4))
+    [*failed] = [e for e in harness.events if isinstance(e, Failed)]
+    assert {e.task_id for e in failed} == {"a", "b"}
+    assert all(is_out_of_memory(e.error) for e in failed)
 
 
 @pytest.mark.parametrize(

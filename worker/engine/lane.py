@@ -17,6 +17,7 @@ from worker.network.network import EXACT_SIZES
 SOON = 8  # steps: a task that ends within so many makes room for which others can be called
 CALL_EVERY = 4  # turns between two looks at who comes next
 LOOK_EVERY = 16  # turns between two looks at who is in the batch no more
+GROW_EVERY = 500  # turns after which a batch that found no memory is tried again
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Lane:
         self.ready_rows = 0  # of these, rows of tasks that are admitted to the batch
         self.weights: Counter[str] = Counter()  # client → images that wait, against other lanes'
         self._need = 1  # rows of the most demanding sample
-        self._max_rows = options.max_rows
-        self._turn = self._call_at = 0
+        self._max_rows = self._most_rows = options.max_rows
+        self._turn = self._call_at = self._grow_at = 0
         self._batches: dict[tuple[bool, int], Batch] = {}
 
     @property
@@ -99,6 +100,9 @@ class Lane:
 
     def next_batch(self) -> tuple[Batch, Shape]:
         """The samples to step next, and the shape to do it in. There must be some."""
+        if self._turn >= self._grow_at:
+            self._grow_at = self._turn + GROW_EVERY
+            self._max_rows = min(2 * self._max_rows, self._most_rows)
         rows = min(self.ready_rows, self._max_rows)
         shape = self.pool.network.costs.best(rows, self.pool.network.shapes, at_least=self._need)
         key = (is_patient(self._turn), shape.rows)
@@ -107,6 +111,12 @@ class Lane:
             batch = self._choose(*key)
             self._batches[key] = batch
         return self._batches[key], shape
+
+    def shrink(self, rows: int) -> None:
+        """There was no memory for a batch of so many rows: take half as many for some time."""
+        self._max_rows = max(rows // 2, 1)
+        self._grow_at = self._turn + GROW_EVERY
+        self._batches.clear()
 
     # The book: tasks are stepped only after it is written that they are in the batch
 

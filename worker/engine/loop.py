@@ -38,6 +38,7 @@ from worker.engine.tasks import (
 )
 from worker.engine.term_pool import TermPool
 from worker.network.costs import Shape
+from worker.network.device import is_out_of_memory, release_memory
 from worker.network.network import Network
 from worker.network.networks import LaneKey, Networks, lane_key
 from worker.network.threads import use_team
@@ -270,7 +271,7 @@ class Engine:
     def _step(self, lane: Lane) -> None:
         began = time.monotonic()
         batch, shape = lane.next_batch()
-        for step in self._bisect(lane, batch, shape):
+        for step, ran in self._bisect(lane, batch, shape):
             for sample in step.batch.samples:
                 sample.run.remaining -= sample.cost
                 sample.run.turn = lane.turn
@@ -279,19 +280,27 @@ class Engine:
                 if step.rows[i] == sample.run.task.rows - 1:
                     lane.end(sample)
             checkpoints = self._checkpoints(lane, step, began)
-            self._pending.append(Pending(lane, step, shape, began, checkpoints))
+            self._pending.append(Pending(lane, step, ran, began, checkpoints))
+            began = time.monotonic()
 
-    def _bisect(self, lane: Lane, batch: Batch, shape: Shape) -> list[Step]:
+    def _bisect(self, lane: Lane, batch: Batch, shape: Shape) -> list[tuple[Step, Shape]]:
         """Step the batch; if that raises, its halves, until what cannot run stands alone."""
         try:
-            return [lane.pool.step(batch, shape)]
+            return [(lane.pool.step(batch, shape), shape)]
         except torch.AcceleratorError:  # the device itself is lost, not one sample
             raise
         except Exception as error:
+            full = is_out_of_memory(error)
+            if full:
+                log.warning("no memory for a batch of %d: %s", shape.rows, error)
+                error.__traceback__ = None  # its frames hold what the forward had allocated
+                lane.shrink(shape.rows)
             if len(batch.samples) == 1:
                 self._fail(lane, batch.samples[0].run, error)
                 return []
-        steps: list[Step] = []
+        if full:
+            release_memory(lane.pool.device)
+        steps: list[tuple[Step, Shape]] = []
         middle = len(batch.samples) // 2
         for half in (batch.samples[:middle], batch.samples[middle:]):
             alive = [sample for sample in half if not sample.run.over]

@@ -20,3 +20,16 @@ def pick_device(name: str = "auto") -> torch.device:
         reason = (str(error).splitlines() or [""])[0]
         raise DeviceError(f"device = {name!r}: cannot be used here: {reason}") from error
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or this machine, had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what torch keeps for later: it may be there in the wrong sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
