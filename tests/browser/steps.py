@@ -51,3 +51,17 @@ def job_of(page: Any) -> str:
     """The id of the job that the address names."""
     page.wait_for_url("**#job=*")
     return str(page.url).rpartition("#job=")[2]
+
+
+def draw(page: Any, pad: str = ".pad canvas") -> None:
+    """A seven, with the mouse."""
+    box = page.locator(pad).first.bounding_box()
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return box["x"] + x * box["width"], box["y"] + y * box["height"]
+
+    page.mouse.move(*at(0.3, 0.25))
+    page.mouse.down()
+    for point in ((0.7, 0.25), (0.6, 0.5), (0.45, 0.8)):
+        page.mouse.move(*at(*point), steps=4)
+    page.mouse.up()

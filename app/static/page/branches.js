@@ -15,7 +15,8 @@ async function trunkOf(id) {
   for (let next = id; next && above.length < FURTHEST;) {
     const known = history.of(next);
     const job = known ?? await get(`jobs/${next}`).then(({ kind, request, created_at }) =>
-      ({ id: next, kind, created: created_at, title: kind, parent: parentOf(request) }), () => null);
+      ({ id: next, kind, created: created_at, title: kind, parent: parentOf(request), done: true }),
+    () => null);
     if (!job) break;
     above.unshift(job);
     next = job.parent?.job;
@@ -28,19 +29,18 @@ export const parentOf = (request) =>
 
 function Node({ job, below, current }) {
   const children = below.filter((other) => other.parent?.job === job.id);
-  const [picture] = useState({ url: `jobs/${job.id}/grid.png` });
+  const [picture] = useState({ url: `jobs/${job.id}/grid.png?px=128` });
   const words = job.parent ? `t = ${job.parent.t}` : "from noise";
   return html`<li>
     <a href=${jobLink(job.id)} aria-current=${job.id === current ? "true" : undefined}>
-      <${Picture} picture=${job.done === false ? null : picture} alt="" />
+      <${Picture} picture=${job.done ? picture : null} alt="" />
       <span><b>${job.title}</b> ${words}</span></a>
     ${children.length > 0 && html`<ul>${children.map((child) =>
       html`<${Node} key=${child.id} job=${child} below=${below} current=${current} />`)}</ul>`}
   </li>`;
 }
 
-/* ready: counts up when a job has ended, so that its picture is looked for again. */
-export function Branches({ id, ready }) {
+export function Branches({ id }) {
   useObservable(history);
   const [above, setAbove] = useState([]);
   useEffect(() => {
@@ -52,6 +52,6 @@ export function Branches({ id, ready }) {
   const known = [...history.all].reverse();
   const all = [...above.filter(({ id: one }) => !history.of(one)), ...known];
   if (!root || !all.some((job) => job.parent?.job === root.id)) return null;
-  return html`<nav class="branches" aria-label="Branches" key=${`${ready}`}>
+  return html`<nav class="branches" aria-label="Branches">
     <h2>Branches</h2><ul><${Node} job=${root} below=${all} current=${id} /></ul></nav>`;
 }

@@ -1,41 +1,8 @@
 /* Out and in: files of a job, the same request as code, and a manifest to make it again. */
 
 import { html, useState } from "./vendor/preact-htm.js";
-import { connection } from "./api.js";
 import { Dialog, download, save } from "./parts.js";
-import { plain } from "./requests.js";
-
-const here = () => new URL(".", location.href.split("#")[0]).href.replace(/\/$/, "");
-
-/* The request as a line for a shell, a script in Python, or one in JavaScript. */
-export function recipes(kind, request) {
-  const body = JSON.stringify(plain(request));
-  const root = here();
-  const key = connection.key ? " -H 'Authorization: Bearer KEY'" : "";
-  const inPython = body.replace(/\btrue\b/g, "True").replace(/\bfalse\b/g, "False");
-  const held = '"Prefer": "wait=60"';
-  const auth = connection.key ? ', "Authorization": "Bearer KEY"' : "";
-  return {
-    curl: `curl --json '${body.replace(/'/g, "'\\''")}' -H 'Prefer: wait=60' -H 'Accept: image/png'`
-      + `${key} -o images.png ${root}/${kind}`,
-    Python: `import httpx
-
-request = ${inPython}
-headers = {${held}${auth}}
-with httpx.Client(base_url="${root}/", headers=headers, timeout=90) as client:
-    job = client.post("${kind}", json=request).json()
-    print(job["status"])
-    with open("images.png", "wb") as file:
-        file.write(client.get(job["urls"]["grid"].lstrip("/")).content)
-`,
-    JavaScript: `const request = ${body};
-const headers = {"Content-Type": "application/json", ${held}${auth}};
-const reply = await fetch("${root}/${kind}", {method: "POST", headers, body: JSON.stringify(request)});
-const job = await reply.json();
-console.log(job.status, "${root}" + job.urls.grid);
-`,
-  };
-}
+import { recipes } from "./recipes.js";
 
 export function CodeDialog({ run, onClose }) {
   const [language, choose] = useState("curl");

@@ -4,9 +4,8 @@ import { html, useEffect, useState } from "./vendor/preact-htm.js";
 import { Branches } from "./branches.js";
 import { CodeDialog, Menu, filesOf, manifestIn } from "./files.js";
 import { useObservable } from "./observable.js";
-import { Picture, Progress } from "./parts.js";
+import { NoModels, Picture, Progress } from "./parts.js";
 import { again, chain, generation, stepsFrom } from "./requests.js";
-import { show } from "./router.js";
 import { start } from "./runs.js";
 import { service } from "./service.js";
 import { ImageCount, ModelChoice, Settings, defaults, settingsOf } from "./settings.js";
@@ -38,16 +37,14 @@ export function Generate({ run }) {
   const [asking, setAsking] = useState(false);
   const [fault, setFault] = useState(null);
   const [code, setCode] = useState(false);
-  if (!model) return html`<${NoModels} />`;
+  if (!model) return html`<${NoModels} service=${service} />`;
 
   /* Ask for a job and show it; what is refused is said below the button. */
   const ask = async (kind, request, about) => {
     setAsking(true);
     setFault(null);
     try {
-      const next = await start(kind, request, about);
-      next.taken = true;
-      show(next.id);
+      await start(kind, request, about);
     } catch (error) {
       setFault(error);
     } finally {
@@ -109,7 +106,7 @@ export function Generate({ run }) {
             ${run.images[index] && html`
               <a class="button" href=${`#noise&picture=${run.id}/${index}`}>Noise this</a>
               <a class="button" href=${`#look&picture=${run.id}/${index}`}>Look inside</a>`}`} />
-        <${Branches} id=${run.id} ready=${run.ended} />
+        <${Branches} id=${run.id} />
         ${code && html`<${CodeDialog} run=${run} onClose=${() => setCode(false)} />`}`
       : html`<${Blank} images=${settings.images} />`}
     </div>`;
@@ -118,10 +115,3 @@ export function Generate({ run }) {
 const Blank = ({ images }) => html`<div class="stage blank">
   <div class="grid" style=${{ "--columns": Math.ceil(Math.sqrt(images)) }}>
     ${Array.from({ length: images }, () => html`<span class="picture void"></span>`)}</div></div>`;
-
-function NoModels() {
-  return html`<div class="work"><p class="empty">${service.known
-    ? "No model is known yet: the first worker that starts brings its models."
-    : "Asking the service for its models…"}</p></div>`;
-}
-

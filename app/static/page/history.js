@@ -1,4 +1,4 @@
-/* The jobs of this browser, newest first: {id, kind, created, title, parent, picture}. */
+/* The jobs of this browser, newest first: {id, kind, created, title, parent, picture, done}. */
 
 import { Observable } from "./observable.js";
 
@@ -24,12 +24,19 @@ class History extends Observable {
 
   of(id) { return this.all.find((job) => job.id === id); }
 
-  forget(id) { this.all = this.all.filter((job) => job.id !== id); }
+  /* Its pictures are there. */
+  finish(id) {
+    if (!this.of(id) || this.of(id).done) return;
+    this.all = this.all.map((job) => (job.id === id ? { ...job, done: true } : job));
+  }
 }
 
 export const history = new History();
 addEventListener("storage", ({ key }) => key === NAME && history.changed());
 
+const LARGEST = 20_000; // of a picture that is remembered with its job
+
 export function remember(job) {
+  if (job.picture?.length > LARGEST) delete job.picture;
   history.all = [job, ...history.all.filter((other) => other.id !== job.id)];
 }

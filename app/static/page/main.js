@@ -4,13 +4,16 @@ import { html, render, useEffect, useState } from "./vendor/preact-htm.js";
 import { connection } from "./api.js";
 import { Generate } from "./generate.js";
 import { history } from "./history.js";
+import { Look } from "./look.js";
+import { Noise } from "./noise.js";
 import { useObservable } from "./observable.js";
+import { Queue } from "./queue.js";
 import { PLACES, placeOf, router } from "./router.js";
 import { runOf } from "./runs.js";
 import { service } from "./service.js";
 import { compact, count } from "./words.js";
 
-const VIEWS = { generate: Generate };
+const VIEWS = { generate: Generate, noise: Noise, look: Look, queue: Queue };
 
 /* Who works, in a few words; the width of its place does not depend on them. */
 function Presence() {
@@ -76,7 +79,7 @@ function useRun() {
 
 function App() {
   const { place, run } = useRun();
-  const View = VIEWS[place] ?? Generate;
+  const View = VIEWS[place];
   useEffect(() => { document.title = `${PLACES[place]} · ddpm-serve`; }, [place]);
   return html`
     <a class="skip" href="#main" onClick=${(event) => {
@@ -85,7 +88,7 @@ function App() {
     }}>To the work</a>
     <header>
       <h1>ddpm</h1>
-      <nav aria-label="Places">${Object.entries(PLACES).filter(([name]) => VIEWS[name]).map(
+      <nav aria-label="Places">${Object.entries(PLACES).map(
         ([name, words]) => html`<a key=${name} href=${`#${name}`}
           aria-current=${name === place ? "page" : undefined}>${words}</a>`)}</nav>
       <${Presence} />

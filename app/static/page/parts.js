@@ -46,12 +46,16 @@ function wordsOf(run, job, progress, t, service) {
   if (job.status === "running") {
     if (service.idle) return "No worker is running: the job goes on when one is there.";
     const left = progress?.eta_s == null ? "" : ` · ${seconds(progress.eta_s)} left`;
+    if (job.kind === "likelihood" && progress) {
+      return `${progress.step} of ${count(progress.total, "term")}${left}`;
+    }
     return t == null ? "Starting" : `${count(run.count, "image")} at t = ${t}${left}`;
   }
   if (job.status === "succeeded") {
     const took = (new Date(job.completed_at) - new Date(job.started_at)) / 1000;
     const time = Number.isFinite(took) ? ` in ${seconds(took)}` : "";
-    return `${count(run.count, "image")}${time} · seed ${job.request.seed}`;
+    const what = job.kind === "likelihood" ? count(progress?.total ?? 0, "term") : count(run.count, "image");
+    return `${what}${time} · seed ${job.request.seed}`;
   }
   if (job.status === "expired") return "Its pictures have been deleted; the settings are still here.";
   if (job.status === "canceled") return "Canceled. What there was is kept.";
@@ -92,4 +96,10 @@ export function Chips({ name, label, value, options, onChange, hint }) {
         onChange=${() => onChange(option)} /><span>${words}</span></label>`)}
     ${hint && html`<p class="hint">${hint}</p>`}
   </fieldset>`;
+}
+
+export function NoModels({ service }) {
+  return html`<div class="work"><p class="empty">${service.known
+    ? "No model is known yet: the first worker that starts brings its models."
+    : "Asking the service for its models…"}</p></div>`;
 }

@@ -37,6 +37,17 @@ export function generation(model, settings) {
 /* From t on, as densely as the whole chain would go. */
 export const stepsFrom = (t, T, steps) => Math.max(1, Math.min(t, Math.round((steps * t) / T)));
 
+/* Samples of what a picture may be under a mask. The service knows best in how many steps. */
+const RESTORED_IN = 246; // evaluations by default, to choose what to watch
+
+export function filling(model, settings, { images, mask, count, seed }) {
+  const label = settings.label === null ? {} : { class_label: settings.label };
+  return {
+    model: model.name, images, operator: { name: "mask", mask }, num_images: count, seed, ...label,
+    snapshots: watched(RESTORED_IN, count),
+  };
+}
+
 /* Only what its kind takes of a manifest, which has all fields. */
 export function again(manifest) {
   const { kind, ...request } = manifest;

@@ -1,8 +1,9 @@
 /* Jobs as this page holds them: what has been seen of each chain, live or long ago. */
 
 import { Refusal, call, create, follow, get } from "./api.js";
-import { remember } from "./history.js";
+import { history, remember } from "./history.js";
 import { Observable } from "./observable.js";
+import { show } from "./router.js";
 
 const MOST_KEPT = 8;
 const ENDED = new Set(["succeeded", "failed", "canceled", "expired"]);
@@ -94,6 +95,7 @@ export class Run extends Observable {
     if (job.progress) this.#advance(job.progress);
     for (const snapshot of job.snapshots ?? []) this.#snapshot(snapshot);
     for (const image of job.images ?? []) this.images[image.index] ??= { url: image.url };
+    if (job.status === "succeeded") history.finish(job.id);
     this.changed();
   }
 
@@ -154,9 +156,12 @@ export function runOf(id, job = null) {
   return run.open();
 }
 
-/* Ask for a job; `about` is what this browser remembers of it. */
+/* Ask for a job, and show it unless the visitor has gone elsewhere meanwhile. about: what this
+   browser remembers of it. */
 export async function start(kind, body, about = {}) {
+  const here = location.hash;
   const job = await create(kind, body);
   remember({ id: job.id, kind, created: job.created_at, ...about });
-  return runOf(job.id, job);
+  runOf(job.id, job).taken = true; // the form has its settings already
+  if (location.hash === here) show(job.id);
 }

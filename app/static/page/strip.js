@@ -97,13 +97,15 @@ export function Readings({ alphaBar, t }) {
 }
 
 /* x_t and x̂_0 at t, the curve, the slider. actions: what can be done from here. */
-export function Strip({ model, T, t, stops, xT, xStart, onChange, disabled, actions, captions }) {
+export function Strip({
+  model, T, t, stops, xT, xStart, onChange, disabled, actions, captions, signs = [X_T, X_START],
+}) {
   const alphaBar = useAlphaBar(model);
   return html`<section class="strip" aria-label="The chain">
     <figure><${Picture} picture=${xT} alt=${`x_t at t = ${Math.round(t)}`} />
-      <figcaption>${X_T} <span>${captions?.[0] ?? "what the chain holds"}</span></figcaption></figure>
+      <figcaption>${signs[0]} <span>${captions?.[0] ?? "what the chain holds"}</span></figcaption></figure>
     <figure><${Picture} picture=${xStart} alt=${`x̂_0 at t = ${Math.round(t)}`} />
-      <figcaption>${X_START} <span>${captions?.[1] ?? "what the network expects"}</span></figcaption>
+      <figcaption>${signs[1]} <span>${captions?.[1] ?? "what the network expects"}</span></figcaption>
     </figure>
     <div class="where">
       <${Readings} alphaBar=${alphaBar} t=${t} />

@@ -8,6 +8,7 @@ export const X_START = html`<i class="math">x̂<sub>0</sub></i>`;
 export const SIGNAL = html`<span class="math">√<span class="root"><i>ᾱ<sub>t</sub></i></span></span>`;
 export const NOISE =
   html`<span class="math">√<span class="root">1−<i>ᾱ<sub>t</sub></i></span></span>`;
+export const bound = (index) => html`<i class="math">L<sub>${index}</sub></i>`;
 export const SNR = html`<span class="math">SNR</span>`;
 
 export const count = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
@@ -18,14 +19,17 @@ export function seconds(s) {
   return s < 5400 ? count(Math.round(s / 60), "minute") : count(Math.round(s / 3600), "hour");
 }
 
+/* 10⁻⁴ of −4 */
+export const raised = (power) =>
+  `10${String(power).replace(/./g, (c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻")}`;
+
 /* 0.00012 → 1.2·10⁻⁴ */
 export function compact(x) {
   if (x === 0 || (Math.abs(x) >= 0.01 && Math.abs(x) < 10_000)) {
     return Math.abs(x) >= 100 ? x.toFixed(0) : x.toPrecision(3);
   }
   const power = Math.floor(Math.log10(Math.abs(x)));
-  const raised = String(power).replace(/./g, (c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] ?? "⁻");
-  return `${(x / 10 ** power).toFixed(1)}·10${raised}`;
+  return `${(x / 10 ** power).toFixed(1)}·${raised(power)}`;
 }
 
 export const ago = (time) => {

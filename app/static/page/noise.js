@@ -1,0 +1,166 @@
+/* Noise: a picture at any t, what the network expects of it there, and back again many ways. */
+
+import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
+import { CodeDialog, Menu, filesOf } from "./files.js";
+import { useDesk } from "./desk.js";
+import { useObservable } from "./observable.js";
+import { Source } from "./pad.js";
+import { Chips, NoModels, Picture, Progress } from "./parts.js";
+import { epsOf, guess, noised, shown } from "./pictures.js";
+import { chain, filling, shortSeed, stepsFrom } from "./requests.js";
+import { start } from "./runs.js";
+import { service } from "./service.js";
+import { ModelChoice, Settings, defaults } from "./settings.js";
+import { Stage } from "./stage.js";
+import { Strip, useAlphaBar } from "./strip.js";
+import { Summary, Unknown } from "./unknown.js";
+import { X_T } from "./words.js";
+
+const VARIATIONS = 9;
+const LAMBDAS = Array.from({ length: 9 }, (_, i) => i / 8);
+const SETTLED_MS = 250;
+const MODES = [["denoise", "Denoise"], ["mix", "Mix two"], ["restore", "Restore"]];
+const MODE_OF = { interpolate: "mix", restore: "restore" };
+
+/* ε of this picture's size and seed; null until the service has drawn it. */
+function useEps(model, picture, seed, say) {
+  const [found, setFound] = useState(null);
+  useEffect(() => {
+    let here = true;
+    setFound(null);
+    if (picture) epsOf(model, picture, seed).then((eps) => here && setFound(eps), (e) => here && say(e));
+    return () => { here = false; };
+  }, [model?.name, picture && picture.shape.join(), !picture, seed]);
+  return found;
+}
+
+/* x̂_0 at t, asked for when the slider rests; the one before stays in view until then. */
+function useGuess(model, picture, { t, seed, label }) {
+  const [found, setFound] = useState({ t: null, picture: null });
+  const kept = useRef({ of: null, by: new Map() });
+  useEffect(() => {
+    if (kept.current.of !== picture) {
+      kept.current = { of: picture, by: new Map() };
+      setFound({ t: null, picture: null });
+    }
+    if (!picture || t < 1) return undefined;
+    const name = `${t} ${seed} ${label}`;
+    const { by } = kept.current;
+    if (by.has(name)) {
+      setFound({ t, picture: by.get(name) });
+      return undefined;
+    }
+    let here = true;
+    const timer = setTimeout(() => guess(model, picture, { t, seed, label }).then((answer) => {
+      by.set(name, answer);
+      if (here) setFound({ t, picture: answer });
+    }, () => {}), SETTLED_MS);
+    return () => { here = false; clearTimeout(timer); };
+  }, [picture, t, seed, label, model?.name]);
+  return found;
+}
+
+export function Noise({ run }) {
+  const [fault, say] = useState(null);
+  useObservable(run);
+  const desk = useDesk(run, say);
+  const { model, slots } = desk;
+  const [settings, setSettings] = useState(null);
+  const [chosen, setMode] = useState(null);
+  const [mask, setMask] = useState(null);
+  const mode = chosen ?? MODE_OF[run?.job?.kind] ?? "denoise";
+  const [t, setT] = useState(null);
+  const [seed, setSeed] = useState(shortSeed);
+  const [code, setCode] = useState(false);
+  const result = useRef();
+  if (!model) return html`<${NoModels} service=${service} />`;
+  const now = settings ?? defaults(model);
+  const at = Math.min(t ?? Math.round(0.35 * model.T), model.T);
+  const live = run && !run.ended && !run.error;
+
+  const ask = async (kind, request, about) => {
+    say(null);
+    try {
+      await start(kind, request, about);
+      setTimeout(() => result.current?.scrollIntoView({ block: "nearest" }), 100);
+    } catch (error) {
+      say(error);
+    }
+  };
+  const walk = (images) => ({
+    ...chain(model, now, images, stepsFrom(at, model.T, now.steps)), t: at, seed });
+  const denoise = () => ask("reconstruct",
+    { ...walk(VARIATIONS), num_images: VARIATIONS, images: [slots.a.png] },
+    { title: `${VARIATIONS} from t = ${at}`, picture: slots.a.src });
+  const mix = () => ask("interpolate",
+    { ...walk(LAMBDAS.length), lambdas: LAMBDAS, images: [slots.a.png, slots.b.png] },
+    { title: `a mixture at t = ${at}`, picture: slots.a.src });
+  const restore = () => ask("restore",
+    filling(model, now, { images: [slots.a.png], mask: mask.png, count: VARIATIONS, seed }),
+    { title: `${VARIATIONS} fillings`, picture: slots.a.src });
+  const act = { denoise, mix, restore }[mode];
+  const words = { denoise: `Denoise from here ×${VARIATIONS}`, mix: "Mix here, nine shares",
+    restore: `Fill in, ${VARIATIONS} ways` }[mode];
+  const ready = mode === "restore" ? slots.a && mask && !live : slots.a && at > 0 && (mode !== "mix" || slots.b) && !live;
+
+  const actions = html`
+    <button type="button" class="go" id="denoise" disabled=${!ready}
+      onClick=${act}>${words}</button>
+    <button type="button" id="reseed" onClick=${() => setSeed(shortSeed())}>Other noise</button>
+    ${live && html`<button type="button" id="cancel"
+      onClick=${() => run.cancel().catch(say)}>Cancel</button>`}`;
+
+  return html`<form class="panel" aria-label="A picture to noise"
+      onSubmit=${(event) => { event.preventDefault(); if (ready) act(); }}>
+      <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
+        thumbnail=${html`<${Picture} picture=${slots.a} alt="" />`} />
+      <${Chips} name="mode" label="What to do" value=${mode} options=${MODES} onChange=${setMode} />
+      <${Source} shape=${model.shape} picture=${slots.a} onPicture=${(p) => desk.put("a", p)}
+        onError=${say} label=${mode === "mix" ? "The first picture" : "Your picture"} />
+      ${mode === "mix" && html`<${Source} shape=${model.shape} picture=${slots.b}
+        onPicture=${(p) => desk.put("b", p)} onError=${say} label="The second picture" />`}
+      <${Settings} model=${model} settings=${now}
+        onChange=${(some) => setSettings({ ...now, ...some })} />
+    </form>
+    <div class="work">
+      ${fault && html`<p class="fault" role="alert">${fault.message}</p>`}
+      ${mode === "restore"
+    ? html`<${Unknown} shape=${model.shape} picture=${slots.a} mask=${mask} onMask=${setMask} />
+        <div class="actions">${actions}</div>`
+    : html`<${Forward} model=${model} slots=${slots} mode=${mode} t=${at} seed=${seed}
+        label=${now.label} onChange=${(to) => setT(Math.round(to))} say=${say} actions=${actions} />`}
+      ${run && html`<div ref=${result}>
+        <${Summary} run=${run} />
+        <${Stage} run=${run} wide=${run.job?.kind === "interpolate"}
+          head=${html`<${Progress} run=${run} service=${service} />`}
+          actions=${(time, index, view) => html`
+            <${Menu} words="Download" items=${filesOf(run, index, view.kind)} onError=${say} />
+            <button type="button" id="code" disabled=${!run.job}
+              onClick=${() => setCode(true)}>As code</button>
+            ${run.images[index] && html`<a class="button"
+              href=${`#noise&picture=${run.id}/${index}`}>Take this one</a>`}`} /></div>`}
+      ${code && html`<${CodeDialog} run=${run} onClose=${() => setCode(false)} />`}
+    </div>`;
+}
+
+/* The forward process of the picture at hand: x_t here, for every t, of the very ε that the service
+   will start from; x̂_0 by one evaluation of the network. */
+function Forward({ model, slots, mode, t, seed, label, onChange, say, actions }) {
+  const { a, b } = slots;
+  const eps = useEps(model, a, seed, say);
+  const alphaBar = useAlphaBar(model.name);
+  const look = useGuess(model, a, { t, seed, label });
+  const x0 = a && mode === "mix" && b ? a.x.map((value, i) => (value + b.x[i]) / 2) : a?.x;
+  const xT = a && (t === 0 ? shown(x0, model.shape)
+    : eps && alphaBar ? shown(noised(x0, eps, alphaBar[t]), model.shape) : null);
+  const xStart = mode === "mix" ? null : t === 0 ? a : look.picture;
+  return html`<div class="forward">
+    <p class="lead">${!a
+      ? html`Draw something, or take a picture, and slide it into noise.`
+      : mode === "mix"
+        ? html`Both pictures get the same noise; at <i class="math">t</i> they are mixed, λ : 1−λ.`
+        : html`${X_T} is your picture with noise, as ${model.name} sees it at <i class="math">t</i>.`}</p>
+    <${Strip} model=${model.name} T=${model.T} t=${t} stops=${null} xT=${xT}
+      xStart=${xStart} disabled=${!a} onChange=${onChange} actions=${actions}
+      captions=${mode === "mix" ? ["both, half and half", "decoded below"] : null} /></div>`;
+}

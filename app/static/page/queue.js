@@ -1,0 +1,110 @@
+/* Queue: who works, at what rate, what waits, and the jobs of this browser. */
+
+import { html, useEffect, useState } from "./vendor/preact-htm.js";
+import { get } from "./api.js";
+import { history } from "./history.js";
+import { useObservable } from "./observable.js";
+import { Picture } from "./parts.js";
+import { jobLink } from "./router.js";
+import { service } from "./service.js";
+import { ago, compact, count, seconds } from "./words.js";
+
+const SHOWN = 24;
+const EVERY_MS = 4_000;
+const ENDED = new Set(["succeeded", "failed", "canceled", "expired"]);
+
+/* The state of this browser's jobs: those that have ended are asked for once. */
+function useStates(jobs) {
+  const [states, setStates] = useState({});
+  useEffect(() => {
+    let here = true;
+    let known = states;
+    const look = async () => {
+      for (const { id } of jobs) {
+        if (!here) return;
+        if (ENDED.has(known[id]?.status) || known[id]?.gone) continue;
+        const job = await get(`jobs/${id}`).catch((error) =>
+          (error.status === 404 ? { gone: true } : null));
+        if (job) known = { ...known, [id]: { status: job.status, gone: job.gone, progress: job.progress,
+          eta: job.eta_s, before: job.queue_position } };
+        if (here) setStates(known);
+      }
+    };
+    look();
+    const timer = setInterval(look, EVERY_MS);
+    return () => { here = false; clearInterval(timer); };
+  }, [jobs.map(({ id }) => id).join()]);
+  return states;
+}
+
+const wordsOf = (state) => {
+  if (!state) return "…";
+  if (state.gone) return "deleted";
+  if (state.status === "queued") return state.before ? `${count(state.before, "job")} before it` : "next";
+  if (state.status !== "running" || !state.progress) return state.status;
+  return `${Math.round((100 * state.progress.step) / state.progress.total)} %`;
+};
+
+function Mine() {
+  useObservable(history);
+  const jobs = history.all.slice(0, SHOWN);
+  const states = useStates(jobs);
+  return html`<section aria-labelledby="mine"><h2 id="mine">Jobs of this browser</h2>
+    ${jobs.length === 0
+      ? html`<p class="hint">None yet. <a href="#generate">Generate something.</a></p>`
+      : html`<ul class="jobs">${jobs.map((job) => html`<${Job} key=${job.id} job=${job}
+          state=${states[job.id]} />`)}</ul>`}
+  </section>`;
+}
+
+function Job({ job, state }) {
+  const grid = state?.status === "succeeded" && job.kind !== "likelihood";
+  const [picture] = useState({ url: `jobs/${job.id}/grid.png` });
+  return html`<li><a href=${jobLink(job.id)}>
+    <${Picture} picture=${grid ? picture : null} alt="" />
+    <span class="what"><b>${job.title}</b><small>${job.kind} · ${ago(job.created)}</small></span>
+    <span class=${`state ${state?.status ?? ""}`}>${wordsOf(state)}</span></a></li>`;
+}
+
+const Figure = ({ value, unit, words }) => html`<div class="figure"><b>${value}</b>
+  ${unit && html`<span>${unit}</span>`}<small>${words}</small></div>`;
+
+export function Queue() {
+  useObservable(service);
+  const { queues, workers, models } = service;
+  const sum = (name) => queues.reduce((total, queue) => total + (queue[name] ?? 0), 0);
+  const rates = models.map((model) => model.image_steps_per_s).filter(Boolean);
+  const waiting = sum("queued");
+  const paused = queues.filter((queue) => queue.paused);
+  return html`<div class="work">
+    <p class="lead" role="status">${!service.known ? "Asking the service…"
+      : service.idle
+        ? "No worker is running. Jobs are taken in and wait; they start when a worker does."
+        : waiting
+          ? `Busy: ${count(waiting, "job")} ${waiting === 1 ? "waits" : "wait"}, and all of them will be done.`
+          : sum("running") ? "At work; nothing waits." : "Idle: whatever comes next starts at once."}
+      ${paused.length > 0 && ` Paused: ${paused.map((queue) => queue.name).join(", ")}.`}</p>
+    <div class="figures">
+      <${Figure} value=${workers.length} words=${workers.length === 1 ? "worker" : "workers"} />
+      <${Figure} value=${sum("running")} words="running" />
+      <${Figure} value=${waiting} words="waiting" />
+      <${Figure} value=${workers.reduce((n, worker) => n + worker.active, 0)}
+        words="images in the batch" />
+      <${Figure} value=${rates.length ? compact(Math.max(...rates)) : "–"} words="image-steps a second" />
+      <${Figure} value=${sum("image_steps") ? seconds(sum("eta_s")) : "none"} words="of work left" />
+    </div>
+    <div class="columns">
+      <section aria-labelledby="workers"><h2 id="workers">Workers</h2>
+        ${workers.length === 0 ? html`<p class="hint">None.</p>` : html`<ul class="plain">
+          ${workers.map((worker) => html`<li key=${worker.name}><b>${worker.name}</b><small>${[
+            worker.device, ...worker.models, `${count(worker.active, "image")} in flight`].join(" · ")
+            }</small></li>`)}</ul>`}</section>
+      <section aria-labelledby="models"><h2 id="models">Models</h2>
+        <ul class="plain">${models.map((model) => html`<li key=${model.name}><b>${model.name}</b><small>${[
+          model.shape.join("×"), `T = ${model.T}`, model.served ? "served" : "no worker has it",
+          model.image_steps_per_s && `${compact(model.image_steps_per_s)} image-steps/s`,
+          ].filter(Boolean).join(" · ")}</small></li>`)}</ul></section>
+    </div>
+    <${Mine} />
+  </div>`;
+}

@@ -1,0 +1,67 @@
+/* The same request as a line for a shell, a script in Python, or one in JavaScript. */
+
+import { connection } from "./api.js";
+import { plain } from "./requests.js";
+
+/* How many pictures a request of this kind brings; people have theirs in files. */
+function pictures(kind, { source }) {
+  if (kind === "generate" || (typeof source === "object" && source)) return [];
+  return kind === "interpolate" ? ["first.png", "second.png"] : ["picture.png"];
+}
+
+const root = () => new URL(".", location.href.split("#")[0]).href.replace(/\/$/, "");
+const quoted = (text) => `'${text.replace(/'/g, "'\\''")}'`;
+const inPython = (body) =>
+  body.replace(/\btrue\b/g, "True").replace(/\bfalse\b/g, "False").replace(/\bnull\b/g, "None");
+
+export function recipes(kind, request) {
+  const files = pictures(kind, request);
+  const body = JSON.stringify(plain(request));
+  const of = { kind, body, files, url: `${root()}/${kind}`, key: Boolean(connection.key) };
+  return { curl: shell(of), Python: python(of), JavaScript: script(of) };
+}
+
+function shell({ body, files, url, key, kind }) {
+  const what = files.length
+    ? [...files.map((name) => `-F image=@${name}`),
+      `-F ${quoted(`request=${body};type=application/json`)}`].join(" ")
+    : `--json ${quoted(body)}`;
+  const answer = kind === "likelihood" ? "" : " -H 'Accept: image/png' -o images.png";
+  return `curl ${what} -H 'Prefer: wait=60'${answer}${
+    key ? " -H 'Authorization: Bearer KEY'" : ""} ${url}`;
+}
+
+function python({ body, files, url, key, kind }) {
+  const headers = `{"Prefer": "wait=60"${key ? ', "Authorization": "Bearer KEY"' : ""}}`;
+  const opened = files.map((name) => `("image", open("${name}", "rb"))`).join(", ");
+  const sent = files.length
+    ? `data={"request": json.dumps(request)}, files=[${opened}]` : "json=request";
+  const result = kind === "likelihood" ? 'print(job["result"])'
+    : `with open("images.png", "wb") as file:
+        file.write(client.get("${url.slice(0, -kind.length - 1)}" + job["urls"]["grid"]).content)`;
+  return `${files.length ? "import json\n\n" : ""}import httpx
+
+request = ${inPython(body)}
+with httpx.Client(headers=${headers}, timeout=90) as client:
+    job = client.post("${url}", ${sent}).json()
+    print(job["status"])
+    ${result}
+`;
+}
+
+function script({ body, files, url, key, kind }) {
+  const auth = key ? ', "Authorization": "Bearer KEY"' : "";
+  const form = `const form = new FormData();
+form.append("request", new Blob([JSON.stringify(request)], {type: "application/json"}));
+// files: of an <input type="file">, ${files.join(" and ")}
+for (const file of files) form.append("image", file);
+`;
+  const sent = files.length ? "form" : "JSON.stringify(request)";
+  const type = files.length ? "" : '"Content-Type": "application/json", ';
+  return `const request = ${body};
+${files.length ? form : ""}const headers = {${type}"Prefer": "wait=60"${auth}};
+const reply = await fetch("${url}", {method: "POST", headers, body: ${sent}});
+const job = await reply.json();
+console.log(job.status, ${kind === "likelihood" ? "job.result" : "job.urls.grid"});
+`;
+}

@@ -1,0 +1,77 @@
+"""Noise: a picture of the visitor's own, noised and denoised, mixed, and filled in."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.browser.conftest import Served, Visit
+from tests.browser.steps import ask, draw, drawn, job_of, says, slide, until
+
+
+PICTURES = Path(__file__).parent.parent / "pictures"
+
+
+def pixels(src: str) -> Any:
+    """uint8 [H, W] of a data: address."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2]))).convert("L"))
+
+
+def test_a_drawing_is_noised_here_as_the_service_noises_it(visit: Visit, served: Served) -> None:
+    page = visit(served.url + "#noise")
+    draw(page)
+    slide(page, 400)  # t = 600
+    page.wait_for_selector(".strip img >> nth=1")  # x_t, and x̂_0 by the network
+    here = pixels(page.get_attribute(".strip img >> nth=0", "src"))
+    page.click("#denoise")
+    job = job_of(page)
+    says(page, "9 images in")
+    assert len(drawn(page)) == 9
+    told = served.client.get(f"/jobs/{job}").json()
+    assert told["kind"] == "reconstruct" and told["request"]["t"] == 600
+    first = served.client.get(f"/jobs/{job}/snapshots/600/0.png").content
+    there = np.asarray(Image.open(io.BytesIO(first)).convert("L"))
+    # The same ε: of float32 in two languages, a grey level apart at most.
+    assert np.abs(here.astype(int) - there).max() <= 1
+    # A reload has the drawing again, from this browser.
+    page.reload()
+    says(page, "9 images in")
+    page.locator(".pad canvas[aria-label*='the picture of this job']").wait_for()
+
+
+@pytest.mark.slow
+def test_two_pictures_are_mixed(visit: Visit, served: Served) -> None:
+    page = visit(served.url + "#noise")
+    page.check("input[value=mix]")
+    draw(page)
+    page.set_input_files(".source >> nth=1 >> input[type=file]", PICTURES / "plain.png")
+    page.locator(".pad canvas[aria-label*='plain.png']").wait_for()
+    page.click("#denoise")
+    says(page, "9 images in")
+    job = served.client.get(f"/jobs/{job_of(page)}").json()
+    assert job["kind"] == "interpolate" and job["request"]["lambdas"] == [i / 8 for i in range(9)]
+    assert len(drawn(page)) == 9
+
+
+@pytest.mark.slow
+def test_a_generated_picture_is_taken_along(page: Any, served: Served) -> None:
+    ask(page, images=2, steps=10)
+    says(page, "2 images in")
+    job = job_of(page)
+    page.click("#grid button >> nth=1")
+    page.click("text=Noise this")
+    page.locator(".pad canvas[aria-label*='image 2 of a job']").wait_for()
+    slide(page, 1000)  # t = 0: the image itself
+    taken = pixels(page.get_attribute(".strip img >> nth=0", "src"))
+    there = served.client.get(f"/jobs/{job}/images/1.png").content
+    assert (taken == np.asarray(Image.open(io.BytesIO(there)).convert("L"))).all()
+    # And so to the other place.
+    page.click("text=Look inside")
+    until(page, "document.querySelector('.pad canvas') !== null")
+    assert "image 2 of a job" in page.get_attribute(".pad canvas", "aria-label")
