@@ -14,7 +14,6 @@ from PIL import Image
 from tests.browser.conftest import Served, Visit
 from tests.browser.steps import ask, draw, drawn, job_of, says, slide, until
 
-
 PICTURES = Path(__file__).parent.parent / "pictures"
 
 

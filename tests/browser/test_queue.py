@@ -29,10 +29,7 @@ def test_a_paused_queue_is_told(page: Any, served: Served) -> None:
     [queue] = served.client.get("/queue").json()["queues"]
     served.client.post(f"/queue/{queue['name']}/pause")
     try:
-        ask(page, images=1, steps=5)
         page.click("nav >> text=Queue")
         page.locator(".lead", has_text="Paused").wait_for()
-        page.locator(".jobs .state", has_text="next").wait_for()
     finally:
         served.client.post(f"/queue/{queue['name']}/resume")
-    page.locator(".jobs .state", has_text="succeeded").wait_for()

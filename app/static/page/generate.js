@@ -4,7 +4,7 @@ import { html, useEffect, useState } from "./vendor/preact-htm.js";
 import { Branches } from "./branches.js";
 import { CodeDialog, Menu, filesOf, manifestIn } from "./files.js";
 import { useObservable } from "./observable.js";
-import { NoModels, Picture, Progress } from "./parts.js";
+import { NoModels, Progress } from "./parts.js";
 import { again, chain, generation, stepsFrom } from "./requests.js";
 import { start } from "./runs.js";
 import { service } from "./service.js";
@@ -80,7 +80,7 @@ export function Generate({ run }) {
 
   return html`<form class="panel" onSubmit=${generate} aria-label="What to generate">
       <${ModelChoice} model=${model} onChange=${choose}
-        thumbnail=${html`<${Picture} picture=${run?.images[0]} alt="" />`} />
+        thumbnail=${run?.images[0]} />
       <${Settings} model=${model} settings=${settings} onChange=${change}>
         <${ImageCount} settings=${settings} onChange=${change} />
       <//>

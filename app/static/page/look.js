@@ -50,7 +50,7 @@ export function Look({ run }) {
   return html`<form class="panel" aria-label="A picture to look into"
       onSubmit=${(event) => { event.preventDefault(); if (a && !live) measure(); }}>
       <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
-        thumbnail=${html`<${Picture} picture=${a} alt="" />`} />
+        thumbnail=${a} />
       <${Source} shape=${model.shape} picture=${a} onPicture=${(p) => desk.put("a", p)} onError=${say} />
       <${ClassChips} model=${model} value=${label} onChange=${setLabel} label="What the model is told it is" />
       <div class="submit">

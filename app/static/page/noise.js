@@ -5,7 +5,7 @@ import { CodeDialog, Menu, filesOf } from "./files.js";
 import { useDesk } from "./desk.js";
 import { useObservable } from "./observable.js";
 import { Source } from "./pad.js";
-import { Chips, NoModels, Picture, Progress } from "./parts.js";
+import { Chips, NoModels, Progress } from "./parts.js";
 import { epsOf, guess, noised, shown } from "./pictures.js";
 import { chain, filling, shortSeed, stepsFrom } from "./requests.js";
 import { start } from "./runs.js";
@@ -101,7 +101,8 @@ export function Noise({ run }) {
   const act = { denoise, mix, restore }[mode];
   const words = { denoise: `Denoise from here ×${VARIATIONS}`, mix: "Mix here, nine shares",
     restore: `Fill in, ${VARIATIONS} ways` }[mode];
-  const ready = mode === "restore" ? slots.a && mask && !live : slots.a && at > 0 && (mode !== "mix" || slots.b) && !live;
+  const ready = slots.a && !live
+    && (mode === "restore" ? mask : at > 0 && (mode !== "mix" || slots.b));
 
   const actions = html`
     <button type="button" class="go" id="denoise" disabled=${!ready}
@@ -113,7 +114,7 @@ export function Noise({ run }) {
   return html`<form class="panel" aria-label="A picture to noise"
       onSubmit=${(event) => { event.preventDefault(); if (ready) act(); }}>
       <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
-        thumbnail=${html`<${Picture} picture=${slots.a} alt="" />`} />
+        thumbnail=${slots.a} />
       <${Chips} name="mode" label="What to do" value=${mode} options=${MODES} onChange=${setMode} />
       <${Source} shape=${model.shape} picture=${slots.a} onPicture=${(p) => desk.put("a", p)}
         onError=${say} label=${mode === "mix" ? "The first picture" : "Your picture"} />
@@ -125,10 +126,11 @@ export function Noise({ run }) {
     <div class="work">
       ${fault && html`<p class="fault" role="alert">${fault.message}</p>`}
       ${mode === "restore"
-    ? html`<${Unknown} shape=${model.shape} picture=${slots.a} mask=${mask} onMask=${setMask} />
-        <div class="actions">${actions}</div>`
-    : html`<${Forward} model=${model} slots=${slots} mode=${mode} t=${at} seed=${seed}
-        label=${now.label} onChange=${(to) => setT(Math.round(to))} say=${say} actions=${actions} />`}
+        ? html`<${Unknown} shape=${model.shape} picture=${slots.a} mask=${mask} onMask=${setMask}
+            actions=${actions} />`
+        : html`<${Forward} model=${model} slots=${slots} mode=${mode} t=${at} seed=${seed}
+            label=${now.label} onChange=${(to) => setT(Math.round(to))} say=${say}
+            actions=${actions} />`}
       ${run && html`<div ref=${result}>
         <${Summary} run=${run} />
         <${Stage} run=${run} wide=${run.job?.kind === "interpolate"}

@@ -1,7 +1,7 @@
 /* The form of a walk down the chain: model, class, preset, and the rest folded. */
 
-import { html } from "./vendor/preact-htm.js";
-import { Chips } from "./parts.js";
+import { html, useEffect, useState } from "./vendor/preact-htm.js";
+import { Chips, Picture } from "./parts.js";
 import { PRESETS, presetOf } from "./presets.js";
 import { service } from "./service.js";
 import { compact, count } from "./words.js";
@@ -33,9 +33,12 @@ export function About({ model }) {
   return html`<p class="about">${model.description || facts}</p>`;
 }
 
+/* thumbnail: of a model that brings none. */
 export function ModelChoice({ model, onChange, thumbnail }) {
+  const [own, setOwn] = useState(null);
+  useEffect(() => setOwn(model.thumbnail ? { url: model.thumbnail } : null), [model.thumbnail]);
   return html`<div class="model">
-    <span class="thumbnail" aria-hidden="true">${thumbnail}</span>
+    <span class="thumbnail"><${Picture} picture=${own ?? thumbnail} alt="" /></span>
     <label>Model
       <select id="model" value=${model.name} onChange=${(e) => onChange(e.target.value)}>
         ${service.models.map(({ name, served }) =>
