@@ -77,7 +77,7 @@ def test_all_of_a_generation_goes_by_keyboard(page: Any) -> None:
     page.keyboard.press("Enter")
     page.focus(".time")
     last = drawn(page)
-    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("PageDown")
     assert drawn(page) != last
     assert page.get_attribute(".time", "aria-valuetext").startswith("t = ")
     page.focus(".menu summary")

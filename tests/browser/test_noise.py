@@ -59,6 +59,24 @@ def test_two_pictures_are_mixed(visit: Visit, served: Served) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_brushed_over_is_filled_in(visit: Visit, served: Served) -> None:
+    page = visit(served.url + "#noise")
+    draw(page)
+    page.check("input[value=restore]")
+    page.click("text=Lower half")
+    page.locator("text=50 % of it is unknown").wait_for()
+    drawing = pixels(page.get_attribute(".over img", "src"))
+    page.click("#denoise")
+    job = job_of(page)
+    says(page, "9 images in")
+    page.wait_for_selector(".summary img >> nth=1")
+    told = served.client.get(f"/jobs/{job}").json()
+    assert told["kind"] == "restore"
+    for src in drawn(page):
+        assert (pixels(src)[:4] == drawing[:4]).all()  # what was known is as it was
+
+
+@pytest.mark.slow
 def test_a_generated_picture_is_taken_along(page: Any, served: Served) -> None:
     ask(page, images=2, steps=10)
     says(page, "2 images in")

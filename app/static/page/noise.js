@@ -10,7 +10,7 @@ import { epsOf, guess, noised, shown } from "./pictures.js";
 import { chain, filling, shortSeed, stepsFrom } from "./requests.js";
 import { start } from "./runs.js";
 import { service } from "./service.js";
-import { ModelChoice, Settings, defaults } from "./settings.js";
+import { ClassChips, ModelChoice, Settings, defaults } from "./settings.js";
 import { Stage } from "./stage.js";
 import { Strip, useAlphaBar } from "./strip.js";
 import { Summary, Unknown } from "./unknown.js";
@@ -120,19 +120,21 @@ export function Noise({ run }) {
         onError=${say} label=${mode === "mix" ? "The first picture" : "Your picture"} />
       ${mode === "mix" && html`<${Source} shape=${model.shape} picture=${slots.b}
         onPicture=${(p) => desk.put("b", p)} onError=${say} label="The second picture" />`}
-      <${Settings} model=${model} settings=${now}
-        onChange=${(some) => setSettings({ ...now, ...some })} />
+      ${mode === "restore"
+        ? html`<${ClassChips} model=${model} value=${now.label}
+            onChange=${(label) => setSettings({ ...now, label })} />`
+        : html`<${Settings} model=${model} settings=${now}
+            onChange=${(some) => setSettings({ ...now, ...some })} />`}
     </form>
     <div class="work">
       ${fault && html`<p class="fault" role="alert">${fault.message}</p>`}
       ${mode === "restore"
         ? html`<${Unknown} shape=${model.shape} picture=${slots.a} mask=${mask} onMask=${setMask}
-            actions=${actions} />`
+            actions=${actions} summary=${run && html`<${Summary} run=${run} />`} />`
         : html`<${Forward} model=${model} slots=${slots} mode=${mode} t=${at} seed=${seed}
             label=${now.label} onChange=${(to) => setT(Math.round(to))} say=${say}
             actions=${actions} />`}
       ${run && html`<div ref=${result}>
-        <${Summary} run=${run} />
         <${Stage} run=${run} wide=${run.job?.kind === "interpolate"}
           head=${html`<${Progress} run=${run} service=${service} />`}
           actions=${(time, index, view) => html`

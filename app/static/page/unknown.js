@@ -29,7 +29,7 @@ function maskOf(canvas) {
   return count ? { png: src.slice(src.indexOf(",") + 1), share: count / (width * height) } : null;
 }
 
-export function Unknown({ shape, picture, mask, onMask, actions }) {
+export function Unknown({ shape, picture, mask, onMask, actions, summary }) {
   const [, height, width] = shape;
   const canvas = useRef();
   const last = useRef(null);
@@ -91,7 +91,7 @@ export function Unknown({ shape, picture, mask, onMask, actions }) {
       <p class="row">${Object.entries(PARTS).map(([name, box]) => html`<button type="button"
         key=${name} disabled=${!picture} onClick=${part(box)}>${name}</button>`)}
         <button type="button" disabled=${!mask} onClick=${() => onMask(null)}>Clear the brush</button></p>
-      <div class="actions">${actions}</div></div></div>`;
+      <div class="actions">${actions}</div>${summary}</div></div>`;
 }
 
 /* Beside the fillings: their mean, and where they differ. */
