@@ -20,7 +20,7 @@ def check(page: Any, where: str) -> None:
     assert told == [], where
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_no_place_violates_a_rule(visit: Visit, served: Served, scheme: str) -> None:
     page = visit(served.url, color_scheme=scheme)
     page.wait_for_selector("#go")

@@ -10,7 +10,7 @@ from jobs.settings import Settings
 from jobs.store.writer import JobStore
 from tests.app.conftest import CARD, serving
 from tests.browser.conftest import Served, Visit
-from tests.browser.steps import ask, drawn, job_of, says
+from tests.browser.steps import ask, drawn, job_of, says, slide
 
 
 def test_an_api_killed_in_mid_stream_is_waited_for(page: Any, served: Served) -> None:
@@ -27,10 +27,15 @@ def test_an_api_killed_in_mid_stream_is_waited_for(page: Any, served: Served) ->
 def test_without_a_worker_a_job_waits_and_says_so(visit: Visit, redis_url: str) -> None:
     settings = Settings(redis_url=redis_url, janitor_s=0.5)
     store = JobStore.connect(settings)
-    store.publish_card(CARD)
+    store.publish_card(CARD.model_copy(update={"shape": (1, 32, 32)}))
     with serving(settings) as client:
         page = visit(str(client.base_url))
         page.locator(".presence", has_text="no worker").wait_for()
+        # The recording is there all the same, with all of its chain.
+        page.wait_for_selector("#grid img >> nth=8")
+        last = drawn(page)
+        slide(page, 0)
+        assert set(drawn(page)).isdisjoint(last)
         page.click("#go")
         says(page, "no worker is running. The job is kept")
         assert client.get("/jobs").json()["data"][0]["status"] == "queued"

@@ -5,6 +5,7 @@ import { Branches } from "./branches.js";
 import { CodeDialog, Menu, filesOf, manifestIn } from "./files.js";
 import { useObservable } from "./observable.js";
 import { NoModels, Progress } from "./parts.js";
+import { useRecorded } from "./recorded.js";
 import { again, chain, generation, stepsFrom } from "./requests.js";
 import { start } from "./runs.js";
 import { service } from "./service.js";
@@ -108,8 +109,16 @@ export function Generate({ run }) {
               <a class="button" href=${`#look&picture=${run.id}/${index}`}>Look inside</a>`}`} />
         <${Branches} id=${run.id} />
         ${code && html`<${CodeDialog} run=${run} onClose=${() => setCode(false)} />`}`
-      : html`<${Blank} images=${settings.images} />`}
+      : html`<${Before} model=${model} images=${settings.images} />`}
     </div>`;
+}
+
+/* Before the first run: a recorded chain, where there is one of this model. */
+function Before({ model, images }) {
+  const recorded = useRecorded(model);
+  if (!recorded) return html`<${Blank} images=${images} />`;
+  return html`<${Stage} run=${recorded} head=${html`<p class="lead">A recording of the model that comes
+    with ddpm-serve: nine digits out of one and the same noise. Slide it; Generate draws your own.</p>`} />`;
 }
 
 const Blank = ({ images }) => html`<div class="stage blank">

@@ -51,7 +51,7 @@ export function Look({ run }) {
       onSubmit=${(event) => { event.preventDefault(); if (a && !live) measure(); }}>
       <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
         thumbnail=${a} />
-      <${Source} shape=${model.shape} picture=${a} onPicture=${(p) => desk.put("a", p)} onError=${say} />
+      <${Source} model=${model} picture=${a} onPicture=${(p) => desk.put("a", p)} onError=${say} />
       <${ClassChips} model=${model} value=${label} onChange=${setLabel} label="What the model is told it is" />
       <div class="submit">
         <button class="go" id="measure" disabled=${!a || live}>Measure bits</button>

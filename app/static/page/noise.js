@@ -116,9 +116,9 @@ export function Noise({ run }) {
       <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
         thumbnail=${slots.a} />
       <${Chips} name="mode" label="What to do" value=${mode} options=${MODES} onChange=${setMode} />
-      <${Source} shape=${model.shape} picture=${slots.a} onPicture=${(p) => desk.put("a", p)}
+      <${Source} model=${model} picture=${slots.a} onPicture=${(p) => desk.put("a", p)}
         onError=${say} label=${mode === "mix" ? "The first picture" : "Your picture"} />
-      ${mode === "mix" && html`<${Source} shape=${model.shape} picture=${slots.b}
+      ${mode === "mix" && html`<${Source} model=${model} picture=${slots.b}
         onPicture=${(p) => desk.put("b", p)} onError=${say} label="The second picture" />`}
       ${mode === "restore"
         ? html`<${ClassChips} model=${model} value=${now.label}

@@ -4,7 +4,8 @@ import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { history } from "./history.js";
 import { useObservable } from "./observable.js";
 import { Picture } from "./parts.js";
-import { blank, pictureAt, pictureOf, pictureOn } from "./pictures.js";
+import { blank, pictureAt, pictureFrom, pictureOf, pictureOn } from "./pictures.js";
+import { useRecorded } from "./recorded.js";
 
 const SIDE = 320;
 const PEN = 2.4 / 32; // of the side: as thick as the strokes of handwritten digits
@@ -74,11 +75,13 @@ export function Pad({ shape, picture, onPicture, label }) {
 }
 
 /* Pictures that this browser made, to take one of. */
-export function Recent({ shape, onPicture, onError }) {
+export function Recent({ model, onPicture, onError }) {
+  const { shape } = model;
+  const recorded = useRecorded(model);
   useObservable(history);
   const made = history.all.filter(({ kind, done }) =>
     done && kind !== "noise" && kind !== "likelihood");
-  if (!made.length) return null;
+  if (!made.length && !recorded) return null;
   const take = async (job) => {
     try {
       onPicture(await pictureAt(`jobs/${job.id}/images/0.png`, shape, `${job.title}, the first`));
@@ -89,7 +92,11 @@ export function Recent({ shape, onPicture, onError }) {
   return html`<div class="recent" role="group" aria-label="Take a picture made earlier">
     ${made.slice(0, RECENT).map((job) => html`<button type="button" key=${job.id}
       aria-label=${`Take the first of ${job.title}`} onClick=${() => take(job)}>
-      <${Thumbnail} id=${job.id} /></button>`)}</div>`;
+      <${Thumbnail} id=${job.id} /></button>`)}
+    ${recorded?.images.slice(0, Math.max(0, RECENT - made.length)).map(({ src }, i) => html`<button
+      type="button" key=${src} aria-label=${`Take example ${i + 1}`}
+      onClick=${() => pictureFrom(src, shape, `example ${i + 1}`).then(onPicture, onError)}>
+      <${Picture} picture=${recorded.images[i]} alt="" /></button>`)}</div>`;
 }
 
 function Thumbnail({ id }) {
@@ -98,7 +105,8 @@ function Thumbnail({ id }) {
 }
 
 /* All ways to a picture. */
-export function Source({ shape, picture, onPicture, onError, label = "Your picture" }) {
+export function Source({ model, picture, onPicture, onError, label = "Your picture" }) {
+  const { shape } = model;
   const [over, setOver] = useState(false);
   const open = async (file) => {
     if (!file) return;
@@ -123,6 +131,6 @@ export function Source({ shape, picture, onPicture, onError, label = "Your pictu
           open(event.target.files[0]);
           event.target.value = "";
         }} /></label></p>
-    <${Recent} shape=${shape} onPicture=${onPicture} onError=${onError} />
+    <${Recent} model=${model} onPicture=${onPicture} onError=${onError} />
   </div>`;
 }

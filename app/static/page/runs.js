@@ -116,14 +116,20 @@ export class Run extends Observable {
     if (t != null) this.t = Math.min(t, this.t ?? t);
   }
 
-  #snapshot({ t, kind, index, png, url }) {
+  /* Fill in a state of the chain from elsewhere; t = 0 is the image. */
+  put(t, kind, index, src) {
+    if (t === 0) this.images[index] = { src };
+    else this.#snapshot({ t, kind, index, src });
+  }
+
+  #snapshot({ t, kind, index, png, url, src }) {
     if (!this.frames.has(t)) {
       this.frames.set(t, {});
       this.#times = null;
     }
     const frame = this.frames.get(t);
     const row = (frame[kind] ??= []);
-    row[index] = this.#best(row[index], { png, url });
+    row[index] = src ? { src } : this.#best(row[index], { png, url });
     this.t = Math.min(t, this.t ?? t);
     const last = (this.latest[index] ??= { t });
     if (t <= last.t) {
