@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from app.auth import key_name
+from jobs.observed import ROWS, SECONDS, histograms
 from jobs.states import ENDED
 from jobs.store.reader import JobReader, QueueState
+from jobs.version import VERSION
 
+_OPENMETRICS = "application/openmetrics-text"
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
+_openmetrics: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
 
 
 class Metrics:
@@ -42,12 +60,23 @@ class Metrics:
         self.previews = Counter(
             "ddpm_previews", "Pictures encoded for event streams", registry=self.registry
         )
+        self.rejections = Counter(
+            "ddpm_http_rejections", "Requests answered by an error, by its code", ["code"],
+            registry=self.registry,
+        )  # fmt: skip
+        build = Gauge(
+            "ddpm_build_info", "1; of this software", ["version", "python"], registry=self.registry
+        )
+        build.labels(VERSION, platform.python_version()).set(1)
+        ProcessCollector(registry=self.registry)
         self._store = _StoreCollector()
         self.registry.register(self._store)
 
-    async def render(self, reader: JobReader) -> bytes:
-        """The text of a scrape."""
+    async def render(self, reader: JobReader, accept: str = "") -> tuple[bytes, str]:
+        """The text of a scrape and its media type: OpenMetrics, which has the ids of requests as
+        exemplars, where it is accepted."""
         models = await reader.cards()
+        seconds, rows = await reader.observed()
         self._store.families = list(
             store_metrics(
                 queues=await reader.queues(),
@@ -61,7 +90,10 @@ class Metrics:
                 rates={model: await reader.rate(model) for model in models},
             )
         )
-        return generate_latest(self.registry)
+        self._store.families += observed_metrics(seconds, rows)
+        if _OPENMETRICS in accept:
+            return _openmetrics(self.registry), openmetrics.CONTENT_TYPE_LATEST
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 
 class _StoreCollector(Collector):
@@ -107,9 +139,38 @@ def store_metrics(
         owed.add_metric([name], steps)
     yield from (jobs, work, ended, admitted, speed, owed)
     yield CounterMetricFamily(
+        "ddpm_jobs_recovered",
+        "Executions that went on after the worker before had died",
+        value=totals.get("recovered", 0),
+    )
+    yield CounterMetricFamily(
         "ddpm_image_steps", "Image-steps done", value=totals.get("image_steps", 0)
     )
     yield GaugeMetricFamily(
         "ddpm_output_bytes", "Bytes held or reserved for outputs", totals.get("output_bytes", 0)
     )
     yield GaugeMetricFamily("ddpm_workers", "Workers that spoke lately", workers)
+
+
+def observed_metrics(
+    seconds: Mapping[str, float], rows: Mapping[str, float]
+) -> Iterable[HistogramMetricFamily]:
+    """The histograms that workers keep in the store."""
+    labels = ["kind", "model"]
+    wait = HistogramMetricFamily(
+        "ddpm_job_wait_seconds", "From admission to the first start of a job", labels=labels
+    )
+    run = HistogramMetricFamily(
+        "ddpm_job_run_seconds", "From its first start to the success of a job", labels=labels
+    )
+    families = {"wait": wait, "run": run}
+    for (what, *values), found in histograms(seconds, SECONDS).items():
+        if what in families and len(values) == len(labels):
+            families[what].add_metric(values, found.cumulative(SECONDS), found.sum)
+    batches = HistogramMetricFamily(
+        "ddpm_batch_rows", "Network rows of the steps of batches", labels=["model"]
+    )
+    for values_, found in histograms(rows, ROWS).items():
+        if len(values_) == 1:
+            batches.add_metric([*values_], found.cumulative(ROWS), found.sum)
+    return wait, run, batches

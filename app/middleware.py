@@ -6,6 +6,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.auth import Keyring, key_name
 from app.metrics import Metrics
 from app.problems import Problem, internal, response
+from jobs.logs import REQUESTS
 
 log = logging.getLogger(__name__)
 # For browsers, on every answer: no page of ours in a frame, nothing run that is not a page.
@@ -51,6 +53,7 @@ class Edge:
         client = self._keyring.client(scope)
         scope["client_id"] = client or "unknown"
         began, started = time.perf_counter(), False
+        told = {"status": 0, "first_s": 0.0}
 
         async def send_marked(message: Message) -> None:
             nonlocal started
@@ -60,7 +63,8 @@ class Edge:
                 headers["X-Request-ID"] = request_id
                 for name, value in _SAFE.items():
                     headers.setdefault(name, value)
-                self._count(method, scope, message["status"], time.perf_counter() - began)
+                told.update(status=message["status"], first_s=time.perf_counter() - began)
+                self._count(method, scope, message["status"], told["first_s"])
                 self._metrics.of_clients.labels(key_name(scope["client_id"])).inc()
             await send(message)
 
@@ -70,7 +74,9 @@ class Edge:
                 "this service needs a key: Authorization: Bearer …",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+            scope["problem"] = problem.code
             await response(problem, request_id)(scope, receive, send_marked)
+            _log(method, scope, told, time.perf_counter() - began)
             return
         try:
             await self._app(scope, receive, send_marked)
@@ -80,13 +86,37 @@ class Edge:
             log.exception("request %s: %s %s", request_id, method, scope["path"])
             if started:
                 raise
+            scope["problem"] = "internal"
             await response(internal(), request_id)(scope, receive, send_marked)
+        finally:
+            _log(method, scope, told, time.perf_counter() - began)
 
     def _count(self, method: str, scope: Scope, status: int, seconds: float) -> None:
         # The route's template, never the path: ids would make a metric each.
         route = getattr(scope.get("route"), "path", "other")
         self._metrics.requests.labels(method, route, str(status)).inc()
-        self._metrics.seconds.labels(method, route).observe(seconds)
+        exemplar = {"request_id": scope["request_id"]}
+        self._metrics.seconds.labels(method, route).observe(seconds, exemplar)
+        if code := scope.get("problem"):
+            self._metrics.rejections.labels(code).inc()
+
+
+def _log(method: str, scope: Scope, told: Mapping[str, float], seconds: float) -> None:
+    """One line a request, once it is over. The path without its query, which may be signed."""
+    status = int(told["status"])
+    fields = {
+        "request_id": scope["request_id"],
+        "method": method,
+        "path": scope["path"][:200],
+        "status": status or None,
+        "code": scope.get("problem"),
+        "job_id": scope.get("job_id") or scope.get("path_params", {}).get("job_id"),
+        "client": key_name(scope["client_id"]) or None,
+        "first_byte_s": round(told["first_s"], 4),
+        "seconds": round(seconds, 4),
+    }
+    said = status or "nobody listened"
+    REQUESTS.info("%s %s: %s", method, fields["path"], said, extra={"fields": fields})
 
 
 def _request_id(scope: Scope) -> str:

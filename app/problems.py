@@ -244,7 +244,12 @@ async def _on_error(request: Request, error: Exception) -> Response:
     problem, request_id = from_error(error), request.scope.get("request_id", "")
     if problem is None:
         log.error("request %s", request_id, exc_info=error)
-    return response(problem or internal(), request_id)
+    return _answer(request, problem or internal())
+
+
+def _answer(request: Request, problem: Problem) -> Response:
+    request.scope["problem"] = problem.code  # for the log and the metrics
+    return response(problem, request.scope.get("request_id", ""))
 
 
 def internal() -> Problem:
@@ -262,7 +267,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
     elif "Allow" in headers:  # of one route, not of all that have the path
         allowed = ", ".join(_allowed(request))
         detail, headers["Allow"] = f"{request.method}: must be one of {allowed}", allowed
-    return response(Problem(code, detail, headers=headers), request.scope.get("request_id", ""))
+    return _answer(request, Problem(code, detail, headers=headers))
 
 
 def _allowed(request: Request) -> list[str]:
@@ -280,7 +285,7 @@ def _allowed(request: Request) -> list[str]:
 
 async def _on_parameters(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return response(_fields_problem(error.errors()), request.scope.get("request_id", ""))
+    return _answer(request, _fields_problem(error.errors()))
 
 
 def install(app: FastAPI) -> None:

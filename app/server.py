@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from app.main import create_app
 from app.protocol import protocol
+from jobs import logs
 from jobs.settings import Settings
 
 _GRACE_S = 5  # for requests that are being answered when the server is told to stop
@@ -37,7 +38,7 @@ class Server(uvicorn.Server):
     """Ends event streams as soon as it is told to stop: clients come back with Last-Event-ID."""
 
     def __init__(self, app: FastAPI, *, log_level: str) -> None:
-        super().__init__(configured(app, log_level=log_level))
+        super().__init__(configured(app, log_level=log_level, log_config=None))
         self._app = app
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -58,6 +59,7 @@ def serve(settings: Settings, listener: socket.socket, *, log_level: str = "warn
     # The admission thread waits for this long to get the interpreter back after each reply of
     # Redis while the event loop is busy; the default is 5 ms.
     sys.setswitchinterval(0.001)
+    logs.configure(settings.log_format, level=log_level)
     # It says what is wrong with each form, which is the client's to hear and not the log's.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     raise_file_limit()

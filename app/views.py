@@ -116,6 +116,9 @@ class JobView(BaseModel):
         json_schema_extra=lambda schema: schema.update(anyOf=_results()),
     )
     error: JobFault | None = None
+    request_id: str | None = Field(
+        None, description="X-Request-ID of the request that made the job, as logs have it"
+    )
     manifest: dict[str, Any] | None = Field(
         None,
         description="post it again, to the same route, for the same images: to the byte where the "
@@ -214,6 +217,7 @@ def job_view(state: JobState, *, full: bool = True) -> JobView:
         snapshots=_snapshots(state) if full else None,
         result=record.result if full else None,
         error=record.fault,
+        request_id=record.request_id or None,
         manifest=manifest(record) if full and record.run_digest else None,
         urls=urls(record),
     )

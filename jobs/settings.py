@@ -107,6 +107,9 @@ class Settings(BaseSettings):
     webhook_timeout_s: float = Field(
         default=15.0, gt=0, le=50, description="seconds of one delivery of a webhook, all in all"
     )
+    log_format: Literal["auto", "json", "text"] = Field(
+        default="auto", description="of the logs: text, json, or auto: text on a terminal"
+    )
     sse_comment_s: float = Field(default=15.0, gt=0, description="seconds between comment lines")
     janitor_s: float = Field(default=10.0, gt=0, description="seconds between maintenance runs")
 

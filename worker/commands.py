@@ -10,6 +10,7 @@ import click
 import redis
 import torch
 
+from jobs import logs
 from jobs.settings import Settings, load_settings, shown
 from jobs.store.connections import connect, wait_until_writable
 from jobs.store.writer import JobStore
@@ -50,8 +51,7 @@ def worker(
 ) -> None:
     """Serve jobs from Redis (REDIS_URL) with the models of a folder, or only those NAMES."""
     settings = load_settings(queue=queue, models=models, slots=capacity)
-    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+    logs.configure(settings.log_format)
     if threads is not None:
         torch.set_num_threads(threads)
     reserve_team()

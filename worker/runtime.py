@@ -18,7 +18,9 @@ from typing import Any
 import redis
 import torch
 
+from jobs import logs
 from jobs.kinds.stored import Unread
+from jobs.observed import Batches
 from jobs.settings import Settings
 from jobs.states import ACTIVE, Status
 from jobs.store.batch import InBatch
@@ -173,7 +175,17 @@ class Runtime:
             )
             cards = [s.card for s in served.values()]
             self.store.heartbeat(info, {name: r for name, r in rates.items() if r}, cards=cards)
+        self._tell_batches()
         return True
+
+    def _tell_batches(self) -> None:
+        names = {served.model.digest: name for name, served in self.folder.served.items()}
+        batches = Batches()
+        for (digest, rows), steps in self.engine.stepped().items():
+            if digest in names:
+                batches.add(names[digest], rows, steps)
+        if batches.counts:
+            self.store.tell_batches(batches)
 
     def _retire_strangers(self) -> None:
         """Once: models that were taken away while no worker looked are unknown from now on; but an
@@ -244,6 +256,8 @@ class Runtime:
             raise
         except JobRefused as error:
             self.store.fail(job_id, execution, code=error.code, detail=str(error))
+            if record is not None:
+                log_job(record, "failed", 0.0, error)
         except EngineStopped:
             raise
         except Exception as error:  # one job must not end the worker
@@ -326,6 +340,8 @@ class Runtime:
         flight = self.flights.pop(outcome.execution, None)
         if flight is not None:
             self.roster.landed(flight)
+            seconds = time.monotonic() - flight.began
+            log_job(flight.record, str(outcome.ending.value), seconds, outcome.error)
         return flight
 
     def _strike(self, flight: AnyFlight) -> None:
@@ -386,6 +402,23 @@ class Runtime:
         except Exception as error:
             log.exception("job %s failed", flight.id)
             self.outputs.handle([Failed(flight.execution, error)])
+
+
+def log_job(record: JobRecord, ending: str, seconds: float, error: BaseException | None) -> None:
+    """One line a flight: what it was, how it ended, and how long it took here."""
+    fields = {
+        "job_id": record.id,
+        "request_id": record.request_id or None,
+        "kind": record.spec.kind,
+        "model": record.model,
+        "ending": ending,
+        "images": record.images,
+        "image_steps": record.work,
+        "wait_s": round((record.started_at or record.created_at) - record.created_at, 4),
+        "run_s": round(seconds, 4),
+        "error": None if error is None else f"{type(error).__name__}: {error}"[:500],
+    }
+    logs.JOBS.info("job %s %s", record.id, ending, extra={"fields": fields})
 
 
 def _goes_on(flight: AnyFlight) -> bool:

@@ -119,6 +119,7 @@ class Desk:
             client=self._client,
             inputs=found.inputs,
             idempotency=self._idempotency,
+            request_id=str(self._asked[0].scope["request_id"]),
         )
         return await self._held.admitter.admit(order)
 
@@ -136,7 +137,7 @@ async def answer(
 ) -> Response:
     """202 with the job, or what Prefer and Accept ask for."""
     asked = wish(request)
-    job_id = admitted.job_id
+    job_id = request.scope["job_id"] = admitted.job_id
     headers = {"Location": f"/jobs/{job_id}"}
     if admitted.replayed:
         headers["Idempotency-Replayed"] = "true"

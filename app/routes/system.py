@@ -6,7 +6,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict
 
 from app.problems import Problem, documented
@@ -188,12 +187,16 @@ async def get_readyz(request: Request) -> Response:
     response_class=Response,
     responses={
         200: {
-            "description": "Prometheus text",
+            "description": "Prometheus text; where accepted OpenMetrics, with ids of requests",
             "content": {
+                "application/openmetrics-text": {
+                    "schema": {"type": "string"},
+                    "example": 'ddpm_queue_jobs{queue="ddpm",status="queued"} 3.0\n# EOF\n',
+                },
                 "text/plain": {
                     "schema": {"type": "string"},
                     "example": 'ddpm_queue_jobs{queue="ddpm",status="queued"} 3.0\n',
-                }
+                },
             },
         },
         **documented("unauthorized", "store_unavailable"),
@@ -202,4 +205,6 @@ async def get_readyz(request: Request) -> Response:
 async def get_metrics(request: Request) -> Response:
     """Counters and gauges for Prometheus."""
     held = services(request)
-    return Response(await held.metrics.render(held.reader), media_type=CONTENT_TYPE_LATEST)
+    accept = request.headers.get("accept", "")
+    content, media = await held.metrics.render(held.reader, accept)
+    return Response(content, headers={"Content-Type": media})

@@ -92,6 +92,7 @@ class JobData(Model):
     snapshots: list[SnapshotData] | None = None
     result: dict[str, Any] | None = None
     error: Fault | None = None
+    request_id: str | None = None
     manifest: dict[str, Any] | None = None
     urls: Urls
 
@@ -197,3 +198,4 @@ class Readiness(Model):
     status: str = "ready"
     models: int
     workers: int
+    paused: list[str] | None = None

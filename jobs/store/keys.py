@@ -13,6 +13,8 @@ ddpm:queue:{q}:{status}  sorted set of ids, queued and running
 ddpm:queue:{q}:turns:{priority}   sorted set of waiting ids by the place at which each begins
 ddpm:queue:{q}:shares:{priority}  hash  client → image-steps asked for, as a place too
 ddpm:totals              hash    output bytes held, counters for the metrics
+ddpm:seconds             hash    histograms of the metrics: waiting and running times
+ddpm:batches             hash    histograms of the metrics: rows of batches
 ddpm:clients             hash    client → outstanding image-steps
 ddpm:due                 sorted set  "expire:{id}", "forget:{id}" by time
 ddpm:deadlines           sorted set  id by the time by which it was to have ended
@@ -34,6 +36,8 @@ JOBS = PREFIX + "jobs"
 QUEUES = PREFIX + "queues"
 PAUSED = PREFIX + "paused"
 TOTALS = PREFIX + "totals"
+SECONDS = PREFIX + "seconds"
+BATCHES = PREFIX + "batches"
 CLIENTS = PREFIX + "clients"
 ADMISSIONS = PREFIX + "admissions"
 DUE = PREFIX + "due"

@@ -30,7 +30,7 @@ class Order:
     """A checked and filled request that asks for admission.
 
     client: who asks (for the quota). inputs: uploaded images, uint8 [N,H,W,C] bytes, or
-    an x_t, float32 [C,H,W] bytes.
+    an x_t, float32 [C,H,W] bytes. request_id: of the HTTP request that it came with.
     """
 
     spec: JobSpec
@@ -39,6 +39,7 @@ class Order:
     client: str
     inputs: bytes = b""
     idempotency: Idempotency | None = None
+    request_id: str = ""
 
     @property
     def bytes(self) -> int:
@@ -92,13 +93,16 @@ def new_record(order: Order, position: int, settings: Settings) -> JobRecord:
         events=1,
         position=position,
         client=order.client,
+        request_id=order.request_id,
         levels=_levels(card, spec.level_ts) if spec.level_ts else None,
     )
 
 
 def to_hash(record: JobRecord, order: Order, settings: Settings) -> dict[str, Any]:
     """The hash that `parse_record` reads back, with what only the scripts need."""
+    said = {"request_id": record.request_id} if record.request_id else {}
     return {
+        **said,
         "id": record.id,
         "status": record.status,
         "kind": order.spec.kind,

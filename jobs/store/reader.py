@@ -220,6 +220,18 @@ class JobReader:
         raw = await self._redis.hgetall(keys.TOTALS)
         return {name: count(value) for name, value in items(raw)}
 
+    async def observed(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The fields of the histograms: of seconds, and of rows a batch."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(keys.SECONDS)
+            pipe.hgetall(keys.BATCHES)
+            seconds, rows = await pipe.execute()
+        return _numbers(seconds), _numbers(rows)
+
+
+def _numbers(raw: Any) -> dict[str, float]:
+    return {text(name): float(value) for name, value in raw.items()}
+
 
 def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
     return dict(zip(flat[::2], flat[1::2], strict=True))

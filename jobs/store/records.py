@@ -91,6 +91,7 @@ class JobRecord:
     provenance: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
     levels: dict[str, tuple[float, float]] | None = None
+    request_id: str = ""
     unread: Unread | None = None
 
     def as_of(self, now: float) -> JobRecord:
@@ -158,6 +159,7 @@ def parse_record(job_id: str, raw: Mapping[bytes, bytes]) -> JobRecord:
         provenance=f.find("provenance", json_object, None),
         result=f.find("result", json_object, None),
         levels=f.find("levels", _levels, None),
+        request_id=f.find("request_id", str, ""),
     )
     if version > FORMAT:
         why = f"its format is {version}, and this version reads up to {FORMAT}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jobs.observed import SECONDS
 from jobs.states import TRANSITIONS
 from jobs.store.keys import PREFIX
 
@@ -26,7 +27,10 @@ def _text(name: str) -> str:
     return (_FOLDER / f"{name}.lua").read_text(encoding="utf-8")
 
 
-_TABLES = f"local STATES = {{{_STATES}}}\nlocal LEGAL = {{{_LEGAL}}}\n"
+_BOUNDS = ", ".join(f"{bound:g}" for bound in SECONDS)
+_TABLES = (
+    f"local STATES = {{{_STATES}}}\nlocal LEGAL = {{{_LEGAL}}}\nlocal BOUNDS = {{{_BOUNDS}}}\n"
+)
 _TURNS = _text("turns")
 _PRELUDE = _PREFIX + _TABLES + _TURNS + _text("prelude")
 _FORGET = _PRELUDE + _text("forget")

@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 
 from jobs.cards import ModelCard, to_store
 from jobs.kinds.common import ARRAYS
+from jobs.observed import Batches
 from jobs.pictures import Float32, UInt8, from_bytes
 from jobs.settings import Settings
 from jobs.states import Status
@@ -324,6 +325,15 @@ class JobStore:
         for card in cards:
             if card.name not in known:
                 self.publish_card(card)
+
+    def tell_batches(self, batches: Batches) -> None:
+        """Add to the histograms what was stepped since it was told last."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for (model, place), steps in batches.counts.items():
+                pipe.hincrby(keys.BATCHES, f"{model}:{place}", steps)
+            for model, rows in batches.rows.items():
+                pipe.hincrby(keys.BATCHES, f"{model}:sum", rows)
+            pipe.execute()
 
     def next_turn(self, queue: str) -> str | None:
         """Put the job whose turn it is to the head of RQ's list of a queue, where RQ's own pop

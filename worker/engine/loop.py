@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -101,6 +101,8 @@ class Engine:
         self._events: list[Event] = []
         self._pending: deque[Pending] = deque()
         self._settled_at = 0.0
+        self._counting = threading.Lock()
+        self._stepped: Counter[tuple[str, int]] = Counter()
 
     # Any thread
 
@@ -143,6 +145,12 @@ class Engine:
             key.digest: max(lanes[key].rate.value if key in lanes else 0.0, network.costs.fastest)
             for key, network in self.networks.sampling().items()
         }
+
+    def stepped(self) -> Counter[tuple[str, int]]:
+        """(digest, network rows) → how many steps there were of it since this was asked last."""
+        with self._counting:
+            stepped, self._stepped = self._stepped, Counter()
+        return stepped
 
     def start(self) -> None:
         """Run in a thread of its own."""
@@ -334,6 +342,9 @@ class Engine:
         lane.pool.network.costs.record(pending.shape, seconds)
         self._turns.charge(lane, seconds)
         lane.rate.add(step.batch.network_rows, seconds)
+        with self._counting:
+            stepped = (lane.pool.network.model.digest, step.batch.network_rows)
+            self._stepped[stepped] += 1
         self._events += step.events()
         last_t: dict[Run, int] = {}
         for sample, t in zip(step.batch.samples, step.t.tolist(), strict=True):

@@ -1,5 +1,5 @@
--- What the scripts share. Above it stand P, the prefix of all keys, STATES, and LEGAL, the moves
--- there are.
+-- What the scripts share. Above it stand P, the prefix of all keys, STATES, LEGAL, the moves there
+-- are, and BOUNDS, of the histograms of seconds.
 local function key(id) return P .. 'job:' .. id end
 local function get(id, field) return redis.call('HGET', key(id), field) end
 local function number(id, field) return tonumber(get(id, field) or '0') or 0 end
@@ -45,6 +45,19 @@ local function set_bytes(id, bytes)
   redis.call('HSET', key(id), 'bytes', bytes)
 end
 
+-- Count seconds since `from` for the metrics; of a damaged record nothing is known.
+local function observe(what, id, from, now)
+  local seconds = now - from
+  if from <= 0 or seconds < 0 then return end
+  local name = what .. ':' .. (get(id, 'kind') or '') .. ':' .. (get(id, 'model') or '') .. ':'
+  local place = #BOUNDS
+  for i, bound in ipairs(BOUNDS) do
+    if seconds <= bound then place = i - 1 break end
+  end
+  redis.call('HINCRBY', P .. 'seconds', name .. place, 1)
+  redis.call('HINCRBYFLOAT', P .. 'seconds', name .. 'sum', seconds)
+end
+
 -- The end of a job that is queued or running.
 local function finish(id, status, now, status_data, final, final_data)
   local done = number(id, 'done')
@@ -65,6 +78,7 @@ local function finish(id, status, now, status_data, final, final_data)
   emit(id, final, final_data)
   redis.call('EXPIRE', key(id) .. ':events', ttl + 60)
   redis.call('HINCRBY', P .. 'totals', 'jobs_' .. status, 1)
+  if status == 'succeeded' then observe('run', id, number(id, 'started_at'), now) end
   redis.call('HDEL', P .. 'suspects', id)
   if get(id, 'webhook') == '1' then redis.call('ZADD', P .. 'webhooks', now, id) end
 end
@@ -75,6 +89,7 @@ local function blame(id, worker)
   local last, how = get(id, 'last_worker'), get(id, 'in_batch')
   redis.call('HDEL', key(id), 'in_batch')
   if not last or last == worker then return end
+  redis.call('HINCRBY', P .. 'totals', 'recovered', 1)
   if how == 'alone' then redis.call('HINCRBY', key(id), 'lone_crashes', 1) end
   if how == 'alone' or how == 'shared' or redis.call('HGET', P .. 'begun', last) == id then
     redis.call('HINCRBY', key(id), 'crashes', 1)

@@ -15,7 +15,9 @@ if in_batch == 'shared' and number(id, 'crashes') > 0 then in_batch = '' end
 redis.call('HSET', key(id), 'execution', execution, 'worker', ARGV[3], 'last_worker', ARGV[3],
            'in_batch', in_batch, 'run_digest', ARGV[5], 'provenance', ARGV[9])
 redis.call('HSET', P .. 'begun', ARGV[3], id)
-redis.call('HSETNX', key(id), 'started_at', ARGV[4])
+if redis.call('HSETNX', key(id), 'started_at', ARGV[4]) == 1 then
+  observe('wait', id, number(id, 'created_at'), now)
+end
 if status ~= 'running' then
   move(id, 'running')
   emit(id, 'status', ARGV[6])
