@@ -115,7 +115,7 @@ def test_openapi_is_complete() -> None:
         for path, operations in schema["paths"].items()
         for method, operation in operations.items()
     }
-    assert len(routes) == 20 + len(KINDS)  # one route a kind
+    assert len(routes) == 22 + len(KINDS)  # one route a kind
     for route, operation in routes.items():
         good = [r for status, r in operation["responses"].items() if status.startswith("2")]
         assert good and operation.get("description"), route
