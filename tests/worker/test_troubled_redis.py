@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -22,7 +23,7 @@ from jobs.settings import Settings
 from jobs.store.connections import SOCKET_S, connect
 from jobs.store.trouble import CODES, trouble_of
 from tests.app.conftest import serving
-from tests.worker.conftest import Service
+from tests.worker.conftest import Service, redis_process
 
 
 @contextlib.contextmanager
@@ -195,6 +196,34 @@ def test_a_redis_that_goes_away_between_two_jobs_is_waited_for(
         own_redis("between", *persistent)
         assert worker.alive()
         service.ended(service.admit(steps=2))
+    finally:
+        service.close()
+
+
+@pytest.mark.slow
+def test_a_redis_that_reads_its_data_is_named_and_waited_for(
+    own_redis: Callable[..., tuple[str, Any]], model_folder: Path, tmp_path: Path, nursery: Any
+) -> None:
+    address, server = own_redis("loading")
+    service = Service(address, model_folder, tmp_path / "log")
+    try:
+        worker = nursery.worker(service)
+        service.ended(service.admit(steps=2))
+        # It answers every 2 MiB of what it reads, which is every tenth of a second.
+        service.redis.mset(dict.fromkeys(map(str, range(1000)), os.urandom(2**16)))
+        service.redis.save()
+        server.kill()
+        server.wait()
+        with serving(Settings(redis_url=address, models=model_folder)) as client:
+            server = redis_process(folder_of(service), "--key-load-delay", "3000")
+            try:
+                service.until(lambda: client.get("/readyz").json().get("code") == "store_loading")
+                assert_ready(client)
+                service.ended(service.admit(steps=2))
+                assert worker.alive()
+            finally:
+                server.kill()
+                server.wait()
     finally:
         service.close()
 

@@ -1,0 +1,114 @@
+"""Very many small jobs beside many streams in which nothing happens: what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from storm import Stage, save_model, until
+
+from jobs.settings import Settings
+from jobs.store.writer import JobStore
+
+TOGETHER = 32  # posts under way
+WARM_UP = 500  # jobs before the first look: what is filled once is no leak
+
+
+def soak(jobs: int, streams: int) -> bool:
+    """Prints a table; whether no job is unaccounted for and no key is left."""
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    save_model(folder / "models" / "tiny", seed=0)
+    stage = Stage(folder, folder / "models", DDPM_RECORD_TTL_S="1", DDPM_MAX_QUEUED_JOBS="100000")
+    try:
+        until(lambda: _publish_idle(stage), "the model")
+        return asyncio.run(_soak(stage, jobs, streams))
+    finally:
+        stage.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish_idle(stage: Stage) -> bool:
+    """The same model again, in a queue that no worker listens to: its jobs wait."""
+    store = JobStore.connect(Settings(redis_url=f"unix://{stage.socket}"))
+    card = store.cards().get("tiny")
+    if card is not None:
+        store.publish_card(card.model_copy(update={"name": "idle", "queue": "idle"}))
+    store.redis.close()
+    return card is not None
+
+
+async def _soak(stage: Stage, jobs: int, streams: int) -> bool:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=TOGETHER)
+    async with httpx.AsyncClient(
+        base_url=stage.url, timeout=120, trust_env=False, limits=limits
+    ) as client:
+        ended = await _post_all(client, WARM_UP)
+        idle = await client.post("/generate", json={"model": "idle", "ttl_s": 1})
+        job_id = idle.raise_for_status().json()["id"]
+        await asyncio.to_thread(_forgotten, stage)
+        before = _look(stage)
+        following = [asyncio.create_task(_follow(client, job_id)) for _ in range(streams)]
+        ended += await _post_all(client, jobs)
+        during = _look(stage)
+        await client.delete(f"/jobs/{job_id}")  # which ends the streams
+        closed = sum([await task for task in following])
+        await asyncio.to_thread(_forgotten, stage)
+        after = _look(stage)
+    print(f"{jobs + WARM_UP} jobs: {dict(ended)}; {closed} of {streams} streams ended in order")
+    print("| | API, MiB | workers, MiB | Redis, MiB | keys |\n|---|---|---|---|---|")
+    for name, row in (("before", before), ("under load", during), ("after", after)):
+        print(f"| {name} | {' | '.join(f'{value:.0f}' for value in row)} |", flush=True)
+    left = after[3] - before[3]
+    return ended == {"succeeded": jobs + WARM_UP} and closed == streams and left <= 0
+
+
+async def _post_all(client: httpx.AsyncClient, jobs: int) -> Counter[str]:
+    """How so many jobs ended."""
+    ended: Counter[str] = Counter()
+    numbers = iter(range(jobs))
+
+    async def post() -> None:
+        for number in numbers:
+            body = {"model": "tiny", "steps": 2, "seed": number, "ttl_s": 1}
+            reply = await client.post("/generate", json=body, headers={"Prefer": "wait=60"})
+            job = reply.raise_for_status().json()
+            while job["status"] in ("queued", "running"):
+                reply = await client.get(f"/jobs/{job['id']}", params={"wait": 30})
+                job = reply.raise_for_status().json()
+            ended["succeeded" if job["status"] == "expired" else job["status"]] += 1
+
+    await asyncio.gather(*(post() for _ in range(TOGETHER)))
+    return ended
+
+
+async def _follow(client: httpx.AsyncClient, job_id: str) -> bool:
+    """Whether a stream ended with an end of the job."""
+    last = ""
+    with contextlib.suppress(httpx.HTTPError):
+        async with client.stream("GET", f"/jobs/{job_id}/events", timeout=None) as reply:
+            async for line in reply.aiter_lines():
+                last = line if line.startswith("event:") else last
+    return bool(last) and last != "event: status"
+
+
+def _forgotten(stage: Stage) -> None:
+    """Wait until nothing of the jobs is due any more, or for ten minutes."""
+    deadline = time.monotonic() + 600
+    while stage.redis.zcard("ddpm:due") and time.monotonic() < deadline:
+        time.sleep(1)
+    time.sleep(15)  # RQ forgets by itself
+
+
+def _look(stage: Stage) -> tuple[float, float, float, float]:
+    """MiB of the API, of the workers and of Redis; keys."""
+    held = [psutil.Process(p.pid).memory_info().rss / 2**20 for p in (stage.api, *stage.workers)]
+    info: Any = stage.redis.info("memory")
+    return held[0], sum(held[1:]), info["used_memory"] / 2**20, float(stage.redis.dbsize())

