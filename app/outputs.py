@@ -12,6 +12,7 @@ from app.views import manifest
 from jobs import pictures
 from jobs.errors import OutputExpired
 from jobs.formats import FORMATS
+from jobs.marking import GENERATED, PROCESSED, marked
 from jobs.outputs import image_name, snapshot_name
 from jobs.pictures import Float32, UInt8, from_bytes, to_uint8
 from jobs.states import ACTIVE
@@ -27,6 +28,18 @@ def file_response(content: bytes, suffix: str, name: str | None = None) -> Respo
     if name is not None:
         headers["Content-Disposition"] = f'inline; filename="{name}"'
     return Response(content, media_type=FORMATS[suffix].media, headers=headers)
+
+
+def output_response(services: Services, record: JobRecord, content: bytes, suffix: str) -> Response:
+    """A picture or film of a job."""
+    return file_response(as_output(services, record, content, suffix), suffix)
+
+
+def as_output(services: Services, record: JobRecord, content: bytes, suffix: str) -> bytes:
+    """The file of an output, marked as what it is unless the settings say otherwise."""
+    if not services.settings.mark_outputs:
+        return content
+    return marked(content, suffix, GENERATED if record.spec.runs_network else PROCESSED)
 
 
 async def fetch(services: Services, record: JobRecord, fields: Sequence[str]) -> list[Float32]:
@@ -68,7 +81,7 @@ async def picture(services: Services, state: JobState, suffix: str) -> Response:
         content = await pool.run(encode_image, record, 0, planes[0], suffix=suffix)
     else:
         content = await pool.run(encode_grid, record, planes, suffix=suffix)
-    return file_response(content, suffix)
+    return output_response(services, record, content, suffix)
 
 
 def film_frames(state: JobState, kind: str, index: int | None) -> list[list[str]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from app.metrics import Metrics
 from app.pools import Pool
+from jobs.marking import GENERATED, PROCESSED, marked
 from jobs.pictures import encode_png, from_bytes, to_uint8
 from jobs.store.reader import JobReader
 from jobs.store.records import JobRecord
@@ -20,13 +21,16 @@ _MOST_CHARACTERS = 32 * 2**20
 class Previews:
     """Base64 PNGs by job, output field and size; the latest are kept, 32 MiB of them."""
 
-    def __init__(self, reader: JobReader, pool: Pool, metrics: Metrics) -> None:
+    def __init__(
+        self, reader: JobReader, pool: Pool, metrics: Metrics, *, mark: bool = True
+    ) -> None:
         self._reader = reader
         self._pool = pool
         self._kept: OrderedDict[Key, str] = OrderedDict()
         self._making: dict[Key, asyncio.Task[dict[str, str]]] = {}
         self._size = 0
         self._metrics = metrics
+        self._mark = mark
 
     async def of(self, record: JobRecord, fields: Sequence[str], px: int) -> dict[str, str]:
         """field → picture, for those whose output is there. Raises RedisError."""
@@ -56,7 +60,7 @@ class Previews:
         try:
             planes = await self._reader.outputs.get(record.id, fields)
             there = {f: plane for f, plane in zip(fields, planes, strict=True) if plane is not None}
-            made = await self._pool.run(_encode, there, record, px)
+            made = await self._pool.run(_encode, there, record, px, mark=self._mark)
         finally:
             for field in fields:
                 del self._making[record.id, field, px]
@@ -78,10 +82,11 @@ def _look(task: asyncio.Task[dict[str, str]]) -> None:
         task.exception()
 
 
-def _encode(planes: dict[str, bytes], record: JobRecord, px: int) -> dict[str, str]:
-    return {
-        field: base64.b64encode(
-            encode_png(to_uint8(from_bytes(plane, record.shape)), px=px)
-        ).decode()
-        for field, plane in planes.items()
-    }
+def _encode(planes: dict[str, bytes], record: JobRecord, px: int, *, mark: bool) -> dict[str, str]:
+    source = GENERATED if record.spec.runs_network else PROCESSED
+
+    def encoded(plane: bytes) -> str:
+        content = encode_png(to_uint8(from_bytes(plane, record.shape)), px=px)
+        return base64.b64encode(marked(content, "png", source) if mark else content).decode()
+
+    return {field: encoded(plane) for field, plane in planes.items()}

@@ -50,7 +50,9 @@ class Services:
         self._blocked = connect_async(settings, socket_timeout=3 * BLOCK_MS / 1000)
         self.reader = JobReader(self._redis, settings)
         self.pools = Pools()
-        self.previews = Previews(self.reader, self.pools.encoding, self.metrics)
+        self.previews = Previews(
+            self.reader, self.pools.encoding, self.metrics, mark=settings.mark_outputs
+        )
         self.hub = EventHub(self._redis, self._blocked)
         self.courier = Courier(settings, WebhookQueue(self._redis), self.reader, self.metrics)
         self._loop: asyncio.AbstractEventLoop | None = None

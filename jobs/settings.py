@@ -107,6 +107,10 @@ class Settings(BaseSettings):
     webhook_timeout_s: float = Field(
         default=15.0, gt=0, le=50, description="seconds of one delivery of a webhook, all in all"
     )
+    mark_outputs: bool = Field(
+        default=True,
+        description="say in each picture and film that a machine made it (IPTC, as XMP)",
+    )
     log_format: Literal["auto", "json", "text"] = Field(
         default="auto", description="of the logs: text, json, or auto: text on a terminal"
     )

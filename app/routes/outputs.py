@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from app import documents, summary
 from app.outputs import (
+    as_output,
     encode_film,
     encode_grid,
     encode_image,
@@ -17,9 +18,10 @@ from app.outputs import (
     file_response,
     film_columns,
     film_frames,
+    output_response,
 )
 from app.problems import Problem, documented
-from app.services import services
+from app.services import Services, services
 from app.views import manifest
 from jobs import pictures
 from jobs.errors import OutputExpired
@@ -60,14 +62,15 @@ async def get_images_zip(
     record = state.record
     planes = await fetch(held, record, [image_name(i) for i in range(record.images)])
     chosen = suffix or record.spec.format
-    content = await held.pools.encoding.run(_zip, record, planes, chosen)
+    content = await held.pools.encoding.run(_zip, held, record, planes, chosen)
     return file_response(content, "zip", f"{job_id}.zip")
 
 
-def _zip(record: JobRecord, planes: list[Float32], suffix: str) -> bytes:
+def _zip(held: Services, record: JobRecord, planes: list[Float32], suffix: str) -> bytes:
+    encoded = [encode_image(record, i, x, suffix=suffix) for i, x in enumerate(planes)]
     files = [
-        (f"{i:04}.{suffix}", encode_image(record, i, x, suffix=suffix))
-        for i, x in enumerate(planes)
+        (f"{i:04}.{suffix}", as_output(held, record, content, suffix))
+        for i, content in enumerate(encoded)
     ]
     text = json.dumps(manifest(record), indent=2, ensure_ascii=False)
     return pictures.zip_files([*files, ("manifest.json", text.encode())])
@@ -86,7 +89,7 @@ async def get_image(
     record = (await held.job(job_id)).record
     [x] = await fetch(held, record, [image_name(index)])
     encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px or 0)
-    return file_response(await encoding, suffix)
+    return output_response(held, record, await encoding, suffix)
 
 
 @router.get(
@@ -100,7 +103,7 @@ async def get_grid(request: Request, job_id: str, suffix: PictureSuffix, px: Px 
     record = (await held.job(job_id)).record
     planes = await fetch(held, record, record.spec.grid(record.images))
     encoding = held.pools.encoding.run(encode_grid, record, planes, suffix=suffix, px=px or 0)
-    return file_response(await encoding, suffix)
+    return output_response(held, record, await encoding, suffix)
 
 
 @router.get(
@@ -134,7 +137,7 @@ async def _statistic(
     content = await held.pools.encoding.run(
         summary.encode, planes, statistic, suffix=suffix, px=px or 0
     )
-    return file_response(content, suffix)
+    return output_response(held, record, content, suffix)
 
 
 @router.get(
@@ -162,7 +165,7 @@ async def get_film(
     grouped = [[next(planes) for _ in fields] for fields in frames]
     columns = film_columns(state.record, len(frames[0]))
     encoding = held.pools.encoding.run(encode_film, grouped, suffix, px, columns=columns)
-    return file_response(await encoding, suffix)
+    return output_response(held, state.record, await encoding, suffix)
 
 
 @router.get(
@@ -185,7 +188,7 @@ async def get_snapshot(
     record = (await held.job(job_id)).record
     [x] = await fetch(held, record, [snapshot_name(t, kind, index)])
     encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px or 0)
-    response = file_response(await encoding, suffix)
+    response = output_response(held, record, await encoding, suffix)
     levels = record.levels or {}
     if str(t) in levels:
         response.headers["X-Alpha-Bar"] = repr(levels[str(t)][0])
