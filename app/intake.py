@@ -16,8 +16,8 @@ from app.problems import Problem, field_problem, read_json
 from app.services import Services
 from jobs.cards import ModelCard
 from jobs.errors import OutputExpired, PictureError, PictureMedia, PictureTooLarge
+from jobs.kinds.chain import Kept
 from jobs.kinds.common import ARRAYS, Input, JobSpec, Shape, Strict
-from jobs.kinds.reconstruct import SnapshotSource
 from jobs.outputs import snapshot_name
 from jobs.pictures import Float32, UInt8
 from jobs.store.reader import JobState
@@ -74,10 +74,11 @@ async def take_in(
         return Intake(parsed, choose_card(parsed.model, cards, held))
     spec = kind.model_construct(**{name: getattr(parsed, name) for name in kind.model_fields})
     source = which_input(parsed, body, kind.takes)
-    if isinstance(source, SnapshotSource):
+    if isinstance(source, Kept):
         state = await held.job(source.job)
         card = choose_card(parsed.model or state.record.model, cards, held)
-        return Intake(spec, card, await snapshot_plane(held, state, source, card), 1)
+        planes = [await snapshot_plane(held, state, place, card) for place in spec.places]
+        return Intake(spec, card, b"".join(planes), len(planes))
     card = choose_card(parsed.model, cards, held)
     if source is not None:
         spec = spec.model_copy(update={"source": source})
@@ -93,13 +94,13 @@ async def take_in(
     fit: Fit = getattr(parsed, "fit", "error")
     pixels = settings.max_upload_pixels
     # One by one: between them the pictures of other requests have their turn.
-    planes = [
+    pictures = [
         await held.pools.decoding.run(decoded, f"/images/{i}", raw, shape, fit=fit, pixels=pixels)
         for i, raw in enumerate(files)
     ]
-    for plane in planes:
-        spec.check_content(plane)
-    return Intake(spec, card, b"".join(plane.tobytes() for plane in planes), len(files))
+    for picture in pictures:
+        spec.check_content(picture)
+    return Intake(spec, card, b"".join(picture.tobytes() for picture in pictures), len(files))
 
 
 async def read(held: Services, body_type: type[JobSpec], text: bytes) -> JobSpec:
@@ -109,7 +110,7 @@ async def read(held: Services, body_type: type[JobSpec], text: bytes) -> JobSpec
     return await held.pools.decoding.run(read_json, body_type, text)
 
 
-def which_input(parsed: Any, body: Body, takes: frozenset[Input]) -> str | SnapshotSource | None:
+def which_input(parsed: Any, body: Body, takes: frozenset[Input]) -> str | Kept | None:
     """`image`, the name of an array, or a snapshot; None where a kind takes pictures alone.
 
     What came must agree with what `source` says, if it says anything.
@@ -119,16 +120,16 @@ def which_input(parsed: Any, body: Body, takes: frozenset[Input]) -> str | Snaps
     arrays = [name for name in ARRAYS if name in takes]
     came = {"image": bool(parsed.images or body.files)}
     came |= {a: getattr(parsed, a) is not None or a in body.arrays for a in arrays}
-    came["job"] = isinstance(parsed.source, SnapshotSource)
+    came["job"] = isinstance(parsed.source, Kept)
     given = [name for name, is_there in came.items() if is_there]
     if len(given) != 1:
         what = " and ".join(given) or "nothing"
         wanted = ["`images` (or an `image` file)", *(f"`{array}`" for array in arrays)]
-        wanted += ["source {job, t, index}"] if "snapshot" in takes else []
+        wanted += ["source {job, …}"] if "snapshot" in takes else []
         raise field_problem("/source", f"{what} came: must be one of {', '.join(wanted)}")
     [found] = given
     if found == "job":
-        source: SnapshotSource = parsed.source
+        source: Kept = parsed.source
         return source
     if "source" in parsed.model_fields_set and parsed.source != found:
         raise field_problem("/source", f"{parsed.source}: but {found} came")
@@ -193,9 +194,12 @@ def picture_problem(pointer: str, error: PictureError) -> Problem:
 
 
 async def snapshot_plane(
-    held: Services, state: JobState, source: SnapshotSource, card: ModelCard
+    held: Services, state: JobState, place: tuple[int, int], card: ModelCard
 ) -> bytes:
-    """The x_t that a job kept. Raises OutputExpired, or Problem 422 that says what there is."""
+    """The x_t that a job kept at (t, index).
+
+    Raises OutputExpired, or Problem 422 that says what there is.
+    """
     record = state.record
     gone = OutputExpired(f"the outputs of job {record.id} have expired")
     if record.outputs_gone:
@@ -204,16 +208,17 @@ async def snapshot_plane(
         detail = f"its images have shape {record.shape}: model {card.name} takes {card.shape}"
         raise field_problem("/source/job", detail)
     kept = [(t, index) for t, kind, index in state.snapshots if kind == "x_t"]
-    if (source.t, source.index) not in kept:
-        ts = [t for t, index in kept if index == source.index]
+    at, image = place
+    if place not in kept:
+        ts = [t for t, index in kept if index == image]
         if ts:
             there = ", ".join(map(str, ts))
-            raise field_problem("/source/t", f"{source.t}: image {source.index} has x_t at {there}")
+            raise field_problem("/source/t", f"{at}: image {image} has x_t at {there}")
         indices = ", ".join(str(i) for i in sorted({index for _, index in kept}))
         there = f"of image {indices}" if kept else "at all"
         verb = "has x_t" if kept else "has no x_t"
-        raise field_problem("/source/index", f"{source.index}: job {record.id} {verb} {there}")
-    field = snapshot_name(source.t, "x_t", source.index)
+        raise field_problem("/source/index", f"{image}: job {record.id} {verb} {there}")
+    field = snapshot_name(at, "x_t", image)
     [plane] = await held.reader.outputs.get(record.id, [field])
     if plane is None:  # expired in this moment
         raise gone

@@ -1,6 +1,7 @@
 """The mathematics of denoising diffusion probabilistic models. Needs torch, numpy, safetensors."""
 
 from diffusion.checkpoint import load, save
+from diffusion.encoding import decode, encode
 from diffusion.files import CheckpointError
 from diffusion.model import Model, ModelConfig
 from diffusion.restoring import restore
@@ -17,6 +18,8 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "cosine_schedule",
+    "decode",
+    "encode",
     "linear_schedule",
     "load",
     "restore",

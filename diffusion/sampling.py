@@ -22,6 +22,7 @@ from diffusion.table import (
     SamplerError,
     SamplerTable,
     clip_x_start,
+    remember,
     scale_noise,
     update,
 )
@@ -125,7 +126,9 @@ def chain(
             z = scale_noise(on_device.spread[row].expand(n), found.v, z)
         x_next = update(rows, x, x_start=x_start, eps=found.eps, x_start_prev=x_start_prev, z=z)
         yield Step(row, len(table), int(table.t[row]), x, x_start, found.eps, x_next)
-        x, x_start_prev = x_next, x_start
+        memory = on_device.memory[row].expand(n)
+        x_start_prev = remember(memory, x_start=x_start, x=x, x_start_prev=x_start_prev)
+        x = x_next
     # Asked once, at the end, so that a GPU need not wait for the host in each step.
     was_finite = torch.stack(finite).tolist()
     if not all(was_finite):

@@ -6,7 +6,8 @@ A row evaluates the network at index t, which gives x̂_0 and ε̂ (`Model.read`
     x   ← a·x̂_0 + b·x + d·x̂_0,prev + c·z + e·ε̂
 
 so rows of different samplers, at different timesteps, step together in one batch. A learned
-variance scales z first, by exp(spread·v) with v the second half of the network's output.
+variance scales z first, by exp(spread·v) with v the second half of the network's output. What
+x̂_0,prev is, the row before says: its x̂_0, or something else (`Memory`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from itertools import pairwise
 
 import numpy as np
@@ -25,6 +27,14 @@ from diffusion.noise import Purpose
 from diffusion.schedule import Float64
 
 COLUMNS = ("clip", "a", "b", "d", "c", "e")
+
+
+class Memory(IntEnum):
+    """What a row leaves for the next to read as x̂_0,prev."""
+
+    X_START = 0  # its x̂_0
+    X_T = 1  # the x that entered it
+    KEEP = 2  # what it read itself
 
 
 class SamplerError(ValueError):
@@ -44,7 +54,8 @@ class SamplerTable:
     t: [R] int64, index 0..T−1 of each evaluation. coefficients: [R, 6] float64, see COLUMNS (clip
     is the bound on |x̂_0|, ∞ for none). purpose: [R], the stream of each row's noise, and noise:
     [R], its place there (default t; see `Purpose`). spread: [R], ¼ ln(β/β̃) of a row with a
-    learned variance, else 0 (default). Raises SamplerError where two rows would draw the same.
+    learned variance, else 0 (default). memory: [R], see `Memory`. Raises
+    SamplerError where two rows would draw the same.
     """
 
     t: NDArray[np.int64]
@@ -52,13 +63,18 @@ class SamplerTable:
     purpose: NDArray[np.int64]
     spread: Float64 = field(default_factory=lambda: np.zeros(0))
     noise: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    memory: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         if not self.spread.size:
             object.__setattr__(self, "spread", np.zeros(len(self)))
         if not self.noise.size:
             object.__setattr__(self, "noise", self.t)
-        if len({*zip(self.purpose.tolist(), self.noise.tolist(), strict=True)}) < len(self):
+        if not self.memory.size:
+            object.__setattr__(self, "memory", np.zeros_like(self.t))
+        noisy = self.coefficients[:, COLUMNS.index("c")] != 0
+        streams = [*zip(self.purpose[noisy].tolist(), self.noise[noisy].tolist(), strict=True)]
+        if len({*streams}) < len(streams):
             raise SamplerError("noise: two rows of a table have the same purpose and place")
 
     def __len__(self) -> int:
@@ -106,7 +122,7 @@ def stepping(ts: list[int], rows: Float64) -> SamplerTable:
 class DeviceTable:
     """Tables laid end to end on a device: a row index is all a sample has to carry.
 
-    t, purpose, noise: [R] int64; coefficients: [R, 6] float32; spread: [R] float32.
+    t, purpose, noise, memory: [R] int64; coefficients: [R, 6] float32; spread: [R] float32.
     """
 
     t: Tensor
@@ -114,6 +130,7 @@ class DeviceTable:
     purpose: Tensor
     spread: Tensor
     noise: Tensor
+    memory: Tensor
 
     @classmethod
     def of(cls, tables: Sequence[SamplerTable], device: torch.device | str) -> DeviceTable:
@@ -128,6 +145,7 @@ class DeviceTable:
             .to(torch.float32)
             .to(device),
             torch.from_numpy(np.concatenate([table.noise for table in tables])).to(device),
+            torch.from_numpy(np.concatenate([table.memory for table in tables])).to(device),
         )
 
 
@@ -154,6 +172,13 @@ def update(
     """
     a, b, d, c, e = (_column(rows, name, x) for name in COLUMNS[1:])
     return a * x_start + b * x + d * x_start_prev + c * z + e * eps
+
+
+def remember(memory: Tensor, *, x_start: Tensor, x: Tensor, x_start_prev: Tensor) -> Tensor:
+    """What each sample's row leaves for the next as x̂_0,prev. memory: [N]; the rest [N, ...]."""
+    said = memory.view(-1, *([1] * (x.ndim - 1)))
+    kept = torch.where(said == Memory.X_T, x, x_start)
+    return torch.where(said == Memory.KEEP, x_start_prev, kept)
 
 
 def _column(rows: Tensor, name: str, like: Tensor) -> Tensor:

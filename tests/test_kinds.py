@@ -240,3 +240,25 @@ def test_a_picture_is_restored_with_what_is_known_of_it(
     again = post(client, "/restore", pictures[:1], **job["manifest"])
     found = np.stack([npy(client, image["url"]) for image in again["images"]])
     np.testing.assert_allclose(found, images, atol=1e-2)
+
+
+def test_an_image_goes_to_its_x_T_and_on(
+    place: Path, client: httpx.Client, pictures: list[bytes]
+) -> None:
+    job = post(client, "/encode", pictures[:2], steps=50, iterations=5)
+    x_T = [snapshot for snapshot in job["snapshots"] if snapshot["t"] == 1000]
+    assert [snapshot["index"] for snapshot in x_T] == [0, 1]
+    back = client.post(
+        "/reconstruct",
+        json={"source": {"job": job["id"], "t": 1000}, "sampler": "ddim", "steps": 50},
+        headers=WAIT,
+    ).json()
+    model = diffusion.load(place / "models" / "tiny")
+    original = np.asarray(Image.open(io.BytesIO(pictures[0])), np.float32) / 127.5 - 1
+    x_start = torch.from_numpy(original)[None, None]
+    expected = diffusion.encode(model, x_start, steps=50, iterations=5, dtype=torch.float32)
+    np.testing.assert_allclose(npy(client, x_T[0]["url"]), expected[0], atol=2e-2)
+    pair = {"path": "sphere", "source": {"job": job["id"]}, "t": 1000, "steps": 50}
+    row = client.post("/interpolate", json={**pair, "lambdas": [0, 0.5, 1]}, headers=WAIT).json()
+    first = npy(client, row["images"][0]["url"])
+    np.testing.assert_allclose(first, npy(client, back["images"][0]["url"]), atol=2e-2)

@@ -104,10 +104,31 @@ WORDS: dict[str, Words] = {
             },
         },
     ),
+    "encode": Words(
+        "The x_T of images, by the probability flow from the image up to the noise.\n\n"
+        "They are the job's snapshots, as `.npy` too: the source of a `/reconstruct` with ddim and "
+        "as many steps, which leads back to the image, and of an `/interpolate` on the sphere.",
+        {
+            "two": {
+                "summary": "The x_T of two pictures",
+                "value": {"images": [_PICTURE, _PICTURE], "steps": 100},
+            }
+        },
+    ),
     "interpolate": Words(
-        "Two images noised to t with one ε, mixed there by each λ, and denoised.\n\n"
+        "Two images noised to t with one ε, mixed there by each λ, and denoised; or two encodings, "
+        "mixed on the sphere.\n\n"
         "All chains share their noise: image i differs from its neighbours by λ alone.",
         {
+            "sphere": {
+                "summary": "Between the x_T of two images that POST /encode found",
+                "value": {
+                    "path": "sphere",
+                    "source": {"job": EXAMPLE_ID, "indices": [0, 1]},
+                    "t": 1000,
+                    "lambdas": [0.0, 0.25, 0.5, 0.75, 1.0],
+                },
+            },
             "five": {
                 "summary": "From one picture to another in five images",
                 "value": {
@@ -116,7 +137,7 @@ WORDS: dict[str, Words] = {
                     "lambdas": [0.0, 0.25, 0.5, 0.75, 1.0],
                     "seed": 3,
                 },
-            }
+            },
         },
     ),
     "likelihood": Words(

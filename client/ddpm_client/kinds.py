@@ -129,9 +129,30 @@ class Restore(Chain, Pictures, total=False):
     travel: int
 
 
-class Interpolate(Chain, Pictures, total=False):
-    """Between two pictures."""
+class Encode(Common, Pictures, total=False):
+    """From pictures to their x_T, which are the job's snapshots."""
 
+    t: int
+    steps: int
+    order: Literal[1, 2]
+    iterations: int
+    class_label: int | str
+    guidance: float
+    snapshots: Snapshots
+
+
+class PairOf(TypedDict):
+    """Two snapshots that an earlier job kept."""
+
+    job: str
+    indices: NotRequired[Sequence[int]]
+
+
+class Interpolate(Chain, Pictures, total=False):
+    """Between two pictures, or two encodings."""
+
+    path: Literal["line", "sphere"]
+    source: Literal["image"] | PairOf
     t: Required[int]
     lambdas: Required[Sequence[float]]
 
@@ -152,6 +173,7 @@ KINDS: dict[str, type] = {
     "noise": Noise,
     "reconstruct": Reconstruct,
     "restore": Restore,
+    "encode": Encode,
     "interpolate": Interpolate,
     "likelihood": Likelihood,
 }
@@ -180,6 +202,10 @@ class Kinds(Generic[J]):
     def restore(self, **request: Unpack[Restore]) -> J:
         """Images given what was measured: filled in, larger, coloured, sharper, without noise."""
         return self.create("restore", **request)
+
+    def encode(self, **request: Unpack[Encode]) -> J:
+        """The x_T of pictures: `reconstruct` and `interpolate` go on from there."""
+        return self.create("encode", **request)
 
     def interpolate(self, **request: Unpack[Interpolate]) -> J:
         """Images between two pictures."""

@@ -55,7 +55,96 @@ class Snapshots(Strict):
         return -(-steps // self.every)
 
 
-class ChainSpec(JobSpec):
+class Kept(Strict):
+    """States that another job kept, to start from."""
+
+    job: str = Field(max_length=100, description="id of the job")
+
+
+class PathSpec(JobSpec):
+    """What a walk along the chain can be told, up or down, and what to keep of it."""
+
+    reaches: ClassVar[str] = "the chain starts at t"
+
+    steps: int | None = None
+    class_label: Label | None = Field(
+        None, description="what to draw, by number or name; absent: anything"
+    )
+    guidance: float = Field(1.0, ge=0, le=50, description="ε_u + g(ε_c − ε_u); 1 is off")
+    snapshots: Snapshots | None = None
+
+    def chains(self, num_inputs: int) -> int:
+        """How many chains there are, for so many inputs."""
+        raise NotImplementedError
+
+    def rows(self, card: ModelCard) -> int:
+        """Rows of the filled spec's table."""
+        raise NotImplementedError
+
+    def first_t(self, card: ModelCard) -> int:
+        """The paper's t at the noisy end: of the state that enters the first step down."""
+        return card.T
+
+    @property
+    def snapshot_kinds(self) -> tuple[SnapshotKind, ...]:
+        """As asked for."""
+        return () if self.snapshots is None else tuple(dict.fromkeys(self.snapshots.kinds))
+
+    @property
+    def preview_px(self) -> int:
+        """As asked for."""
+        return (self.snapshots and self.snapshots.preview_px) or 0
+
+    @property
+    def bytes_field(self) -> str:
+        """Pointer of the field that makes the outputs large."""
+        return "/snapshots" if self.snapshots is not None else self.count_field
+
+    def check(self, card: ModelCard, settings: Settings) -> None:
+        """Raise SpecError for what this model or these limits do not allow."""
+        super().check(card, settings)
+        self._check_steps(card)
+        label_of(self.class_label, card)
+        if self.guidance != 1.0 and self.class_label is None:
+            raise SpecError("/guidance", "needs a class_label")
+        if self.guidance != 1.0 and card.null_label is None:
+            raise SpecError("/guidance", f"model {card.name} was trained without label dropping")
+
+    def _check_steps(self, card: ModelCard) -> None:
+        first = self.first_t(card)
+        whole = first == card.T
+        if self.steps is not None and self.steps > first:
+            limit = f"model {card.name} has T" if whole else self.reaches
+            raise SpecError("/steps", f"{self.steps}: {limit} = {first}")
+        for i, t in enumerate(self.snapshots.at or () if self.snapshots else ()):
+            check_timestep(f"/snapshots/at/{i}", t, card)
+            if t > first:
+                raise SpecError(f"/snapshots/at/{i}", f"{t}: {self.reaches} = {first}")
+
+    def defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
+        """Values for the fields that were left out."""
+        label = label_of(self.class_label, card)
+        return {**super().defaults(card, settings), "class_label": label}
+
+    @property
+    def evaluations_a_row(self) -> int:
+        """Network evaluations that a row of one chain takes."""
+        return 2 if self.guidance != 1.0 else 1
+
+    def plan(self, card: ModelCard, num_inputs: int) -> Plan:
+        """Cost of a filled spec; the images come out of as many chains."""
+        rows, count = self.rows(card), self.chains(num_inputs)
+        kept = 1
+        if self.snapshots is not None:
+            kept += self.snapshots.count(rows) * len(set(self.snapshots.kinds))
+        return Plan(
+            images=count,
+            evaluations=count * rows * self.evaluations_a_row,
+            output_bytes=count * kept * card.plane_bytes,
+        )
+
+
+class ChainSpec(PathSpec):
     """How to walk the reverse chain, from wherever it starts, and what to keep of it.
 
     table_fields: those that say which table of a sampler it is.
@@ -94,39 +183,19 @@ class ChainSpec(JobSpec):
     corrector_steps: int | None = Field(
         None, ge=0, le=100, description="Langevin steps after each step (langevin: a level)"
     )
-    class_label: Label | None = Field(
-        None, description="what to draw, by number or name; absent: anything"
-    )
-    guidance: float = Field(1.0, ge=0, le=50, description="ε_u + g(ε_c − ε_u); 1 is off")
-    snapshots: Snapshots | None = None
 
     @property
     def count(self) -> int:
         """How many chains there are, which is how many images come out."""
         raise NotImplementedError
 
-    def first_t(self, card: ModelCard) -> int:
-        """The paper's t of the state that enters the first step."""
-        return card.T
+    def chains(self, num_inputs: int) -> int:
+        """`count`."""
+        return self.count
 
     def own_sampler(self, card: ModelCard) -> str:
         """The sampler where a request names none."""
         return card.sampling.sampler
-
-    @property
-    def snapshot_kinds(self) -> tuple[SnapshotKind, ...]:
-        """As asked for."""
-        return () if self.snapshots is None else tuple(dict.fromkeys(self.snapshots.kinds))
-
-    @property
-    def preview_px(self) -> int:
-        """As asked for."""
-        return (self.snapshots and self.snapshots.preview_px) or 0
-
-    @property
-    def bytes_field(self) -> str:
-        """Pointer of the field that makes the outputs large."""
-        return "/snapshots" if self.snapshots is not None else self.count_field
 
     def check(self, card: ModelCard, settings: Settings) -> None:
         """Raise SpecError for what this model or these limits do not allow."""
@@ -135,24 +204,7 @@ class ChainSpec(JobSpec):
             raise SpecError(
                 self.count_field, f"{self.count}: must be at most {settings.max_images}"
             )
-        self._check_steps(card)
         self._check_sampler(card)
-        label_of(self.class_label, card)
-        if self.guidance != 1.0 and self.class_label is None:
-            raise SpecError("/guidance", "needs a class_label")
-        if self.guidance != 1.0 and card.null_label is None:
-            raise SpecError("/guidance", f"model {card.name} was trained without label dropping")
-
-    def _check_steps(self, card: ModelCard) -> None:
-        first = self.first_t(card)
-        whole = first == card.T
-        if self.steps is not None and self.steps > first:
-            limit = f"model {card.name} has T" if whole else "the chain starts at t"
-            raise SpecError("/steps", f"{self.steps}: {limit} = {first}")
-        for i, t in enumerate(self.snapshots.at or () if self.snapshots else ()):
-            check_timestep(f"/snapshots/at/{i}", t, card)
-            if t > first:
-                raise SpecError(f"/snapshots/at/{i}", f"{t}: the chain starts at t = {first}")
 
     def beyond(self, card: ModelCard) -> str | None:
         """A sampler or a spacing."""
@@ -187,7 +239,6 @@ class ChainSpec(JobSpec):
         defaults = super().defaults(card, settings)
         name = self.sampler or self.own_sampler(card)
         sampler = card.samplers[name]
-        defaults["class_label"] = label_of(self.class_label, card)
         defaults["sampler"] = name
         defaults["spacing"] = self.spacing or card.sampling.spacing
         own = card.steps if name == card.sampling.sampler else None
@@ -209,20 +260,3 @@ class ChainSpec(JobSpec):
         levels = self.steps if alone else self.steps - 1
         predictors = 0 if alone else self.steps
         return predictors + levels * self.corrector_steps
-
-    @property
-    def evaluations_a_row(self) -> int:
-        """Network evaluations that a row of one chain takes."""
-        return 2 if self.guidance != 1.0 else 1
-
-    def plan(self, card: ModelCard, num_inputs: int) -> Plan:
-        """Cost of a filled spec; the images come out of `count` chains."""
-        rows = self.rows(card)
-        kept = 1
-        if self.snapshots is not None:
-            kept += self.snapshots.count(rows) * len(set(self.snapshots.kinds))
-        return Plan(
-            images=self.count,
-            evaluations=self.count * rows * self.evaluations_a_row,
-            output_bytes=self.count * kept * card.plane_bytes,
-        )

@@ -134,6 +134,11 @@ class JobSpec(Strict):
         return shape
 
     @property
+    def places(self) -> list[tuple[int, int]]:
+        """(t, index) of the x_t that it takes from another job, where it does."""
+        return []
+
+    @property
     def snapshot_kinds(self) -> tuple[SnapshotKind, ...]:
         """The kinds of snapshot that are kept."""
         return ()

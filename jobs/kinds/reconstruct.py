@@ -8,15 +8,14 @@ from pydantic import Field
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
-from jobs.kinds.chain import ChainSpec
-from jobs.kinds.common import Input, Strict, Timestep, check_timestep
+from jobs.kinds.chain import ChainSpec, Kept
+from jobs.kinds.common import Input, Timestep, check_timestep
 from jobs.settings import Settings
 
 
-class SnapshotSource(Strict):
+class SnapshotSource(Kept):
     """An x_t that another job kept."""
 
-    job: str = Field(max_length=100, description="id of the job")
     t: Timestep
     index: int = Field(0, ge=0, description="of the image in that job")
 
@@ -48,6 +47,12 @@ class ReconstructSpec(ChainSpec):
     def input(self) -> Input:
         """A picture, or an x_t, whether it was uploaded or kept by a job."""
         return "pictures" if self.source == "image" else "x_t"
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Of a snapshot, its own."""
+        source = self.source
+        return [(source.t, source.index)] if isinstance(source, SnapshotSource) else []
 
     def first_t(self, card: ModelCard) -> int:
         """t of the one x_t."""

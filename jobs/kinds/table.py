@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
 from jobs.kinds.common import JobSpec, Plan
+from jobs.kinds.encode import EncodeSpec
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.interpolate import InterpolateSpec
 from jobs.kinds.likelihood import LikelihoodSpec
@@ -26,6 +27,7 @@ KINDS: dict[str, type[JobSpec]] = {
     "noise": NoiseSpec,
     "reconstruct": ReconstructSpec,
     "restore": RestoreSpec,
+    "encode": EncodeSpec,
     "interpolate": InterpolateSpec,
     "likelihood": LikelihoodSpec,
 }

@@ -35,6 +35,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "steps": 3,
         "num_images": 2,
     },
+    "encode": {"images": GREY, "steps": 3},
     "interpolate": {"images": [GREY, GREY], "t": 5, "lambdas": [0, 0.5, 1]},
     "likelihood": {"images": GREY, "samples": 12},
 }

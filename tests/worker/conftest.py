@@ -31,6 +31,7 @@ from rq.suspension import resume, suspend
 import diffusion
 from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
 from jobs.cards import ModelCard
+from jobs.kinds.encode import EncodeSpec
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.interpolate import InterpolateSpec
 from jobs.kinds.likelihood import LikelihoodSpec
@@ -52,6 +53,7 @@ KINDS: dict[str, Any] = {
     "noise": NoiseSpec,
     "reconstruct": ReconstructSpec,
     "restore": RestoreSpec,
+    "encode": EncodeSpec,
     "interpolate": InterpolateSpec,
     "likelihood": LikelihoodSpec,
 }

@@ -18,7 +18,16 @@ from torch import Tensor
 from diffusion.condition import Projection
 from diffusion.forward import gather
 from diffusion.noise import Purpose, image_normals, normals
-from diffusion.table import COLUMNS, DeviceTable, SamplerTable, clip_x_start, scale_noise, update
+from diffusion.table import (
+    COLUMNS,
+    DeviceTable,
+    Memory,
+    SamplerTable,
+    clip_x_start,
+    remember,
+    scale_noise,
+    update,
+)
 from worker.engine.pool import Batch, Int64, Step, labels_of
 from worker.engine.runs import NEVER, Run, Sample
 from worker.engine.tasks import Event, Images, Snapshot, States, Task
@@ -36,6 +45,7 @@ class TableBank:
         self.t: Int64 = np.zeros(0, np.int64)
         self.noisy: NDArray[np.bool_] = np.zeros(0, bool)
         self.learned: NDArray[np.bool_] = np.zeros(0, bool)
+        self.remembers: NDArray[np.bool_] = np.zeros(0, bool)  # something else than x̂_0
 
     def __contains__(self, table: SamplerTable) -> bool:
         return table in self._offsets
@@ -50,6 +60,7 @@ class TableBank:
         noise = COLUMNS.index("c")
         self.noisy = np.concatenate([table.coefficients[:, noise] != 0 for table in distinct])
         self.learned = np.concatenate([table.spread != 0 for table in distinct])
+        self.remembers = np.concatenate([table.memory != Memory.X_START for table in distinct])
 
     def offset(self, table: SamplerTable) -> int:
         """Where the rows of a table begin."""
@@ -246,7 +257,11 @@ class ChainPool:
         # Of ε̂ as well, since clipping hides an infinite x̂_0.
         finite = found.finite & torch.isfinite(x_next).flatten(1).all(dim=1)
         self.x.index_copy_(0, packed[0], x_next)
-        self.x_start.index_copy_(0, packed[0], x_start)
+        kept = x_start
+        if self.bank.remembers[table_rows].any():
+            memory = self.bank.rows.memory[packed[1]]
+            kept = remember(memory, x_start=x_start, x=x, x_start_prev=x_start_prev)
+        self.x_start.index_copy_(0, packed[0], kept)
         self._row[slots] += 1
         due = np.flatnonzero(self._due[slots] == rows).tolist()
         for i in due:

@@ -18,7 +18,7 @@ from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import build_table
 from diffusion.schedule import Schedule
 from diffusion.table import SamplerTable
-from jobs.kinds.chain import ChainSpec, Snapshots
+from jobs.kinds.chain import ChainSpec, PathSpec, Snapshots
 from jobs.pictures import GREY_LEVELS
 from jobs.store.batch import WriteBatch
 from jobs.store.writer import Started
@@ -28,7 +28,7 @@ from worker.kinds.chain_state import StateError, pack, unpack
 from worker.models import Served
 
 log = logging.getLogger("ddpm.worker")
-ChainT = TypeVar("ChainT", bound=ChainSpec)
+ChainT = TypeVar("ChainT", bound=PathSpec)
 
 
 class ChainFlight(Flight[ChainT]):
@@ -42,7 +42,7 @@ class ChainFlight(Flight[ChainT]):
         self, started: Started, execution: str, served: Served, *, spec: ChainT, deadline: float
     ) -> None:
         super().__init__(started, execution, served, spec=spec, deadline=deadline)
-        self.table = spec_table(served, spec, from_noise=self.from_noise, **self.own_options)
+        self.table = self.table_for(served, spec)
         self.condition = self.condition_on(started)
         self._task = self._rest(started)
         self.done_before = self.record.work - self._task.evaluations
@@ -52,7 +52,7 @@ class ChainFlight(Flight[ChainT]):
         """How x̂_0 and ε̂ are treated: the model's own choice, and no field of a request."""
         sampling = served.model.config.sampling
         made: dict[str, Any] = {"clip": sampling.clip}
-        if spec.sampler == "ddim":
+        if isinstance(spec, ChainSpec) and spec.sampler == "ddim":
             made |= {"rederive_eps": sampling.rederive_eps, "landing": sampling.landing}
             made |= cls.own_options
         return made
@@ -60,6 +60,11 @@ class ChainFlight(Flight[ChainT]):
     def fresh_starts(self, started: Started) -> list[Start]:
         """Where the chains begin, in the order of the images. Raises MissingInput."""
         raise NotImplementedError
+
+    def table_for(self, served: Served, spec: ChainT) -> SamplerTable:
+        """The rows of the chains."""
+        assert isinstance(spec, ChainSpec)
+        return spec_table(served, spec, from_noise=self.from_noise, **self.own_options)
 
     def condition_on(self, started: Started) -> Projection | None:
         """What the chains are conditioned on. Raises MissingInput."""

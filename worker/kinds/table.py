@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from worker.flights import AnyFlight
+from worker.kinds.encode import EncodeFlight
 from worker.kinds.generate import GenerateFlight
 from worker.kinds.interpolate import InterpolateFlight
 from worker.kinds.likelihood import LikelihoodFlight
@@ -15,6 +16,7 @@ FLIGHTS: dict[str, type[AnyFlight]] = {
     "noise": NoiseFlight,
     "reconstruct": ReconstructFlight,
     "restore": RestoreFlight,
+    "encode": EncodeFlight,
     "interpolate": InterpolateFlight,
     "likelihood": LikelihoodFlight,
 }
