@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import uuid
 from collections import Counter
 from typing import Any, Self
 
@@ -34,15 +35,25 @@ class Followers(contextlib.AbstractContextManager["Followers"]):
     def __exit__(self, *_: object) -> None:
         self._stop.set()
 
+    def stop(self) -> None:
+        """Make no more jobs, and read the last to their ends."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=300)
+
     def _follow(self) -> None:
         body = {"model": "tiny", "steps": 1000, "snapshots": {"every": 20, "kinds": ["x_t"]}}
         with httpx.Client(base_url=self._stage.url, timeout=30, trust_env=False) as client:
             while not self._stop.is_set():
-                try:
-                    job_id = client.post("/generate", json=body).raise_for_status().json()["id"]
-                except httpx.HTTPError:
-                    time.sleep(0.2)
-                    continue
+                headers = {"Idempotency-Key": uuid.uuid4().hex}
+                while True:
+                    try:
+                        reply = client.post("/generate", json=body, headers=headers)
+                        job_id = reply.raise_for_status().json()["id"]
+                        break
+                    except httpx.HTTPError:
+                        time.sleep(0.2)
+                self._stage.posted.add(job_id)
                 self._read[job_id] = []
                 while not self._ended(job_id):
                     try:
@@ -72,10 +83,7 @@ class Followers(contextlib.AbstractContextManager["Followers"]):
                     event_id = name = ""
 
     def reckon(self, row: Row) -> None:
-        """Wait for the last jobs; count gaps as lost and repeats as doubled."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(timeout=300)
+        """Count gaps as lost and repeats as doubled."""
         events = 0
         for job_id, read in self._read.items():
             entries: Any = self._stage.redis.xrange(f"ddpm:job:{job_id}:events")

@@ -299,6 +299,8 @@ def run(fault: Fault, models: Path, *, tries: int, expected: dict[str, set[Any]]
                 time.sleep(fault.pause)
                 if load.failure is not None:
                     raise load.failure
+            if isinstance(followers, Followers):
+                followers.stop()
             row = load.finish()
             row.tries = tries
             if isinstance(followers, Followers):

@@ -69,6 +69,7 @@ class Stage:
         self.data = folder / "redis"
         self.data.mkdir(parents=True)
         self.number = 0  # of the try
+        self.posted: set[str] = set()  # jobs that somebody asked for
         self.port = free_port()
         self.socket = self.data / "s"
         self.redis = redis.Redis(unix_socket_path=str(self.socket))
@@ -218,7 +219,7 @@ class Load(threading.Thread):
         self.stage, self.expected, self.requests, self.most = stage, expected, requests, most
         self.client = httpx.Client(base_url=stage.url, timeout=15, trust_env=False)
         self.pending: dict[str, int] = {}  # job → number of its request
-        self.ids: Counter[str] = Counter()
+        self.ids: set[str] = set()
         self.row = Row()
         self.stopping = threading.Event()
         self._numbers = itertools.count()
@@ -266,7 +267,8 @@ class Load(threading.Thread):
                 if not self.pending:
                     self._moved = time.monotonic()
                 self.pending[job_id] = number % len(self.requests)
-                self.ids[job_id] += 1
+                self.ids.add(job_id)
+                self.stage.posted.add(job_id)
                 self.row.accepted += 1
                 return
             if reply.status_code != 503:
@@ -308,7 +310,7 @@ class Load(threading.Thread):
         while cursor is not None:
             params: dict[str, Any] = {"limit": 100, **({"cursor": cursor} if cursor else {})}
             page = self.client.get("/jobs", params=params).raise_for_status().json()
-            self.row.doubled += sum(job["id"] not in self.ids for job in page["data"])
+            self.row.doubled += sum(job["id"] not in self.stage.posted for job in page["data"])
             cursor = page.get("next_cursor")
         for job_id in self.ids:
             entries: Any = self.stage.redis.xrange(f"ddpm:job:{job_id}:events")
