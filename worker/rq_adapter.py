@@ -21,6 +21,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -31,6 +32,7 @@ from rq.callbacks import execute_stopped_callback
 from rq.command import handle_command, parse_payload
 from rq.exceptions import DequeueTimeout, InvalidJobOperation
 from rq.executions import Execution
+from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.registry import clean_registries
@@ -56,6 +58,7 @@ WORKER_TTL_S = 30
 MAINTENANCE_S = 10
 IDLE_SLICE_S = 1
 ROUND_S = 0.02  # between two looks at the queue while busy
+POPPED_S = 5  # a job that was popped, and not begun since it was seen so, has been left
 POLL_S = 0.5  # between two looks at whether the jobs are still ours
 AT_ONCE = 8  # jobs taken a round while the batch is not full, else one
 RELEASE_S = 10.0  # for the state of a job to be written at a stop
@@ -93,6 +96,9 @@ _SIGNATURES: dict[Any, str] = {
     BaseWorker.set_state: "self state pipeline",
     Queue.dequeue_any: "queues timeout connection job_class serializer death_penalty_class",
     Queue.enqueue_job: "self job pipeline at_front unique",
+    IntermediateQueue.cleanup: "self worker queue",
+    IntermediateQueue.should_be_cleaned_up: "self job_id",
+    IntermediateQueue.remove: "self job_id",
     Job.cancel: "self pipeline enqueue_dependents remove_from_dependencies",
     clean_registries: "queue exception_handlers",
     worker_registration.clean_worker_registry: "queue",
@@ -130,6 +136,22 @@ class Boarded:
     flight: AnyFlight | None = None
     left: bool = False
     unread: bool = False
+
+
+class Popped(IntermediateQueue):
+    """The jobs that were popped and not yet begun. RQ waits a minute before it takes one for
+    abandoned; here no live worker is between the two for longer than a moment, and one that was
+    frozen there looks again whether its job is to run."""
+
+    def should_be_cleaned_up(self, job_id: str) -> bool:
+        """Whether its worker has died, or an answer with it was lost on the way."""
+        first_seen = self.get_first_seen(job_id)
+        return first_seen is not None and now() - first_seen > timedelta(seconds=POPPED_S)
+
+    def remove(self, job_id: str) -> None:
+        """Take it off, and forget when it was seen: it may be popped again."""
+        super().remove(job_id)
+        self.connection.delete(self.get_first_seen_key(job_id))
 
 
 class EngineWorker(BaseWorker):
@@ -279,7 +301,7 @@ class EngineWorker(BaseWorker):
                 for queue in self.queues:
                     clean_registries(queue, self._exc_handlers)
                     worker_registration.clean_worker_registry(queue)
-                    queue.intermediate_queue.cleanup(self, queue)
+                    Popped(queue.key, self.connection).cleanup(self, queue)
         self.last_cleaned_at = now()  # type: ignore[assignment]
 
     # Busy

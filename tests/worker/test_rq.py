@@ -23,7 +23,7 @@ import diffusion
 from diffusion.noise import VERSION
 from jobs.pictures import from_bytes
 from jobs.settings import Settings
-from jobs.store.rq_queue import Queues
+from jobs.store.rq_queue import Queues, queue_key
 from tests.app.conftest import serving
 from worker.models import card_of
 
@@ -363,6 +363,16 @@ def test_a_killed_workers_job_is_back_within_half_a_minute(
     assert time.monotonic() - killed < limit
     assert service.record(job_id).worker != before.worker
     service.ended(job_id, seconds=200)
+
+
+def test_a_job_that_was_popped_and_never_begun_is_back_soon(service: Service) -> None:
+    """As one is whose worker died in between, or whose Redis died as it answered."""
+    job_id = service.admit(steps=2)
+    queue = queue_key("ddpm")
+    assert service.redis.lmove(queue, f"{queue}:intermediate") == job_id.encode()
+    service.worker(fault=f"{QUICK}rq_adapter.POPPED_S = 1\n")
+    service.ended(job_id, seconds=60)  # stock RQ would only then begin to think of it
+    assert not service.redis.keys("rq:*first_seen*")
 
 
 HANGS = """

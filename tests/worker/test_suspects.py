@@ -70,7 +70,7 @@ def test_killed_workers_cost_no_job(service: Service, nursery: Any) -> None:
         kills += 1
     assert kills >= 3, "the jobs were done too soon to show anything"
     for job_id in jobs:
-        service.ended(job_id, seconds=300)  # RQ waits a minute for a job popped and not begun
+        service.ended(job_id, seconds=300)
 
 
 def test_a_deploy_makes_no_suspects(service: Service, nursery: Any) -> None:
