@@ -47,6 +47,18 @@ def test_a_reload_in_mid_run_comes_back_to_it(page: Any) -> None:
     assert page.input_value("#steps") == "1000"
 
 
+def test_nothing_moves_while_pictures_come(page: Any) -> None:
+    page.wait_for_selector("#go")
+    page.evaluate(
+        "window.moved = 0; new PerformanceObserver(all => all.getEntries().forEach("
+        "entry => { window.moved += entry.value; })).observe({type: 'layout-shift'})"
+    )
+    ask(page, images=9, steps=60)
+    says(page, "9 images in")
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.moved") == 0
+
+
 @pytest.mark.slow
 def test_cancel_stops_a_long_job_and_keeps_what_there_was(page: Any, served: Served) -> None:
     ask(page, images=36, steps=1000)

@@ -35,11 +35,16 @@ async function load(model) {
   return run;
 }
 
+/* An empty one until it is there, so that nothing moves then; null: there is none of this model. */
+const empty = (model) => (RECORDED.has(model.name)
+  ? new Run("recorded", { kind: "generate", model: model.name, status: "succeeded",
+    request: { num_images: 9 } }) : null);
+
 export function useRecorded(model) {
-  const [run, setRun] = useState(null);
+  const [run, setRun] = useState(() => empty(model));
   useEffect(() => {
     let here = true;
-    setRun(null);
+    setRun(empty(model));
     if (!RECORDED.has(model.name)) return undefined;
     if (!asked.has(model.name)) asked.set(model.name, load(model).catch(() => null));
     asked.get(model.name).then((found) => here && setRun(found));

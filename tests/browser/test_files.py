@@ -1,0 +1,153 @@
+"""Branches, files out and in, code to take along, and a page that is not at the root."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.main import create_app
+from jobs.settings import Settings
+from jobs.store.writer import JobStore
+from tests.app.conftest import CARD, serving
+from tests.browser.conftest import Served, Visit
+from tests.browser.steps import ask, draw, drawn, job_of, says, slide
+
+PREFIX = "/some/where"
+
+
+def test_a_branch_goes_on_from_a_state_and_hangs_in_the_tree(page: Any, served: Served) -> None:
+    ask(page, images=4, steps=20, seed=3)
+    says(page, "4 images in")
+    trunk = job_of(page)
+    page.click("#grid button >> nth=2")
+    slide(page, 500)
+    t = int(page.inner_text(".of-t dd"))
+    page.check("input[name=label][value='1']")
+    page.click("#branch")
+    page.wait_for_url(lambda url: trunk not in url)
+    says(page, "4 images in")
+    request = served.client.get(f"/jobs/{job_of(page)}").json()["request"]
+    assert request["source"] == {"job": trunk, "t": t, "index": 2}
+    assert request["class_label"] == 1 and request["steps"] == int(20 * t / 1000 + 0.5)
+    tree = page.locator(".branches li")
+    assert tree.count() == 2
+    assert f"t = {t}" in page.inner_text(".branches [aria-current]")
+    page.click(f".branches a[href='#job={trunk}']")
+    says(page, "seed 3")
+
+
+def saved(page: Any, words: str) -> Path:
+    """What an entry of the menu gives."""
+    page.click("text=Download")
+    with page.expect_download() as waiting:
+        page.click(f".menu button:has-text('{words}')")
+    return Path(waiting.value.path())
+
+
+@pytest.mark.slow
+def test_files_of_a_job_are_what_they_say(page: Any, served: Served) -> None:
+    ask(page, images=3, steps=10)
+    says(page, "3 images in")
+    with Image.open(saved(page, "512 px")) as image:
+        assert image.size == (512, 512)
+    with Image.open(saved(page, "film")) as film:
+        assert film.n_frames > 5
+    arrays = np.load(io.BytesIO(saved(page, "npz").read_bytes()))
+    first = served.client.get(f"/jobs/{job_of(page)}/images/0.npy").content
+    assert np.array_equal(arrays["0000"], np.load(io.BytesIO(first)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["Manifest", "512 px"])
+def test_a_manifest_makes_the_same_images_again(page: Any, words: str) -> None:
+    ask(page, images=2, steps=10)
+    says(page, "2 images in")
+    job, images = job_of(page), drawn(page)
+    path = saved(page, words)
+    page.set_input_files("input[accept*=json]", path)
+    page.wait_for_url(lambda url: "#job=" in url and job not in url)
+    says(page, "2 images in")
+    assert drawn(page) == images
+
+
+@pytest.mark.slow
+def test_a_file_without_a_manifest_is_told(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(json.dumps([1, 2]))
+    page.set_input_files("input[accept*=json]", tmp_path / "other.json")
+    page.locator("[role=alert]", has_text="other.json: holds no manifest").wait_for()
+
+
+def run_code(page: Any, tmp_path: Path, language: str) -> None:
+    """Take the code that is shown, and run it."""
+    page.click("#code")
+    page.click(f"dialog button:has-text('{language}')")
+    code = page.inner_text("#code >> nth=-1")
+    page.keyboard.press("Escape")
+    command = ["bash", "-c", code] if language == "curl" else [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, env={"PATH": "/usr/bin:/bin"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["curl", "Python"])
+def test_the_code_gives_the_same(page: Any, tmp_path: Path, language: str) -> None:
+    if language == "curl" and shutil.which("curl") is None:
+        pytest.skip("there is no curl here")
+    ask(page, images=4, steps=10)
+    says(page, "4 images in")
+    run_code(page, tmp_path, language)
+    grid = saved(page, "one PNG")
+    with Image.open(tmp_path / "images.png") as ours, Image.open(grid) as theirs:
+        small = theirs.resize(ours.size, Image.Resampling.NEAREST)
+        assert np.array_equal(np.asarray(ours), np.asarray(small))
+    # And of a picture of one's own.
+    page.click("nav >> text=Noise")
+    draw(page)
+    (tmp_path / "images.png").unlink()
+    shutil.copy(Path(__file__).parent.parent / "pictures" / "plain.png", tmp_path / "picture.png")
+    page.click("#denoise")
+    says(page, "9 images in")
+    with Image.open(tmp_path / "picture.png") as picture:
+        picture.convert("L").resize((8, 8)).save(tmp_path / "picture.png")
+    run_code(page, tmp_path, language)
+    assert (tmp_path / "images.png").stat().st_size > 100
+
+
+class Proxied:
+    """The application as a proxy shows it that cuts a prefix off."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            scope = {**scope, "path": path.removeprefix(PREFIX) if PREFIX in path else "/nothing"}
+        await self._app(scope, receive, send)
+
+
+def test_the_page_works_behind_a_sub_path(visit: Visit, redis_url: str) -> None:
+    settings = Settings(redis_url=redis_url, janitor_s=0.5)
+    store = JobStore.connect(settings)
+    store.publish_card(CARD)
+    app = create_app(settings)
+    app.add_middleware(Proxied)
+    with serving(settings, app=app) as client:
+        page = visit(f"{client.base_url}{PREFIX}/")
+        page.click("#go")
+        says(page, "no worker is running")
+        job = client.get(f"{PREFIX}/jobs").json()["data"][0]["id"]
+        assert job_of(page) == job
+        with pytest.raises(httpx.HTTPStatusError):
+            client.get("/jobs").raise_for_status()
+    store.redis.close()
