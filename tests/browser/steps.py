@@ -16,13 +16,18 @@ def until(page: Any, condition: str) -> None:
         page.wait_for_timeout(50)
 
 
-def ask(page: Any, *, images: int, steps: int, seed: int | None = None) -> None:
-    """Fill the form in and press Generate."""
+def fill(page: Any, *, images: int, steps: int, seed: int | None = None) -> None:
+    """Fill the form in."""
     if not page.locator("#count").is_visible():
         page.click("text=Everything else")
     page.fill("#count", str(images))
     page.fill("#steps", str(steps))
     page.fill("#seed", "" if seed is None else str(seed))
+
+
+def ask(page: Any, *, images: int, steps: int, seed: int | None = None) -> None:
+    """Fill the form in and press Generate."""
+    fill(page, images=images, steps=steps, seed=seed)
     page.click("#go")
 
 

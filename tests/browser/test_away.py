@@ -14,7 +14,7 @@ from tests.browser.steps import ask, drawn, job_of, says, slide
 
 
 def test_an_api_killed_in_mid_stream_is_waited_for(page: Any, served: Served) -> None:
-    ask(page, images=4, steps=1000)
+    ask(page, images=4, steps=600)
     job = job_of(page)
     says(page, "at t = ")
     served.kill("api")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Served, Visit
-from tests.browser.steps import ask, drawn, job_of, says, slide
+from tests.browser.steps import ask, drawn, fill, job_of, says, slide
 
 
 def test_a_click_draws_pictures_and_keeps_their_chain(page: Any, visit: Visit) -> None:
@@ -37,26 +37,27 @@ def test_a_click_draws_pictures_and_keeps_their_chain(page: Any, visit: Visit) -
 
 
 def test_a_reload_in_mid_run_comes_back_to_it(page: Any) -> None:
-    ask(page, images=4, steps=1000)
+    ask(page, images=4, steps=500)
     job = job_of(page)
     says(page, "at t = ")
     page.reload()
     says(page, "4 images in")
     assert job_of(page) == job and len(set(drawn(page))) == 4
     page.click("text=Everything else")  # the link lends its settings too
-    assert page.input_value("#steps") == "1000"
+    assert page.input_value("#steps") == "500"
 
 
 def test_nothing_moves_while_pictures_come(page: Any) -> None:
-    page.wait_for_selector("#go")
+    fill(page, images=9, steps=60)
     page.evaluate(
-        "window.moved = 0; new PerformanceObserver(all => all.getEntries().forEach("
-        "entry => { window.moved += entry.value; })).observe({type: 'layout-shift'})"
+        "window.moved = []; new PerformanceObserver(all => all.getEntries().forEach(entry =>"
+        " window.moved.push([entry.value, ...entry.sources.map(s => s.node?.outerHTML)])))"
+        ".observe({type: 'layout-shift'})"
     )
-    ask(page, images=9, steps=60)
+    page.click("#go")
     says(page, "9 images in")
     page.wait_for_timeout(300)
-    assert page.evaluate("window.moved") == 0
+    assert page.evaluate("window.moved") == []
 
 
 @pytest.mark.slow
