@@ -62,7 +62,7 @@ def test_files_of_a_job_are_what_they_say(page: Any, served: Served) -> None:
     with Image.open(saved(page, "512 px")) as image:
         assert image.size == (512, 512)
     with Image.open(saved(page, "film")) as film:
-        assert film.n_frames > 5
+        assert getattr(film, "n_frames", 1) > 5
     arrays = np.load(io.BytesIO(saved(page, "npz").read_bytes()))
     first = served.client.get(f"/jobs/{job_of(page)}/images/0.npy").content
     assert np.array_equal(arrays["0000"], np.load(io.BytesIO(first)))
