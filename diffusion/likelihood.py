@@ -25,8 +25,9 @@ from diffusion.bound import (
     prior_nats,
     transition_nats,
 )
+from diffusion.checks import check_images
 from diffusion.forward import gather, q_sample
-from diffusion.model import Model
+from diffusion.model import Model, check_model
 from diffusion.noise import Purpose, check_seed, normals
 from diffusion.parameterization import to_x_start
 from diffusion.schedule import Float64, Schedule
@@ -231,9 +232,11 @@ def likelihood(
     samples: None for the full sum of T evaluations an image, else the evaluations of a Monte
     Carlo estimate, decoder_draws of them for L_0 (see `monte_carlo_plan`). indices: [N], what
     keys each image's noise (default 0..N−1). sigma: see `check_sigma`. class_label: [N] int64,
-    or None. on_batch(evaluations) after every network call. Raises BoundError naming the bad
-    argument.
+    or None. on_batch(evaluations) after every network call. Raises BoundError or ImagesError naming
+    the bad argument.
     """
+    check_model(model)
+    check_images("x_start", x_start, model.shape)
     indices = torch.arange(len(x_start)) if indices is None else indices
     table = bound_table(model.schedule)
     plan = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,6 +139,16 @@ class Model:
             )
         )
 
+    def __repr__(self) -> str:
+        network, schedule = self.config.network, self.config.schedule
+        classes = f"{network.num_classes} classes" if network.num_classes else "no classes"
+        count = sum(parameter.numel() for parameter in self.network.parameters())
+        return (
+            f"<Model {'×'.join(map(str, self.shape))}, {classes}, T = {self.schedule.T} "
+            f"({schedule.kind}), predicts {self.config.prediction}, {count:,} parameters, "
+            f"{self.device}{f', digest {self.digest[:12]}' if self.digest else ''}>"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -182,6 +193,12 @@ class Model:
         out = out[:, :channels]
         eps = out if self.config.prediction == "epsilon" else e_x * x_t + e_out * out
         return Estimate(r_x * x_t + r_out * out, eps, v)
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError for a folder's name, which is taken for its model most easily."""
+    if isinstance(model, str | os.PathLike):
+        raise TypeError(f"model = {model!r:.80}: must be a Model; diffusion.load reads a folder")
 
 
 def build_network(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion.condition import Condition
 from diffusion.forward import gather
-from diffusion.model import Estimate, Model
+from diffusion.model import Estimate, Model, check_model
 from diffusion.noise import Purpose, check_seed, image_normals, normals
 from diffusion.samplers import build_table
 from diffusion.schedule import Schedule
@@ -176,9 +176,10 @@ def sample(
     on_step(first image of the batch, rows done, Step) is called after every evaluation.
     Raises SamplerError or ValueError naming the bad argument, NotFiniteError.
     """
+    check_model(model)
     for field, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise SamplerError(f"{field} = {value}: must be 1 or more")
+        if type(value) is not int or value < 1:
+            raise SamplerError(f"{field} = {value!r}: must be 1 or more, and an int")
     if guidance != 1.0 and class_label is None:
         raise SamplerError(f"guidance = {guidance}: needs a class_label to guide towards")
     chosen = model.config.sampling.options(

@@ -173,7 +173,10 @@ def test_the_library_in_five_lines(service: Service) -> None:
     printed = service.run(
         [sys.executable, "-c"], f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n{example}"
     )
-    assert printed.startswith("torch.Size([4, 1, 32, 32])")
+    assert printed.startswith("<Model 1×32×32, 10 classes, T = 1000 (linear), predicts epsilon, ")
+    assert printed.endswith(" torch.Size([4, 1, 32, 32])\n")
+    with Image.open(service.folder / "four.png") as picture:
+        assert picture.size == (66, 66)
 
 
 def test_every_ddpm_command_of_the_readme_is_one() -> None:

@@ -10,11 +10,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from diffusion.pictures import to_pil, to_uint8
 
-def to_uint8(images: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """[N, C, H, W] in [−1, 1] → uint8 [N, H, W, C], rounded to the nearest grey level."""
-    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
-    return scaled.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+__all__ = ["class_columns", "grid", "save_film", "to_picture", "to_uint8"]
 
 
 def to_picture(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Image.Image:
@@ -22,19 +20,9 @@ def to_picture(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Image
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Tile [N, C, H, W] row by row, nearly square by default, with a dark gap between."""
-    pixels = to_uint8(images)
-    n, height, width, channels = pixels.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    canvas = np.full(
-        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 40, np.uint8
-    )
-    for i, picture in enumerate(pixels):
-        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        canvas[y : y + height, x : x + width] = picture
-    return to_picture(canvas)
+    return to_pil(images, columns)
 
 
 def class_columns(n: int, classes: int) -> int | None:

@@ -1,0 +1,101 @@
+"""The library at the prompt: what a model says, pictures, and arguments that are wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffusion
+from diffusion import ImagesError, Model, likelihood
+from diffusion.table import SamplerError
+from tests.diffusion.networks import build_model
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return build_model()
+
+
+def test_a_model_says_what_it_is(model: Model, tmp_path: Path) -> None:
+    count = sum(p.numel() for p in model.network.parameters())
+    said = f"1×8×8, 3 classes, T = 100 (linear), predicts epsilon, {count:,} parameters, cpu"
+    assert repr(model) == f"<Model {said}>"
+    diffusion.save(model, tmp_path)
+    loaded = diffusion.load(tmp_path)
+    assert repr(loaded) == f"<Model {said}, digest {loaded.digest[:12]}>"
+
+
+def test_an_image_and_several_become_a_picture() -> None:
+    x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+    one = diffusion.to_pil(x[0])
+    assert one.mode == "L" and (np.asarray(one).ravel() == np.rint(np.arange(64) * 255 / 63)).all()
+    many = diffusion.to_pil(x.expand(4, 3, 8, 8))
+    assert many.mode == "RGB" and many.size == (18, 18)
+    assert diffusion.to_pil(x.expand(4, 1, 8, 8), columns=4).size == (38, 8)
+    assert np.asarray(diffusion.to_pil(5 * x[0]))[0, 0] == 0  # x_t is cut off, not refused
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_a_chain_becomes_a_film(model: Model, tmp_path: Path, suffix: str) -> None:
+    frames: list[torch.Tensor] = []
+    images = diffusion.sample(
+        model, 2, steps=4, class_label=1, on_step=lambda _, __, step: frames.append(step.x_start)
+    )
+    diffusion.film([*frames, images], tmp_path / f"chain{suffix}")
+    with Image.open(tmp_path / f"chain{suffix}") as film:
+        # The last x̂_0 is the image: Pillow shows equal frames as one that lasts longer.
+        assert getattr(film, "n_frames", 1) == 4 and film.size == (18 * 7, 8 * 7)
+
+
+def test_the_bound_is_at_the_top(model: Model) -> None:
+    found = likelihood(model, torch.zeros(2, 1, 8, 8), samples=12)
+    assert found.bits_per_dim.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (np.zeros((1, 1, 8, 8)), "x_start: a ndarray; must be a torch tensor [N, 1, 8, 8]"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "torch.uint8; must be floating, in [−1, 1]: "),
+        (torch.zeros(1, 8, 8), "its shape is [1, 8, 8]; must be [N, 1, 8, 8]"),
+        (torch.zeros(1, 3, 8, 8), "its shape is [1, 3, 8, 8]"),
+        (torch.full((1, 1, 8, 8), 255.0), "in 255..255; must be in [−1, 1]: x_start / 127.5 - 1"),
+        (torch.full((1, 1, 8, 8), -1.5), "in -1.5..-1.5; must be in [−1, 1]"),
+        (torch.full((1, 1, 8, 8), float("nan")), "must be in [−1, 1]"),
+    ],
+)
+def test_images_that_are_none(model: Model, images: object, says: str) -> None:
+    with pytest.raises(ImagesError) as refused:
+        likelihood(model, images)  # type: ignore[arg-type]
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("call", [diffusion.sample, likelihood])
+def test_a_folder_is_no_model(call: object) -> None:
+    with pytest.raises(
+        TypeError, match=r"model = 'models/mnist': must be a Model; diffusion\.load"
+    ):
+        call("models/mnist", torch.zeros(1, 1, 8, 8))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("number", ["4", 4.0, True, 0])
+def test_a_number_of_images_that_is_none(model: Model, number: object) -> None:
+    with pytest.raises(SamplerError, match=r"num_images = .*: must be 1 or more, and an int"):
+        diffusion.sample(model, number)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("frames", "path"), [([], "a.gif"), ([torch.zeros(1, 1, 2, 2)], "a.mp4")])
+def test_a_film_that_cannot_be(frames: list[torch.Tensor], path: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must"):
+        diffusion.film(frames, tmp_path / path)
+
+
+def test_submodules_are_still_there() -> None:
+    code = "import diffusion; from diffusion.likelihood import check_sigma; check_sigma"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
