@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -20,10 +16,10 @@ from PIL import Image
 
 from jobs.settings import MIB, Settings
 from tests.house import ROOT, check_ddpm
+from tests.live import Service, live
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-START_TIMEOUT = 90.0
 
 
 def blocks(language: str, mark: str) -> list[str]:
@@ -32,52 +28,12 @@ def blocks(language: str, mark: str) -> list[str]:
     return found
 
 
-@dataclass(frozen=True)
-class Service:
-    folder: Path
-    address: str
-
-    def run(self, command: list[str], example: str) -> str:
-        """Run an example in the folder of the first ones' files; what it prints."""
-        text = example.replace("localhost:8000", self.address)
-        environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT / "client"),
-        }
-        ran = subprocess.run(
-            [*command, text],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout
-
-
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "models").symlink_to(ROOT / "models")
-    command = [sys.executable, "-m", "ddpm", "up", "--port", "0"]
-    environment = {k: v for k, v in os.environ.items() if k != "REDIS_URL"}
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        address = re.search(r"http://(localhost:\d+)", line)
-        assert address, line
-        yield Service(folder, address[1])
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+    with live(folder) as service:
+        yield service
 
 
 def test_the_first_picture_is_a_digit_on_the_disk(service: Service) -> None:
