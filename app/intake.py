@@ -78,7 +78,7 @@ async def take_in(
         state = await held.job(source.job)
         card = choose_card(parsed.model or state.record.model, cards, held)
         planes = [await snapshot_plane(held, state, place, card) for place in spec.places]
-        return Intake(spec, card, b"".join(planes), len(planes))
+        return Intake(spec.after(state.record.spec), card, b"".join(planes), len(planes))
     card = choose_card(parsed.model, cards, held)
     if source is not None:
         spec = spec.model_copy(update={"source": source})

@@ -133,4 +133,5 @@ def with_correctors(
         purpose=np.where(is_corrector, Purpose.CORRECTOR, table.purpose[row]),
         spread=np.where(is_corrector, 0.0, table.spread[row]),
         noise=table.noise[row] + schedule.T * number,
+        memory=table.memory[row],
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from itertools import pairwise
 
@@ -72,6 +72,9 @@ class SamplerTable:
             object.__setattr__(self, "noise", self.t)
         if not self.memory.size:
             object.__setattr__(self, "memory", np.zeros_like(self.t))
+        lengths = {len(getattr(self, column.name)) for column in fields(self)}
+        if len(lengths) > 1:
+            raise SamplerError(f"columns of a table have different lengths: {sorted(lengths)}")
         noisy = self.coefficients[:, COLUMNS.index("c")] != 0
         streams = [*zip(self.purpose[noisy].tolist(), self.noise[noisy].tolist(), strict=True)]
         if len({*streams}) < len(streams):

@@ -53,4 +53,5 @@ def with_travel(table: SamplerTable, schedule: Schedule, *, times: int) -> Sampl
         purpose=np.where(number > 0, Purpose.TRAVEL, table.purpose[row]),
         spread=table.spread[row],
         noise=table.noise[row] + schedule.T * number,
+        memory=table.memory[row],
     )

@@ -255,6 +255,7 @@ def test_an_image_goes_to_its_x_T_and_on(
     ).json()
     model = diffusion.load(place / "models" / "tiny")
     original = np.asarray(Image.open(io.BytesIO(pictures[0])), np.float32) / 127.5 - 1
+    assert np.abs(npy(client, back["images"][0]["url"])[0] - original).max() < 0.1
     x_start = torch.from_numpy(original)[None, None]
     expected = diffusion.encode(model, x_start, steps=50, iterations=5, dtype=torch.float32)
     np.testing.assert_allclose(npy(client, x_T[0]["url"]), expected[0], atol=2e-2)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +21,7 @@ from jobs.store.batch import WriteBatch
 from jobs.store.writer import Started
 from worker.engine.tasks import Event, Snapshot, Work
 from worker.models import Served
+from worker.network.networks import Mode
 
 PACE_S = 10.0  # the time over which a job's own pace is taken
 PACES = 20
@@ -70,8 +71,6 @@ class Flight(Generic[SpecT]):
     the network says what the engine is to do (`task`); any other does its work in `run`.
     """
 
-    terms: ClassVar[bool] = False  # whether its task is the terms of a likelihood
-
     def __init__(
         self, started: Started, execution: str, served: Served, *, spec: SpecT, deadline: float
     ) -> None:
@@ -104,6 +103,11 @@ class Flight(Generic[SpecT]):
         return (now - then) * (self.record.work - done) / made if made > 0 else None
 
     # What a kind fills in
+
+    @classmethod
+    def mode(cls, spec: SpecT) -> Mode:
+        """What its task uses the network for."""
+        return "chains"
 
     @classmethod
     def provenance(cls, served: Served, spec: SpecT) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from jobs.store.records import JobRecord
 from worker.engine.loop import Engine
 from worker.kinds.table import FLIGHTS
 from worker.models import ModelFolder
+from worker.network.networks import Mode
 from worker.network.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
@@ -63,17 +64,14 @@ class Loader:
         self._last_look.pop(record.id, None)
         if not record.spec.runs_network:
             return True
-        modes = {
-            "exact": record.spec.deterministic,
-            "terms": FLIGHTS[record.spec.kind].terms,
-        }
-        if self._host.engine.networks.is_prepared(served.model, **modes):
+        exact, mode = record.spec.deterministic, FLIGHTS[record.spec.kind].mode(record.spec)
+        if self._host.engine.networks.is_prepared(served.model, exact=exact, mode=mode):
             return True
-        key = (served.model.digest, *modes.values())
+        key = (served.model.digest, exact, mode)
         task = self._tasks.get(key)
         if task is not None and task.done():  # it failed: starting the job will say why
             return True
-        self._once(key, lambda: self._prepare(served.model, modes))
+        self._once(key, lambda: self._prepare(served.model, exact=exact, mode=mode))
         return False
 
     def _is_overdue(self, job_id: str) -> bool:
@@ -91,9 +89,9 @@ class Loader:
         if task is None or task.done():
             self._tasks[key] = self._pool.submit(work)
 
-    def _prepare(self, model: Model, modes: Mapping[str, bool]) -> None:
+    def _prepare(self, model: Model, *, exact: bool, mode: Mode) -> None:
         try:
-            self._host.engine.networks.prepare(model, **modes)
+            self._host.engine.networks.prepare(model, exact=exact, mode=mode)
         except Exception:
             log.exception("model %s cannot be prepared", model.digest[:12])
 

@@ -268,10 +268,10 @@ class Runtime:
     def _provenance(self, record: JobRecord, served: Served) -> dict[str, Any]:
         spec, network = record.spec, None
         if spec.runs_network:
-            terms = FLIGHTS[spec.kind].terms
+            mode = FLIGHTS[spec.kind].mode(spec)
             with contextlib.suppress(Exception):  # to submit the job then says why it cannot be
                 network = self.engine.networks.prepare(
-                    served.model, exact=spec.deterministic, terms=terms
+                    served.model, exact=spec.deterministic, mode=mode
                 )
         return provenance(served, spec, network)
 

@@ -62,6 +62,7 @@ class Chain(Common, total=False):
     eta: float
     variance: Variance
     corrector_steps: int
+    clip: bool
     class_label: int | str
     guidance: float
     snapshots: Snapshots
@@ -125,7 +126,8 @@ class Restore(Chain, Pictures, total=False):
     source: Literal["image", "y"]
     y: Array
     noise: float
-    method: Literal["projection"]
+    method: Literal["projection", "moment"]
+    solver_steps: int
     travel: int
 
 

@@ -152,7 +152,7 @@ class ChainSpec(PathSpec):
 
     count_field: ClassVar[str] = "/num_images"
     table_fields: ClassVar[tuple[str, ...]] = (
-        "sampler", "steps", "spacing", "eta", "variance", "corrector_steps",
+        "sampler", "steps", "spacing", "eta", "variance", "corrector_steps", "clip",
     )  # fmt: skip
 
     sampler: str | None = Field(
@@ -183,6 +183,11 @@ class ChainSpec(PathSpec):
     corrector_steps: int | None = Field(
         None, ge=0, le=100, description="Langevin steps after each step (langevin: a level)"
     )
+    clip: bool | None = Field(
+        None,
+        description="whether x̂_0 is clipped to [−1, 1]; default: the model's own, but not after an "
+        "encoding, of which it would spoil the way back",
+    )
 
     @property
     def count(self) -> int:
@@ -192,6 +197,14 @@ class ChainSpec(PathSpec):
     def chains(self, num_inputs: int) -> int:
         """`count`."""
         return self.count
+
+    def after(self, source: JobSpec) -> Self:
+        """Not clipped where the source was not, if nothing is said of it."""
+        return self if source.clips or self.clip is not None else self.unclipped()
+
+    def unclipped(self) -> Self:
+        """With clip = False."""
+        return self.model_copy(update={"clip": False})
 
     def own_sampler(self, card: ModelCard) -> str:
         """The sampler where a request names none."""

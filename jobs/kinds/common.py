@@ -77,7 +77,7 @@ class JobSpec(Strict):
     runs_network: a kind that does not needs neither a prepared network nor the engine.
     work_field, bytes_field, count_field: pointers of the fields that make a job large. film_rises:
     its film goes from the image to the noise. summarized: its images are samples of one thing, so
-    that their mean and deviation mean something.
+    that their mean and deviation mean something. clips: whether its chains clip x̂_0.
     """
 
     takes: ClassVar[frozenset[Input]] = frozenset()
@@ -87,6 +87,7 @@ class JobSpec(Strict):
     runs_network: ClassVar[bool] = True
     film_rises: ClassVar[bool] = False
     summarized: ClassVar[bool] = False
+    clips: ClassVar[bool] = True
     count_field: ClassVar[str] = "/images"
 
     kind: str
@@ -132,6 +133,10 @@ class JobSpec(Strict):
     def input_shape(self, shape: Shape) -> Shape:
         """[C, H, W] of what comes in, for a model of this shape. Raises SpecError."""
         return shape
+
+    def after(self, source: JobSpec) -> Self:
+        """The same request, for states that a job of this spec kept."""
+        return self
 
     @property
     def places(self) -> list[tuple[int, int]]:

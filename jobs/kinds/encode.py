@@ -26,6 +26,7 @@ class EncodeSpec(PathSpec):
     takes: ClassVar[frozenset[Input]] = frozenset({"pictures"})
     gives: ClassVar[frozenset[Gift]] = frozenset({"snapshots"})
     film_rises: ClassVar[bool] = True
+    clips: ClassVar[bool] = False
     reaches: ClassVar[str] = "the chain ends at t"
 
     kind: Literal["encode"] = "encode"

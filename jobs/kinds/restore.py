@@ -18,6 +18,8 @@ from jobs.settings import Settings
 
 STEPS = 50
 TRAVEL = 5
+SOLVER_STEPS = 1
+PRODUCT_COST = 2  # of a product with the Jacobian, in network evaluations
 SAMPLER = "ddim"
 _ROUNDING = 0.3  # grey levels: what rounding to 8 bits does to a value, 1/√12
 _MOST_DEVIATIONS = 6.0  # a value of y further from what A can give is no noise
@@ -48,15 +50,24 @@ class RestoreSpec(ChainSpec):
         description="σ_y, the deviation of the measurement's noise, in grey levels (of 0..255). "
         f"Default 0; for a blurred picture {_ROUNDING}, its rounding",
     )
-    method: Literal["projection"] = Field(
-        "projection", description="how x̂_0 is corrected before each update"
+    method: Literal["projection", "moment"] = Field(
+        "projection",
+        description="how x̂_0 is corrected before each update. `projection`: cheap, and good with "
+        "travel; `moment`: by products with the network's Jacobian, right where the model is",
+    )
+    solver_steps: int | None = Field(
+        None,
+        ge=0,
+        le=5,
+        description="moment only: steps of conjugate gradients, each a product that costs as much "
+        f"as {PRODUCT_COST} evaluations; default {SOLVER_STEPS}, and 0 is ΠGDM",
     )
     travel: int | None = Field(
         None,
         ge=1,
         le=100,
         description="how often each jump of the chain is walked, down and up and down again: "
-        f"(steps − 1)·travel + 1 evaluations an image; default {TRAVEL}",
+        f"(steps − 1)·travel + 1 rows an image; default {TRAVEL}, for moment 1",
     )
     steps: int | None = Field(
         None, ge=1, description=f"timesteps that the chain visits; default {STEPS}"
@@ -89,7 +100,9 @@ class RestoreSpec(ChainSpec):
         """Raise SpecError for what this model or these limits do not allow."""
         super().check(card, settings)
         self.operator.check(card.shape)
-        if self.travel == 1:
+        if self.solver_steps is not None and self.method != "moment":
+            raise SpecError("/solver_steps", f"is for method moment, not {self.method}")
+        if self._travel == 1:
             return
         sampler = card.samplers[self.sampler or self.own_sampler(card)]
         if sampler.corrector_only or self.corrector_steps:
@@ -129,11 +142,23 @@ class RestoreSpec(ChainSpec):
             defaults["steps"] = min(STEPS, card.T)
         if defaults["sampler"] == SAMPLER and self.eta is None:
             defaults["eta"] = 1.0
-        defaults["travel"] = self.travel or TRAVEL
+        defaults["travel"] = self._travel
+        if self.method == "moment" and self.solver_steps is None:
+            defaults["solver_steps"] = SOLVER_STEPS
         if self.noise is None:
             rounded = self.operator.name == "blur" and self.source == "image"
             defaults["noise"] = _ROUNDING if rounded else 0.0
         return defaults
+
+    @property
+    def _travel(self) -> int:
+        return self.travel or (1 if self.method == "moment" else TRAVEL)
+
+    @property
+    def evaluations_a_row(self) -> int:
+        """With the products."""
+        products = max(self.solver_steps or 0, 1) if self.method == "moment" else 0
+        return super().evaluations_a_row * (1 + PRODUCT_COST * products)
 
     def rows(self, card: ModelCard) -> int:
         """Rows of the filled spec's table."""

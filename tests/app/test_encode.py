@@ -38,7 +38,11 @@ def test_cost_and_defaults_are_known_at_once(client: httpx.Client, worker: Worke
 def test_its_x_T_is_a_source_at_once(client: httpx.Client, worker: Worker) -> None:
     job = encoded(client, worker)
     body = {"source": {"job": job, "t": 1000, "index": 1}, "sampler": "ddim", "steps": 5}
-    started = worker.start(client.post("/reconstruct", json=body).json()["id"])
+    made = client.post("/reconstruct", json=body).json()
+    assert made["request"]["clip"] is False  # it would spoil the way back
+    asked = client.post("/reconstruct", json={**body, "clip": True}).json()["request"]
+    assert asked["clip"] is True
+    started = worker.start(made["id"])
     assert started.array is not None
     np.testing.assert_allclose(started.array, X)
     pair = {"path": "sphere", "source": {"job": job}, "t": 1000, "lambdas": [0, 0.5, 1]}

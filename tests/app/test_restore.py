@@ -126,6 +126,8 @@ KERNEL = {"name": "blur", "kernel": [[0.1, 0.2, 0.1]]}
         ({"operator": HALF, "noise": -1}, "/noise", "greater than or equal to 0"),
         ({"operator": HALF, "travel": 0}, "/travel", "greater than or equal to 1"),
         ({"operator": HALF, "steps": 1001}, "/steps", "has T = 1000"),
+        ({"operator": HALF, "solver_steps": 1}, "/solver_steps", "is for method moment"),
+        ({"operator": HALF, "method": "moment", "solver_steps": 6}, "/solver_steps", "equal to 5"),
         ({"operator": HALF, "method": "magic"}, "/method", "projection"),
         ({"operator": HALF, "num_images": 65}, "/num_images", "at most 64"),
         ({"operator": {"name": "mask"}}, "/operator/boxes", "nothing: give one of the two"),

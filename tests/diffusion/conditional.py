@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -97,9 +97,3 @@ def errors(found: Moments, truth: Moments) -> tuple[float, float]:
     error = torch.linalg.norm(found.mean_map - truth.mean_map)
     variances = [np.trace(m.covariance.numpy()[np.ix_(UNKNOWN, UNKNOWN)]) for m in (found, truth)]
     return float(error / torch.linalg.norm(truth.mean_map)), float(variances[0] / variances[1])
-
-
-def one_row(table: SamplerTable, i: int) -> SamplerTable:
-    """A table of row i alone."""
-    names = ("t", "coefficients", "purpose", "spread", "noise")
-    return replace(table, **{name: getattr(table, name)[i : i + 1] for name in names})

@@ -123,7 +123,7 @@ BRANCHED = {
 
 def joined(trunk: SamplerTable, rows: int, branch: SamplerTable) -> SamplerTable:
     """The first rows of one table and then another: refused if any noise is drawn twice."""
-    names = ("t", "coefficients", "purpose", "spread", "noise")
+    names = ("t", "coefficients", "purpose", "spread", "noise", "memory")
     parts = {n: np.concatenate([getattr(trunk, n)[:rows], getattr(branch, n)]) for n in names}
     return SamplerTable(**parts)
 

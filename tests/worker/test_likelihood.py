@@ -96,7 +96,7 @@ def test_terms_of_several_tasks_are_the_librarys_in_float32(model: Model) -> Non
         expected = likelihood(model, X_START[:3], seed=1, **options)  # type: ignore[arg-type]
         np.testing.assert_allclose(harness.nats(task), expected.nats, rtol=1e-4, atol=1e-3)
         assert harness.ended(task.id) is Finished
-    assert not harness.engine.lanes[LaneKey(model.digest, terms=True)].runs
+    assert not harness.engine.lanes[LaneKey(model.digest, mode="terms")].runs
 
 
 @pytest.mark.parametrize("left", [1, 63, 64, 65, 127, 150])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import diffusion
 from diffusion import Model
-from diffusion.condition import Measurement, Projection
+from diffusion.condition import Measurement, Moment, Projection, condition
 from diffusion.noise import Purpose, image_normals
 from diffusion.operators import AveragePool, Blur, Identity, Mask, Operator
 from diffusion.samplers import build_table
@@ -136,6 +137,47 @@ def test_a_resumed_chain_ends_as_an_undisturbed_one(model: Model) -> None:
     assert torch.equal(resumed["mask"], whole["mask"])
 
 
+# Products with the Jacobian: a pool of its own
+
+
+def moment_task(model: Model, name: str, *, solver_steps: int = 2, **more: Any) -> Task:
+    task = restore_task(model, name, sigma=0.2, **more)
+    given = measurement(name, 0.2)
+    return replace(task, id=f"{name}-moment", condition=Moment(given, solver_steps))
+
+
+def test_moment_chains_do_what_the_library_does_and_count_their_products(model: Model) -> None:
+    tasks = [moment_task(model, name) for name in ("mask", "average_pool")]
+    engine, found = run(*tasks, restore_task(model, "mask"), generate_task(model, "plain"))
+    assert {key.mode for key in engine.lanes} == {"chains", "products"}
+    for task in tasks:
+        assert task.evaluations == 2 * 11 * (1 + 2 * 2)
+        torch.testing.assert_close(found[task.id], by_library(model, task), rtol=0, atol=1e-3)
+    _, plain = run(restore_task(model, "mask"))
+    assert (plain["mask"] - found["mask-moment"]).abs().max() > 0.01
+
+
+def test_guided_moment_chains_correct_the_guided_estimate(model: Model) -> None:
+    starts = tuple(Start(i, class_label=label) for i, label in enumerate((0, None, 2)))
+    task = moment_task(model, "identity", starts=starts, guidance=2.0)
+    assert task.evaluations == 3 * 11 * 2 * 5
+    _, found = run(task)
+    labels = torch.tensor([0, 2])
+    indices = torch.tensor([0, 2])
+    x = image_normals(7, indices, row=0, purpose=Purpose.X_T, shape=model.shape)
+    given = {"seed": 7, "indices": indices, "class_label": labels, "guidance": 2.0}
+    for step in chain(model, task.table, x, condition=task.condition, **given):  # type: ignore[arg-type]
+        x = step.x_next
+    torch.testing.assert_close(found[task.id][[0, 2]], x, rtol=0, atol=1e-3)
+
+
+def test_deterministic_moment_chains_stand_alone(model: Model) -> None:
+    task = moment_task(model, "mask", n=2, deterministic=True)
+    _, alone = run(task)
+    _, among = run(moment_task(model, "average_pool", n=3, deterministic=True), task)
+    assert torch.equal(alone[task.id], among[task.id])
+
+
 # What a request says, and what it costs
 
 
@@ -152,6 +194,22 @@ def test_rows_are_known_at_admission(
     schedule = diffusion.Schedule(np.asarray(running.card.betas))
     table = build_table(schedule, sampler=sampler, steps=steps, travel=travel)
     assert plan.evaluations == 3 * len(table)
+
+
+@pytest.mark.parametrize(("solver_steps", "a_row"), [(None, 3), (0, 3), (1, 3), (3, 7)])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_products_are_counted_at_admission(
+    running: Service, solver_steps: int | None, a_row: int, guidance: float
+) -> None:
+    spec = RestoreSpec(
+        operator=OperatorSpec(**HALF), method="moment", solver_steps=solver_steps, class_label=1,
+        guidance=guidance, num_images=2,
+    )  # fmt: skip
+    filled, plan = admit(spec, running.card, Settings(), 1)
+    assert plan.evaluations == 2 * 50 * a_row * (1 if guidance == 1 else 2)
+    assert isinstance(filled, RestoreSpec) and filled.travel == 1
+    given = condition(measurement("mask"), "moment", solver_steps=filled.solver_steps or 0)
+    assert given.cost == a_row
 
 
 def test_a_learned_variance_does_not_travel(running: Service) -> None:
@@ -211,14 +269,30 @@ def test_a_job_gives_the_images_of_the_library(running: Service) -> None:
     assert record.provenance["rederive_eps"] is True
 
 
+def test_a_job_by_moments_gives_the_images_of_the_library(running: Service) -> None:
+    job = running.admit(
+        kind="restore", inputs=PICTURE, operator=OperatorSpec(name="average_pool", factor=1),
+        num_images=2, steps=5, seed=4, method="moment", solver_steps=2, noise=30.0, class_label=1,
+    )  # fmt: skip
+    record = running.ended(job)
+    assert record.done == record.work == 2 * 5 * 5
+    model = diffusion.load(running.models / "tiny")
+    y = torch.from_numpy(PICTURE.reshape(1, 8, 8).astype(np.float32)) / 127.5 - 1
+    expected = diffusion.restore(
+        model, y, Identity(), 2, steps=5, seed=4, method="moment", solver_steps=2,
+        sigma=30 / 127.5, class_label=1,
+    )  # fmt: skip
+    np.testing.assert_allclose(planes(running, job, 2), expected, atol=5e-3)
+
+
 def test_a_job_survives_its_worker(service: Service) -> None:
     options: dict[str, Any] = {
-        "kind": "restore", "inputs": PICTURE, "operator": OperatorSpec(**HALF), "steps": 250,
+        "kind": "restore", "inputs": PICTURE, "operator": OperatorSpec(**HALF), "steps": 100,
         "travel": 2, "num_images": 2, "seed": 2, "deterministic": True,
     }  # fmt: skip
     first = service.worker(DDPM_DRAIN_S="0")
     job = service.admit(**options)
-    service.until(lambda: service.record(job).done > 200)
+    service.until(lambda: service.record(job).done > 60)
     service.kill(first, 15)
     assert service.record(job).status == "queued"
     service.worker()

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.condition import Projection
+from diffusion.condition import Condition, Projection
 from diffusion.forward import gather
+from diffusion.model import Estimate
 from diffusion.noise import Purpose, image_normals, normals
 from diffusion.table import (
     COLUMNS,
@@ -218,9 +219,9 @@ class ChainPool:
             corrections=self._corrections(samples),
         )
 
-    def _corrections(self, samples: list[Sample]) -> tuple[tuple[Projection, Tensor], ...]:
+    def _corrections(self, samples: list[Sample]) -> tuple[tuple[Condition, Tensor], ...]:
         """What corrects which samples: those of a task together, unless each must stand alone."""
-        groups: dict[tuple[Projection, int], list[int]] = {}
+        groups: dict[tuple[Condition, int], list[int]] = {}
         for i, sample in enumerate(samples):
             correction = task_of(sample).condition
             if correction is not None:
@@ -245,9 +246,7 @@ class ChainPool:
         assert self.bank.rows is not None
         x, x_start_prev = self.x[packed[0]], self.x_start[packed[0]]
         t, coefficients = self.bank.rows.t[packed[1]], self.bank.rows.coefficients[packed[1]]
-        inputs = Inputs(x, t, batch.labels, batch.guided, batch.guidance)
-        found = self.network.evaluate(inputs, shape)
-        x_start = self._corrected(batch, clip_x_start(coefficients, found.x_start), t)
+        found, x_start = self._estimate(batch, x, t, rows=coefficients, shape=shape)
         z = self._noise(packed, self.bank.noisy[table_rows], like=x)
         if found.v is not None and self.bank.learned[table_rows].any():
             z = scale_noise(self.bank.rows.spread[packed[1]], found.v, z)
@@ -270,15 +269,21 @@ class ChainPool:
         t_of = self.bank.t[table_rows]
         return ChainStep(batch, rows, t_of, finite, due, x, x_start, found.eps, x_next)
 
-    def _corrected(self, batch: Batch, x_start: Tensor, t: Tensor) -> Tensor:
-        """x̂_0 with those of conditioned chains corrected."""
+    def _estimate(
+        self, batch: Batch, x: Tensor, t: Tensor, *, rows: Tensor, shape: Shape
+    ) -> tuple[Estimate, Tensor]:
+        """What the network finds in x [M, C, H, W] at t [M], and x̂_0 clipped and corrected."""
+        inputs = Inputs(x, t, batch.labels, batch.guided, batch.guidance)
+        found = self.network.evaluate(inputs, shape)
+        x_start = clip_x_start(rows, found.x_start)
         if not batch.corrections:
-            return x_start
+            return found, x_start
         variances = self.network.model.schedule.one_minus_alphas_cumprod
         r2 = gather(variances, t, x_start).flatten()
         for correction, at in batch.corrections:
+            assert isinstance(correction, Projection)
             x_start[at] = correction.correct(x_start[at], r2[at])
-        return x_start
+        return found, x_start
 
     def _noise(self, packed: Tensor, noisy: NDArray[np.bool_], like: Tensor) -> Tensor:
         """z of every sample; drawn only where its row uses it."""

@@ -23,6 +23,7 @@ from worker.engine.chain_pool import ChainPool
 from worker.engine.fairness import Turns, pool_weights
 from worker.engine.lane import EngineOptions, Lane
 from worker.engine.pool import Batch, Pool, Step
+from worker.engine.product_pool import ProductPool
 from worker.engine.runs import Run
 from worker.engine.tasks import (
     Advanced,
@@ -112,7 +113,7 @@ class Engine:
         held: step it only once it is admitted. The first task of a model prepares its network
         here, so that running ones do not wait.
         """
-        network = self.networks.prepare(task.model, exact=task.deterministic, terms=task.terms)
+        network = self.networks.prepare(task.model, exact=task.deterministic, mode=task.mode)
         self._command(lambda: self._take(task, network, admitted=not held))
 
     def admit(self, task_ids: Collection[str]) -> None:
@@ -249,7 +250,7 @@ class Engine:
         admitted = admitted and self._only in (None, task.id)
         run = Run(task, next(self._arrivals), admitted=admitted)
         run.checkpoint_at = time.monotonic() + self.options.checkpoint_every
-        key = lane_key(task.model, exact=task.deterministic, terms=task.terms)
+        key = lane_key(task.model, exact=task.deterministic, mode=task.mode)
         if key not in self.lanes:
             self.lanes[key] = Lane(self._pool_for(task, network), self.options)
         lane = self.lanes[key]
@@ -258,7 +259,10 @@ class Engine:
         self._finish_if_done(lane, run)  # a resumed task may have nothing left to do
 
     def _pool_for(self, task: Work, network: Network) -> Pool:
-        return TermPool(network) if task.terms else ChainPool(network, self.options.capacity)
+        if task.mode == "terms":
+            return TermPool(network)
+        kind = ProductPool if task.mode == "products" else ChainPool
+        return kind(network, self.options.capacity)
 
     def _cancel(self, task_id: str) -> None:
         for lane in self.lanes.values():
@@ -281,7 +285,7 @@ class Engine:
         batch, shape = lane.next_batch()
         for step, ran in self._bisect(lane, batch, shape):
             for sample in step.batch.samples:
-                sample.run.remaining -= sample.cost
+                sample.run.remaining -= sample.evaluations
                 sample.run.turn = lane.turn
             for i in step.due:
                 sample = step.batch.samples[i]

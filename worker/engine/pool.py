@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.condition import Projection
+from diffusion.condition import Condition
 from diffusion.model import Model
 from worker.engine.runs import Run, Sample
 from worker.engine.tasks import Event, States
@@ -34,7 +34,7 @@ class Batch:
     labels: Tensor | None
     guided: Tensor | None
     guidance: Tensor | None
-    corrections: tuple[tuple[Projection, Tensor], ...] = ()
+    corrections: tuple[tuple[Condition, Tensor], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,18 @@ class Run:
 class Sample:
     """One chain: in a slot, or parked with its state, or not yet begun."""
 
-    __slots__ = ("cost", "guided", "index", "label", "noise_index", "parked", "row", "run", "slot")
+    __slots__ = (
+        "cost",
+        "evaluations",
+        "guided",
+        "index",
+        "label",
+        "noise_index",
+        "parked",
+        "row",
+        "run",
+        "slot",
+    )
 
     def __init__(self, run: Run, start: Start) -> None:
         self.run = run
@@ -56,7 +67,8 @@ class Sample:
         self.noise_index = start.index if start.noise_index is None else start.noise_index
         self.label = start.class_label
         self.guided = run.task.guidance != 1.0 and start.class_label is not None
-        self.cost = 2 if self.guided else 1
+        self.cost = 2 if self.guided else 1  # rows of a network batch
+        self.evaluations = self.cost * run.task.price
         self.row = start.row  # kept up to date only outside a slot; see Pool.row_of
         self.slot = -1
         self.parked = None if start.x_t is None else (start.x_t, start.x_start_prev)

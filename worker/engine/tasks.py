@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.condition import Projection
+from diffusion.condition import Condition, Moment
 from diffusion.model import Model
 from diffusion.table import SamplerTable
+from worker.network.networks import Mode
 
 
 class EngineError(Exception):
@@ -64,7 +65,8 @@ class Start:
 class Work(Protocol):
     """What the engine has to know of any task to schedule it; see Task for the meanings.
 
-    rows: steps of a chain that starts at row 0.
+    rows: steps of a chain that starts at row 0. price: what a row of a network batch counts for,
+    in network evaluations.
     """
 
     @property
@@ -88,7 +90,9 @@ class Work(Protocol):
     @property
     def evaluations(self) -> int: ...
     @property
-    def terms(self) -> bool: ...
+    def mode(self) -> Mode: ...
+    @property
+    def price(self) -> int: ...
     def check(self) -> None: ...
     def weight(self, left: int) -> int: ...
 
@@ -114,12 +118,17 @@ class Task:
     urgent: bool = False
     client: str = ""
     snapshot_rows: frozenset[int] = frozenset()
-    condition: Projection | None = None
+    condition: Condition | None = None
 
     @property
-    def terms(self) -> bool:
-        """Whether they are the terms of a likelihood: no."""
-        return False
+    def mode(self) -> Mode:
+        """What the network is used for."""
+        return "products" if isinstance(self.condition, Moment) else "chains"
+
+    @property
+    def price(self) -> int:
+        """The evaluation, and the products with the Jacobian."""
+        return 1 if self.condition is None else self.condition.cost
 
     def weight(self, left: int) -> int:
         """What counts against other lanes, with so many chains left: their network rows."""
@@ -132,9 +141,12 @@ class Task:
 
     @property
     def evaluations_a_row(self) -> int:
-        """Rows of a network batch that one step of one chain takes."""
-        guided = self.guidance != 1.0 and any(s.class_label is not None for s in self.starts)
-        return 2 if guided else 1
+        """Network evaluations that one step of one chain takes."""
+        return (2 if self._guided else 1) * self.price
+
+    @property
+    def _guided(self) -> bool:
+        return self.guidance != 1.0 and any(s.class_label is not None for s in self.starts)
 
     @property
     def evaluations(self) -> int:
@@ -145,7 +157,7 @@ class Task:
     def check(self) -> None:
         """Raise TaskError if no batch could hold this task."""
         network = self.model.config.network
-        if self.evaluations_a_row == 2 and network.null_label is None:
+        if self._guided and network.null_label is None:
             raise TaskError(f"guidance = {self.guidance}: needs a model with a null label")
         if self.table.learned_variance and not network.learned_variance:
             raise TaskError("variance = 'learned': this model has no learned variance")

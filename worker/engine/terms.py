@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion.model import Model
 from diffusion.term_plan import Plan
 from worker.engine.tasks import Start, check_label
+from worker.network.networks import Mode
 
 STRANDS = 64  # of a task: so many of its terms can share a batch
 
@@ -41,9 +42,14 @@ class TermTask:
     client: str = ""
 
     @property
-    def terms(self) -> bool:
-        """Whether they are the terms of a likelihood: yes."""
-        return True
+    def mode(self) -> Mode:
+        """What the network is used for."""
+        return "terms"
+
+    @property
+    def price(self) -> int:
+        """One evaluation a term."""
+        return 1
 
     def weight(self, left: int) -> int:
         """Its images: the strands are there to fill a batch."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.condition import Projection
+from diffusion.condition import Condition
 from diffusion.forward import q_samples_at
 from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import build_table
@@ -52,6 +52,8 @@ class ChainFlight(Flight[ChainT]):
         """How x̂_0 and ε̂ are treated: the model's own choice, and no field of a request."""
         sampling = served.model.config.sampling
         made: dict[str, Any] = {"clip": sampling.clip}
+        if isinstance(spec, ChainSpec) and spec.clip is not None:
+            made["clip"] = spec.clip
         if isinstance(spec, ChainSpec) and spec.sampler == "ddim":
             made |= {"rederive_eps": sampling.rederive_eps, "landing": sampling.landing}
             made |= cls.own_options
@@ -66,7 +68,7 @@ class ChainFlight(Flight[ChainT]):
         assert isinstance(spec, ChainSpec)
         return spec_table(served, spec, from_noise=self.from_noise, **self.own_options)
 
-    def condition_on(self, started: Started) -> Projection | None:
+    def condition_on(self, started: Started) -> Condition | None:
         """What the chains are conditioned on. Raises MissingInput."""
         return None
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +26,13 @@ from worker.engine.terms import TermTask
 from worker.flights import Flight
 from worker.kinds.inputs import uploaded
 from worker.models import Served
+from worker.network.networks import Mode
 
 _MAGIC = b"terms-2\0"  # of the saved numbers: those of another plan are of other terms
 
 
 class LikelihoodFlight(Flight[LikelihoodSpec]):
     """The terms of the bound of uploaded images."""
-
-    terms: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -48,6 +47,11 @@ class LikelihoodFlight(Flight[LikelihoodSpec]):
         self._numbers = Numbers(served, started, spec)
         self._task = self._numbers.task(execution)
         self.done_before = self.record.work - self._task.evaluations
+
+    @classmethod
+    def mode(cls, spec: LikelihoodSpec) -> Mode:
+        """Terms."""
+        return "terms"
 
     @classmethod
     def provenance(cls, served: Served, spec: LikelihoodSpec) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from diffusion.condition import Measurement, Projection
+from diffusion.condition import Condition, Measurement, condition
 from diffusion.operators import AveragePool, Blur, Grey, Identity, Mask, Operator
 from jobs.kinds.common import Shape
 from jobs.kinds.operators import GREY_WEIGHTS, OperatorSpec
@@ -16,6 +16,7 @@ from jobs.store.writer import Started
 from worker.engine.tasks import Start
 from worker.kinds.chains import ChainFlight
 from worker.kinds.inputs import measured
+from worker.network.networks import Mode
 
 
 class RestoreFlight(ChainFlight[RestoreSpec]):
@@ -25,14 +26,20 @@ class RestoreFlight(ChainFlight[RestoreSpec]):
     # ε̂ must be that of the corrected x̂_0, and a jump travels to the timestep of the next.
     own_options: ClassVar[Mapping[str, object]] = {"rederive_eps": True, "landing": "next"}
 
-    def condition_on(self, started: Started) -> Projection:
+    @classmethod
+    def mode(cls, spec: RestoreSpec) -> Mode:
+        """By moments: products with the Jacobian."""
+        return "products" if spec.method == "moment" else "chains"
+
+    def condition_on(self, started: Started) -> Condition:
         """The measurement that came with the request."""
         model, spec = self.served.model, self.spec
         operator = operator_of(spec.operator, model.shape)
         y = measured(started)
         if isinstance(operator, Mask):
             y = operator.forward(y)  # what was sent for pixels that are not known says nothing
-        return Projection(Measurement(operator, y.to(model.device), spec.sigma))
+        measurement = Measurement(operator, y.to(model.device), spec.sigma)
+        return condition(measurement, spec.method, solver_steps=spec.solver_steps or 0)
 
     def fresh_starts(self, started: Started) -> list[Start]:
         """In noise, each in its own."""

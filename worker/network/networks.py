@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -12,18 +12,22 @@ from diffusion.model import Model
 from worker.network.network import Network, worker_dtype
 from worker.network.threads import with_team
 
+# What a network is used for: chains; the terms of likelihoods; chains that need products with its
+# Jacobian.
+Mode = Literal["chains", "terms", "products"]
+
 
 class LaneKey(NamedTuple):
-    """The digest of a model, whether deterministic, and whether for terms and not for chains."""
+    """The digest of a model, whether deterministic, and what it is used for."""
 
     digest: str
     exact: bool = False
-    terms: bool = False
+    mode: Mode = "chains"
 
 
-def lane_key(model: Model, *, exact: bool = False, terms: bool = False) -> LaneKey:
+def lane_key(model: Model, *, exact: bool = False, mode: Mode = "chains") -> LaneKey:
     """The key of a model in one mode."""
-    return LaneKey(model.digest or str(id(model)), exact, terms)
+    return LaneKey(model.digest or str(id(model)), exact, mode)
 
 
 class Networks:
@@ -38,12 +42,12 @@ class Networks:
         self._ready: dict[LaneKey, Network] = {}
         self._preparing = threading.Lock()
 
-    def prepare(self, model: Model, *, exact: bool = False, terms: bool = False) -> Network:
+    def prepare(self, model: Model, *, exact: bool = False, mode: Mode = "chains") -> Network:
         """Make a model's network ready: data type, memory layout, first small batches.
 
-        exact: rows that depend on nothing beside them. terms: for likelihoods, in float32.
+        exact: rows that depend on nothing beside them. mode: all but chains in float32.
         """
-        key = _key(model, exact, terms)
+        key = _key(model, exact, mode)
         if key in self._ready:
             return self._ready[key]
         with self._preparing:
@@ -52,13 +56,13 @@ class Networks:
             return self._ready[key]
 
     def _make(self, model: Model, key: LaneKey) -> Network:
-        in_float32 = key.exact or key.terms
+        in_float32 = key.exact or key.mode != "chains"
         dtype = torch.float32 if in_float32 else self._dtype or worker_dtype(model)
         return Network(model, dtype=dtype, max_rows=self._max_rows, exact=key.exact)
 
-    def is_prepared(self, model: Model, *, exact: bool = False, terms: bool = False) -> bool:
+    def is_prepared(self, model: Model, *, exact: bool = False, mode: Mode = "chains") -> bool:
         """Whether a task of this model can be submitted without a wait."""
-        return _key(model, exact, terms) in self._ready
+        return _key(model, exact, mode) in self._ready
 
     def keep_only(self, digests: Collection[str]) -> None:
         """Let go of other models."""
@@ -71,5 +75,5 @@ class Networks:
         return {key: net for key, net in ready.items() if key == LaneKey(key.digest)}
 
 
-def _key(model: Model, exact: bool, terms: bool) -> LaneKey:
-    return lane_key(model, exact=exact, terms=terms and not exact)  # an exact one serves both
+def _key(model: Model, exact: bool, mode: Mode) -> LaneKey:
+    return lane_key(model, exact=exact, mode="chains" if exact else mode)  # an exact one serves all
