@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import itertools
 import os
 import statistics
@@ -25,6 +24,7 @@ import httpx
 import torch
 from serving import HERE, OUR_PORT, open_client, server
 
+from diffusion import cores
 from diffusion.samplers import build_table
 from jobs.settings import Settings
 from worker.engine.lane import EngineOptions
@@ -33,7 +33,6 @@ from worker.engine.tasks import Advanced, Event, Finished, Start, Task
 from worker.models import ModelFolder
 from worker.network.compiling import Compiler, example
 from worker.network.networks import Networks
-from worker.network.threads import reserve_team, with_team
 
 IMAGES, STEPS, CLIENTS = 16, 50, 8  # a job, and how many are under way: 128 chains
 
@@ -103,17 +102,18 @@ class BareEngine:
         taken = 0.0
         for rows, count in uses.items():
             share = seconds * count / steps
-            taken += count * with_team(functools.partial(self._forward_s, share, rows))
+            taken += count * self._forward_s(share, rows)
         return sum(rows * count for rows, count in uses.items()) / taken
 
     @torch.inference_mode()
     def _forward_s(self, seconds: float, rows: int) -> float:
         x, t, labels = example(self.served.model, rows)
-        forward = self.network._compiled.get(rows, self.network.eager)
-        forward(x, t, labels)
+        shapes = [shape for shape in self.network.shapes if shape.rows >= rows]
+        shape = min(shapes, key=lambda shape: shape.rows)
+        self.network.output(x, t, labels, shape)
         start, count = time.perf_counter(), 0
         while count < 3 or time.perf_counter() - start < seconds:
-            forward(x, t, labels)
+            self.network.output(x, t, labels, shape)
             count += 1
         return (time.perf_counter() - start) / count
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="a turn")
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
-    reserve_team()
+    cores.use(cores.count())
     model = arguments.model.resolve()
     os.environ["DDPM_MODELS"] = str(model.parent)
     bare = BareEngine(model.parent, model.name, arguments.sampler)

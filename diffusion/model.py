@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion import cores
 from diffusion.files import CheckpointError
 from diffusion.parameterization import eps_coefficients, x_start_coefficients
 from diffusion.samplers import SamplingDefaults
@@ -154,6 +156,11 @@ class Model:
         """Where the weights are."""
         return self.network.conv_in.weight.device
 
+    @functools.cached_property
+    def is_large(self) -> bool:
+        """Whether single rows are worth several cores: see `cores`."""
+        return sum(weight.numel() for weight in self.network.parameters()) >= cores.LARGE
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
@@ -176,7 +183,7 @@ class Model:
     def output(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
         """The network's raw output, float32 [N, C or 2C, H, W]."""
         dtype = self.network.conv_in.weight.dtype
-        out: Tensor = self.network(x_t.to(dtype), t, class_label)
+        out = cores.evaluate(self.network, x_t.to(dtype), t, class_label, large=self.is_large)
         return out.to(torch.promote_types(x_t.dtype, torch.float32))
 
     def read(self, out: Tensor, x_t: Tensor, t: Tensor) -> Estimate:

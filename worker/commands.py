@@ -8,15 +8,14 @@ from pathlib import Path
 
 import click
 import redis
-import torch
 
+from diffusion import cores
 from jobs import logs
 from jobs.settings import Settings, load_settings, shown
 from jobs.store.connections import connect, wait_until_writable
 from jobs.store.writer import JobStore
 from worker.models import ModelFolder
 from worker.network.device import DeviceError, pick_device
-from worker.network.threads import reserve_team
 from worker.rq_adapter import EngineWorker
 from worker.runtime import Runtime
 
@@ -52,9 +51,7 @@ def worker(
     """Serve jobs from Redis (REDIS_URL) with the models of a folder, or only those NAMES."""
     settings = load_settings(queue=queue, models=models, slots=capacity)
     logs.configure(settings.log_format)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    reserve_team()
+    cores.use(threads or cores.count())
     try:
         picked = pick_device(device)
         if picked.type == "cpu":

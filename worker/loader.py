@@ -8,14 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from diffusion import Model
+from diffusion import Model, cores
 from jobs.settings import Settings
 from jobs.store.records import JobRecord
 from worker.engine.loop import Engine
 from worker.kinds.table import FLIGHTS
 from worker.models import ModelFolder
 from worker.network.networks import Mode
-from worker.network.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
 
@@ -36,7 +35,7 @@ class Loader:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._pool = ThreadPoolExecutor(1, "loader", initializer=keep_to_one)
+        self._pool = ThreadPoolExecutor(1, "loader", initializer=cores.keep_to_one)
         self._tasks: dict[object, Future[None]] = {}
         self._begun = 0  # scans that have begun
         self._done = 0  # scans that have ended

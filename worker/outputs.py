@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import redis
 
+from diffusion import cores
 from jobs.store.batch import Fate, WriteBatch
 from jobs.store.trouble import passes
 from jobs.store.writer import JobStore
@@ -29,7 +30,6 @@ from worker.engine.tasks import (
 )
 from worker.flights import AnyFlight, Ending, Intent, Outcome
 from worker.network.device import is_out_of_memory
-from worker.network.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
 T = TypeVar("T")
@@ -198,7 +198,7 @@ class OutputsThread:
         self._thread.join()
 
     def _loop(self) -> None:
-        keep_to_one()
+        cores.keep_to_one()
         try:
             going = True
             while going:

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import redis
 
+from diffusion import cores
 from jobs.store.batch import InBatch
 from jobs.store.trouble import passes
 from jobs.store.writer import JobStore
 from worker.engine.loop import Engine
 from worker.engine.tasks import Advanced, EngineStopped, Event
 from worker.flights import AnyFlight
-from worker.network.threads import keep_to_one
 
 log = logging.getLogger("ddpm.worker")
 # A suspect that lives so long past its furthest point is cleared: longer than progress takes to be
@@ -260,7 +260,7 @@ class Roster:
             write()
 
     def _loop(self) -> None:
-        keep_to_one()
+        cores.keep_to_one()
         try:
             while (write := self._writes.get()) is not None:
                 write()

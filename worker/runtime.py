@@ -18,6 +18,7 @@ from typing import Any
 import redis
 import torch
 
+from diffusion import cores
 from jobs import logs
 from jobs.kinds.stored import Unread
 from jobs.observed import Batches
@@ -35,7 +36,6 @@ from worker.kinds.table import FLIGHTS
 from worker.loader import Loader
 from worker.models import ModelFolder, Served
 from worker.network.compiling import Compiler
-from worker.network.threads import keep_to_one
 from worker.outputs import Outputs, OutputsThread
 from worker.provenance import provenance
 from worker.roster import Roster
@@ -92,7 +92,7 @@ class Runtime:
             settings.cache_dir.expanduser() / "compiled",
             enabled=settings.compile and threads,
         )
-        self._beside = ThreadPoolExecutor(THREADS_BESIDE, "beside", initializer=keep_to_one)
+        self._beside = ThreadPoolExecutor(THREADS_BESIDE, "beside", initializer=cores.keep_to_one)
         self._threads = threads
         self._loader = Loader(self)
         self._duties_at = 0.0

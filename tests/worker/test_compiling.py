@@ -136,7 +136,8 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
     compiler.close()
     (shape,) = [shape for shape in network.shapes if shape.compiled]
     assert shape.rows == 1
-    assert difference(network, network._compiled[1], 1) < TOLERANCE[network.dtype]
+    tile = network.tile(1)
+    assert difference(network, network._compiled[tile], tile) < TOLERANCE[network.dtype]
     run(engine, served.model, 20)
     (images,) = [e for e in events if isinstance(e, Images)][-1:]
     expected = diffusion.sample(
@@ -156,14 +157,14 @@ def test_the_key_covers_all_code_that_is_compiled(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = Networks(None, 8).prepare(served.model)
-    keys = {compiling._key(served, network, 1)}
+    keys = {compiling._key(served, network, network.tile(1))}
     for file in compiling.SOURCES:
         edited = tmp_path / Path(file).name
         edited.write_text(Path(file).read_text() + "# edited\n")
         sources = tuple(str(edited) if other == file else other for other in compiling.SOURCES)
         monkeypatch.setattr(compiling, "SOURCES", sources)
         compiling._source.cache_clear()
-        keys.add(compiling._key(served, network, 1))
+        keys.add(compiling._key(served, network, network.tile(1)))
         monkeypatch.undo()
     compiling._source.cache_clear()
     assert len(keys) == 1 + len(compiling.SOURCES)

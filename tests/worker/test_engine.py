@@ -532,7 +532,8 @@ def test_compiled_code_is_swapped_in_while_tasks_run(model: Model) -> None:
         calls.append(x.shape[0])
         return model.output(x, t, labels)
 
-    harness.engine.networks.prepare(model).add_compiled(4, compiled)
+    network = harness.engine.networks.prepare(model)
+    network.add_compiled(network.tile(4), compiled)
     harness.run()
     assert calls and set(calls) == {4}
     expected = diffusion.sample(model, 4, seed=1, steps=40, dtype=torch.float32)

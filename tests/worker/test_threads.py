@@ -10,8 +10,8 @@ from pathlib import Path
 SCRIPT = """
 import os, queue, threading, time
 import torch
+from diffusion import cores
 from worker.engine.loop import Engine
-from worker.network.threads import keep_to_one, reserve_team, team_size, with_team
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -22,37 +22,37 @@ def started_by_a_loop():
     (torch.ones(1 << 20) * 2).sum()
     return threads() - before
 
-torch.set_num_threads(2)
-reserve_team()
-assert team_size() == 2
+cores.use(2)
+assert cores.count() == 2
 assert started_by_a_loop() == 0, "the main thread has a team"
-assert with_team(started_by_a_loop) == 1
-def fail(): raise KeyError("seen")
-try:
-    with_team(fail)
-except KeyError:
-    pass
-else:
-    raise AssertionError
 
 seen = queue.SimpleQueue()
 engine = Engine(lambda events: None)
 engine.start()
 engine._command(lambda: seen.put(started_by_a_loop()))
-assert seen.get(timeout=10) == 1, "the engine has no team"
+assert seen.get(timeout=10) == 0, "the engine has a team"
 
 def side():
-    keep_to_one()
+    cores.keep_to_one()
     seen.put(started_by_a_loop())
 threading.Thread(target=side).start()
 assert seen.get(timeout=10) == 0, "a side thread has a team"
+
+def network(x, t, labels):
+    (torch.ones(1 << 20) * 2).sum()
+    return x
+with torch.no_grad():
+    before = threads()
+    cores.evaluate(network, torch.zeros(8, 1), torch.zeros(8), None)
+    assert threads() - before == 2, "one thread a part"
+    cores.evaluate(network, torch.zeros(1, 1), torch.zeros(1), None, large=True)
+    assert threads() - before == 3, "a team for one row of a large network"
 engine.stop()
-assert started_by_a_loop() == 0
 print("ok")
 """
 
 
-def test_the_engine_alone_has_a_team_for_good() -> None:
+def test_rows_apart_need_no_teams() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from diffusion import cores
 from worker.engine.chain_pool import ChainPool
 from worker.engine.fairness import Turns, pool_weights
 from worker.engine.lane import EngineOptions, Lane
@@ -42,7 +43,6 @@ from worker.network.costs import Shape
 from worker.network.device import is_out_of_memory, release_memory
 from worker.network.network import Network
 from worker.network.networks import LaneKey, Networks, lane_key
-from worker.network.threads import use_team
 
 log = logging.getLogger("ddpm.worker")
 Sink = Callable[[list[Event]], None]
@@ -169,7 +169,7 @@ class Engine:
     # The engine's thread
 
     def _loop(self) -> None:
-        use_team()
+        cores.keep_to_one()
         try:
             while not self._stopping:
                 if not self.tick():

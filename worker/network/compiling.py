@@ -29,10 +29,11 @@ from torch import Tensor
 import diffusion.cpu_layers
 import diffusion.speed
 import diffusion.unet
+from diffusion import cores
 from jobs.processes import command_of, environment
-from worker.network.network import Forward, Network
+from worker.network.compiled import Compiled
+from worker.network.network import Forward, Network, Tile
 from worker.network.networks import Networks
-from worker.network.threads import team_size, with_team
 
 log = logging.getLogger("ddpm.worker")
 MOST_SHAPES = 7  # compiled a model: 1 to 64
@@ -66,11 +67,11 @@ class Compilable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One shape of one model being compiled."""
+    """One tile of one model being compiled."""
 
     served: Compilable
     network: Network
-    rows: int
+    tile: Tile
     package: Path
     process: subprocess.Popen[bytes]
 
@@ -108,33 +109,33 @@ class Compiler:
 
     def _most_wanted(
         self, served: Iterable[Compilable]
-    ) -> tuple[Compilable, Network, int, Path] | None:
+    ) -> tuple[Compilable, Network, Tile, Path] | None:
         best, most = None, USES - 1
         for one in served:
             network = self._networks.prepare(one.model)
-            for rows, uses in _uses(network).items():
-                package = self._folder / f"{_key(one, network, rows)}.pt2"
+            for tile, uses in _uses(network).items():
+                package = self._folder / f"{_key(one, network, tile)}.pt2"
                 if package in self._tried:
                     continue
                 if package.is_file():  # made in an earlier life
                     uses = sys.maxsize
                 if uses > most:
-                    best, most = (one, network, rows, package), uses
+                    best, most = (one, network, tile, package), uses
         return best
 
-    def _begin(self, served: Compilable, network: Network, rows: int, package: Path) -> None:
+    def _begin(self, served: Compilable, network: Network, tile: Tile, package: Path) -> None:
         self._tried.add(package)
         if package.is_file():
-            self._swap_in(served, network, rows, package)
+            self._swap_in(served, network, tile, package)
             return
         if network.model.device.type == "cpu" and shutil.which("g++") is None:
             log.info("no g++ here: the network stays uncompiled")
             self._enabled = False
             return
-        log.info("compiling %s for batches of %d in the background", served.name, rows)
+        log.info("compiling %s for %d rows at once in the background", served.name, tile.rows)
         arguments = [str(served.folder), served.model.digest, str(network.model.device)]
-        arguments += [str(network.dtype).removeprefix("torch."), str(rows)]
-        arguments += [str(team_size()), str(package)]
+        arguments += [str(network.dtype).removeprefix("torch."), str(tile.rows)]
+        arguments += [str(tile.threads), str(package)]
         with package.with_suffix(".log").open("wb") as output:
             process = subprocess.Popen(
                 command_of("worker.network.compile_one", *arguments),
@@ -142,21 +143,22 @@ class Compiler:
                 stderr=output,
                 env={**environment(), "TORCHINDUCTOR_CACHE_DIR": str(self._folder / "inductor")},
             )
-        self._job = Job(served, network, rows, package, process)
+        self._job = Job(served, network, tile, package, process)
 
     def _collect(self, job: Job) -> None:
         if job.process.returncode == 0:
-            self._swap_in(job.served, job.network, job.rows, job.package)
+            self._swap_in(job.served, job.network, job.tile, job.package)
             return
         output = job.package.with_suffix(".log").read_text(errors="replace").strip()
         reason = (output.splitlines() or [f"exit status {job.process.returncode}"])[-1]
-        log.warning("batches of %d of %s stay uncompiled: %s", job.rows, job.served.name, reason)
+        name = job.served.name
+        log.warning("%d rows at once of %s stay uncompiled: %s", job.tile.rows, name, reason)
 
-    def _swap_in(self, served: Compilable, network: Network, rows: int, package: Path) -> None:
+    def _swap_in(self, served: Compilable, network: Network, tile: Tile, package: Path) -> None:
         try:
             package.touch()
-            forward = load(package)
-            error = with_team(lambda: difference(network, forward, rows))
+            forward = load(package, network.model.device)
+            error = difference(network, forward, tile)
         except Exception as failure:
             log.warning("compiled code of %s cannot be used: %s", served.name, failure)
             package.unlink(missing_ok=True)
@@ -164,12 +166,14 @@ class Compiler:
         if not error <= TOLERANCE[network.dtype]:
             log.warning("compiled code of %s differs by %.2g: not used", served.name, error)
             return
-        network.add_compiled(rows, forward)
-        log.info("batches of %d of %s run compiled code", rows, served.name)
+        network.add_compiled(tile, forward)
+        log.info("%d rows at once of %s run compiled code", tile.rows, served.name)
 
 
-def load(package: Path) -> Forward:
-    """The compiled network (x, labels and t of the right batch size) → raw output."""
+def load(package: Path, device: torch.device) -> Forward:
+    """The compiled network (x, labels and t of the right size) → raw output, for all cores."""
+    if device.type == "cpu":
+        return Compiled(package, cores.count())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Callable[..., Tensor] = torch._inductor.aoti_load_package(str(package))
@@ -181,11 +185,11 @@ def load(package: Path) -> Forward:
 
 
 @torch.inference_mode()
-def difference(network: Network, forward: Forward, rows: int) -> float:
+def difference(network: Network, forward: Forward, tile: Tile) -> float:
     """How far compiled code is from eager code on some batch, relative to its largest value."""
-    x, t, labels = example(network.model, rows)
-    eager = network.eager(x, t, labels).float()
-    compiled = forward(x, t, labels).float()
+    x, t, labels = example(network.model, tile.rows)
+    eager = network.eager(x, t, labels)
+    compiled = cores.side_by_side(forward, x, t, labels, parts=1, threads=tile.threads).float()
     return float((compiled - eager).abs().max() / eager.abs().max().clamp(min=1e-12))
 
 
@@ -198,20 +202,20 @@ def example(model: diffusion.Model, rows: int) -> tuple[Tensor, Tensor, Tensor |
     return x, t, t % classes if classes else None
 
 
-def _uses(network: Network) -> dict[int, int]:
-    """Power of two → how many steps would have fitted it best; the few most used."""
-    uses: Counter[int] = Counter()
+def _uses(network: Network) -> dict[Tile, int]:
+    """Tile of a power of two → how many steps would have fitted it best; the few most used."""
+    uses: Counter[Tile] = Counter()
     for rows, count in network.uses.copy().items():
-        uses[1 << (rows - 1).bit_length()] += count
+        uses[network.tile(1 << (rows - 1).bit_length())] += count
     return dict(uses.most_common(MOST_SHAPES))
 
 
-def _key(served: Compilable, network: Network, rows: int) -> str:
+def _key(served: Compilable, network: Network, tile: Tile) -> str:
     """Everything that compiled code depends on."""
     parts = (
         served.model.digest,
         _source(),
-        str((network.dtype, network.model.device, rows, team_size())),
+        str((network.dtype, network.model.device, *tile)),
         torch.__version__,
         _processor(),
     )

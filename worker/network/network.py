@@ -6,15 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffusion import cores
 from diffusion.model import Estimate, Model
 from diffusion.speed import fast_dtype, prepare
 from worker.network.costs import CostModel, Shape
-from worker.network.threads import team_size
 
 # A CPU gains nothing from one more row of padding, and its kernels are set up anew for each shape.
 EAGER_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -34,6 +34,13 @@ def worker_dtype(model: Model) -> torch.dtype:
 
 def _cpu_has_bf16() -> bool:
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+
+
+class Tile(NamedTuple):
+    """Rows that a network is called with, and the CPU threads of the call: one compiled code."""
+
+    rows: int
+    threads: int
 
 
 class BatchError(ValueError):
@@ -69,7 +76,7 @@ class Network:
         self.model = model
         self.dtype = torch.float32 if exact else dtype
         self._fast = prepare(model, dtype=self.dtype)
-        self._compiled: dict[int, Forward] = {}
+        self._compiled: dict[Tile, Forward] = {}
         self.uses: Counter[int] = Counter()  # steps by their rows
         self.exact = exact
         sizes = tuple(size for size in EAGER_SIZES if size <= max_rows)
@@ -81,8 +88,7 @@ class Network:
     def shapes(self) -> list[Shape]:
         """The shapes to choose from: eager ones only where there is no compiled code."""
         compiled = self._compiled
-        eager = [shape for shape in self.eager_shapes if shape.rows not in compiled]
-        return eager + [Shape(size, compiled=True) for size in compiled]
+        return [Shape(size, compiled=self.tile(size) in compiled) for size in self._sizes]
 
     @property
     def eager_shapes(self) -> list[Shape]:
@@ -93,12 +99,23 @@ class Network:
         """All beside weights, software and device that rounding depends on; JSON."""
         made: dict[str, Any] = {"dtype": str(self.dtype).removeprefix("torch."), "code": "eager"}
         if self._compiled:
-            made |= {"code": "compiled", "compiled_batches": sorted(self._compiled)}
-        return made | {"threads": team_size()}
+            batches = [shape.rows for shape in self.shapes if shape.compiled]
+            made |= {"code": "compiled", "compiled_batches": batches}
+        return made | {"threads": cores.count()}
 
-    def add_compiled(self, rows: int, forward: Forward) -> None:
-        """Offer compiled code (x, t, labels) → raw output for batches of `rows`. Any thread."""
-        self._compiled = {**self._compiled, rows: forward}  # the engine may be reading the old one
+    def tile(self, rows: int) -> Tile:
+        """What is evaluated at once of a batch of `rows`: a part of it, on a GPU all."""
+        if self.model.device.type != "cpu":
+            return Tile(rows, 1)
+        parts, threads = cores.deal(rows, cores.count(), large=self.model.is_large)
+        return Tile(-(-rows // parts), threads)
+
+    def add_compiled(self, tile: Tile, forward: Forward) -> None:
+        """Offer compiled code (x, t, labels) → raw output, to be called by several threads.
+
+        Any thread may offer it.
+        """
+        self._compiled = {**self._compiled, tile: forward}  # the engine may be reading the old one
 
     def evaluate(self, inputs: Inputs, shape: Shape) -> Estimate:
         """What the network finds in each sample; with ε_u + g(ε_c − ε_u) for ε where guided.
@@ -125,19 +142,30 @@ class Network:
         """The raw output, float32 [N, C or 2C, H, W], of a batch padded to the shape."""
         rows = x.shape[0]
         self.uses[rows] += 1
-        padding = shape.rows - rows
-        if padding < 0:
+        if rows > shape.rows:
             raise BatchError(f"{rows} rows do not fit a batch of {shape.rows}")
+        tile = self.tile(shape.rows)
+        parts = -(-shape.rows // tile.rows)
+        padding = (parts * tile.rows if shape.compiled else shape.rows) - rows
         if padding:
             x, t = _pad(x, padding), _pad(t, padding)
             labels = None if labels is None else _pad(labels, padding)
-        forward = self._compiled[shape.rows] if shape.compiled else self.eager
-        return forward(x, t, labels).to(torch.float32)[:rows]
+        if not shape.compiled:
+            return self.eager(x, t, labels)[:rows]
+        return self.compiled(x, t, labels, tile)[:rows]
 
     def eager(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The raw output, uncompiled, in the network's own data type; x: float32."""
-        out: Tensor = self._fast.network(x, t, labels)
-        return out
+        """The raw output, uncompiled, float32; x: float32."""
+        return self._fast.output(x, t, labels)
+
+    def compiled(self, x: Tensor, t: Tensor, labels: Tensor | None, tile: Tile) -> Tensor:
+        """The raw output, float32, by compiled code; x: float32, of so many tiles."""
+        forward = self._compiled[tile]
+        if x.device.type != "cpu":
+            return forward(x, t, labels).to(torch.float32)
+        parts = x.shape[0] // tile.rows
+        out = cores.side_by_side(forward, x, t, labels, parts=parts, threads=tile.threads)
+        return out.to(torch.float32)
 
     @torch.inference_mode()
     def _warm_up(self) -> None:

@@ -10,7 +10,6 @@ import torch
 
 from diffusion.model import Model
 from worker.network.network import Network, worker_dtype
-from worker.network.threads import with_team
 
 # What a network is used for: chains; the terms of likelihoods; chains that need products with its
 # Jacobian.
@@ -52,7 +51,7 @@ class Networks:
             return self._ready[key]
         with self._preparing:
             if key not in self._ready:
-                self._ready[key] = with_team(lambda: self._make(model, key))
+                self._ready[key] = self._make(model, key)
             return self._ready[key]
 
     def _make(self, model: Model, key: LaneKey) -> Network:

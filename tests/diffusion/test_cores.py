@@ -1,0 +1,177 @@
+"""How the rows of a batch are dealt to the cores, and how many cores there are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion import cores
+
+ROOT = Path(__file__).parents[2]
+
+
+def fake(root: Path, groups: str, files: dict[str, str]) -> Path:
+    """A tree as the kernel shows it."""
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_quota_of_version_2_is_the_least_of_all_groups_above(tmp_path: Path) -> None:
+    group = "sys/fs/cgroup/a/b"
+    files = {
+        f"{group}/cpu.max": "150000 100000\n",
+        "sys/fs/cgroup/a/cpu.max": "50000 100000\n",
+    }
+    assert cores.quota(fake(tmp_path, "0::/a/b\n", files)) == 0.5
+    fake(tmp_path, "0::/a/b\n", {"sys/fs/cgroup/a/cpu.max": "max 100000\n"})
+    assert cores.quota(tmp_path) == 1.5
+
+
+def test_quota_in_a_container_of_version_2(tmp_path: Path) -> None:
+    """Its group is the root of what is mounted there, whatever path the process is told."""
+    files = {"sys/fs/cgroup/cpu.max": "25000 50000\n"}
+    assert cores.quota(fake(tmp_path / "own", "0::/\n", files)) == 0.5
+    assert cores.quota(fake(tmp_path / "host", "0::/../docker/123\n", files)) == 0.5
+
+
+def test_quota_of_version_1(tmp_path: Path) -> None:
+    folder = "sys/fs/cgroup/cpu,cpuacct/x"
+    files = {f"{folder}/cpu.cfs_quota_us": "200000\n", f"{folder}/cpu.cfs_period_us": "100000\n"}
+    root = fake(tmp_path, "4:memory:/y\n3:cpu,cpuacct:/x\n", files)
+    assert cores.quota(root) == 2
+    (root / folder / "cpu.cfs_quota_us").write_text("-1\n")
+    assert cores.quota(root) is None
+
+
+def test_no_quota(tmp_path: Path) -> None:
+    assert cores.quota(tmp_path) is None  # no Linux
+    assert cores.quota(fake(tmp_path, "0::/\n", {})) is None
+    assert cores.quota(fake(tmp_path, "0::/\n", {"sys/fs/cgroup/cpu.max": "nonsense"})) is None
+
+
+@pytest.fixture
+def limited(tmp_path: Path) -> Iterator[tuple[Path, Path, str]]:
+    """A control group of this test's own: its folder, the file of its quota, and the format."""
+    for mount, file, form in (
+        ("/sys/fs/cgroup/cpu", "cpu.cfs_quota_us", "{quota}"),
+        ("/sys/fs/cgroup", "cpu.max", "{quota} 100000"),
+    ):
+        folder = Path(mount) / f"ddpm-test-{os.getpid()}"
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        try:
+            (folder / file).write_text(form.format(quota=100_000))
+        except OSError:
+            folder.rmdir()
+            continue
+        yield folder, folder / file, form
+        folder.rmdir()
+        return
+    pytest.skip("no control group can be made here")
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(0.5, 1), (1, 1), (1.5, 2)])
+def test_a_process_counts_what_its_control_group_allows(
+    limited: tuple[Path, Path, str], quota: float, expected: int
+) -> None:
+    folder, file, form = limited
+    file.write_text(form.format(quota=int(quota * 100_000)))
+    script = (
+        "import os; from pathlib import Path\n"
+        f"Path({str(folder / 'cgroup.procs')!r}).write_text(str(os.getpid()))\n"
+        "from diffusion import cores; print(cores.quota(), cores.usable(), cores.count())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    found = done.stdout.split()
+    allowed = min(expected, len(os.sched_getaffinity(0)))
+    assert found == [str(float(quota)), str(allowed), str(allowed)], done.stderr
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("available", [1, 2, 3, 4, 6, 16, 96])
+def test_dealing_uses_no_more_cores_than_there_are(available: int, large: bool) -> None:
+    for rows in range(1, 300):
+        parts, threads = cores.deal(rows, available, large=large)
+        assert 1 <= parts <= rows
+        assert threads >= 1 and parts * threads <= available
+    assert cores.deal(256, 2, large=large) == (2, 1)
+    assert cores.deal(1, 2, large=large) == (1, 2 if large else 1)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_parts_are_the_whole(rows: int, labelled: bool) -> None:
+    threads = set()
+
+    def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        threads.add(threading.get_ident())
+        assert not torch.is_grad_enabled()
+        assert torch.get_num_threads() == 1
+        return x * t.view(-1, 1) + (0 if labels is None else labels.view(-1, 1))
+
+    x, t = torch.randn(rows, 3), torch.arange(rows)
+    labels = torch.arange(rows) * 10 if labelled else None
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            expected = x * t.view(-1, 1) + (t * 10 if labelled else 0 * t).view(-1, 1)
+            for parts in range(1, rows + 1):
+                threads.clear()
+                found = cores.side_by_side(network, x, t, labels, parts=parts)
+                assert torch.equal(found, expected)
+                assert found.is_inference() == (mode is torch.inference_mode)
+                assert len(threads) == parts
+
+
+def test_an_error_in_one_part_is_raised_once_all_have_ended() -> None:
+    ended = []
+
+    def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        if 0 in t:
+            raise ValueError("labels: wrong")
+        threading.Event().wait(0.1)
+        ended.append(len(t))
+        return x
+
+    with torch.no_grad(), pytest.raises(ValueError, match="labels: wrong"):
+        cores.side_by_side(network, torch.zeros(4, 1), torch.arange(4), None, parts=2)
+    assert ended == [2]
+
+
+def test_a_network_in_a_network_is_part_of_the_part() -> None:
+    def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return cores.evaluate(lambda x, t, labels: x + 1, x, t, labels)
+
+    with torch.no_grad():
+        found = cores.side_by_side(network, torch.zeros(8, 1), torch.arange(8), None, parts=2)
+    assert found.eq(1).all()
+
+
+def test_gradients_are_left_to_the_caller() -> None:
+    caller = threading.get_ident()
+
+    def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        assert threading.get_ident() == caller
+        return x * 2
+
+    x = torch.ones(8, 1, requires_grad=True)
+    cores.evaluate(network, x, torch.arange(8), None).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None and x.grad.eq(2).all()
