@@ -28,7 +28,7 @@ up: $(VENV)/.serve
 	$(BIN)/ddpm up --port $(PORT)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --cov
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

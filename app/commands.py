@@ -95,8 +95,9 @@ def key(name: str, path: Path | None) -> None:
 @HOST
 @PORT
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--threads", type=click.IntRange(1), help="CPU threads a worker; default: all cores.")
 @DATA
-def up(host: str, port: int, workers: int, data: Path) -> None:
+def up(host: str, port: int, workers: int, threads: int | None, data: Path) -> None:
     """Serve: start Redis (or use REDIS_URL), workers and the HTTP API."""
     from app.up.supervisor import StartFailed, Supervisor
 
@@ -105,7 +106,12 @@ def up(host: str, port: int, workers: int, data: Path) -> None:
     with bound(settings, host, port) as listener:
         port = listener.getsockname()[1]
     supervisor = Supervisor(
-        settings, address=(host, port), workers=workers, folder=data, say=click.echo
+        settings,
+        address=(host, port),
+        workers=workers,
+        threads=threads,
+        folder=data,
+        say=click.echo,
     )
     try:
         supervisor.run()

@@ -43,6 +43,14 @@ def use(cores: int) -> None:
     torch.set_num_threads(1)
 
 
+def limit(cores: int | None = None) -> None:
+    """Let torch run on so many cores from now on; None: on those that are there for this process.
+
+    Torch itself asks for as many threads as the machine has cores, whatever a container may use.
+    """
+    torch.set_num_threads(cores or count())
+
+
 def keep_to_one() -> None:
     """Let the calling thread have no team, if `use` was called."""
     if _cores:

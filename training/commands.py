@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
 
 PATH = click.Path(path_type=Path)
+THREADS = click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads; default: the cores there are."
+)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -23,6 +26,7 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--resume", is_flag=True, help="Go on with a run, from its last checkpoint.")
 @click.option("--init", type=PATH, help="Start from the weights of this folder or named model.")
+@THREADS
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def train(
     config: Path,
@@ -30,6 +34,7 @@ def train(
     out: Path | None,
     resume: bool,
     init: Path | None,
+    threads: int | None,
     quiet: bool,
 ) -> None:
     """Train a model on a folder of pictures, or as a TOML file says.
@@ -40,6 +45,7 @@ def train(
     with the run in a folder. Several processes: `accelerate launch --num_processes 2 -m ddpm train`
     and the same words.
     """
+    from diffusion import cores
     from diffusion.files import CheckpointError
     from training.config import ConfigError
     from training.sources import DataError
@@ -47,6 +53,7 @@ def train(
     from training.trainer import Trainer
 
     folder = out or default_folder(config, resume)
+    cores.limit(threads)
     try:
         if resume and init is not None:
             raise StateError("--init starts a run and --resume goes on with one: give one of them")
@@ -138,8 +145,9 @@ def _find_model(name: str | Path) -> Path:
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile; pays on long jobs.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
+@THREADS
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def sample(**options: object) -> None:
+def sample(threads: int | None, **options: object) -> None:
     """Draw images from a trained model, without a server.
 
     --out decides what is written: FILE.png (or .webp) is the picture, a grid for several images;
@@ -147,10 +155,12 @@ def sample(**options: object) -> None:
     a film of the chain (as is FILE.webp with --snapshots). With --snapshots N, FILE.png shows the
     chain as columns: what x_t (or x̂_0) was every N steps.
     """
+    from diffusion import cores
     from diffusion.files import CheckpointError
     from diffusion.sampling import NotFiniteError
     from training.sample import SampleOptions, draw
 
+    cores.limit(threads)
     options["model"] = _find_model(str(options["model"]))
     out = str(options["out"])
     options["out"] = Path(out)

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from training.commands import THREADS
+
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=0)
 POSITIVE = click.IntRange(min=1)
@@ -44,8 +46,9 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="fp32")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile.")
 @click.option("--batch-size", default=64, show_default=True, type=POSITIVE)
+@THREADS
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def evaluate(**options: Any) -> None:
+def evaluate(threads: int | None, **options: Any) -> None:
     """Measure MODEL (a name in models/, or a folder) on DATA (as data.source of a training).
 
     Writes results.json, terms.png (L_t over t), rate_distortion.png and progressive.png. The
@@ -53,12 +56,14 @@ def evaluate(**options: Any) -> None:
     after an interruption. Without --splits, all of a folder of images is measured, and train and
     test of parquet files and hub datasets; with it, each is a folder in the folder of images.
     """
+    from diffusion import cores
     from diffusion.files import CheckpointError
     from diffusion.sampling import NotFiniteError
     from training.commands import _find_model
     from training.evaluate import EvaluateOptions
     from training.evaluate import evaluate as run
 
+    cores.limit(threads)
     model = _find_model(options.pop("model"))
     out = options.pop("out") or Path("runs") / f"evaluate-{model.name}"
     named = options.pop("splits")

@@ -39,7 +39,8 @@ class StartFailed(RuntimeError):
 class Supervisor:
     """Runs the parts until a signal comes.
 
-    folder: data, logs and sockets (.ddpm). say: prints one line.
+    threads: of each worker; None: as many as there are cores. folder: data, logs and sockets
+    (.ddpm). say: prints one line.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Supervisor:
         *,
         address: tuple[str, int],
         workers: int,
+        threads: int | None = None,
         folder: Path,
         say: Callable[[str], None],
     ) -> None:
         self._settings = settings
         self._host, self._port = address
         self._count = workers
+        self._threads = [] if threads is None else ["--threads", str(threads)]
         self._folder = folder
         self._say = say
         self._lock: IO[bytes] | None = None
@@ -100,8 +103,9 @@ class Supervisor:
         self._settings = self._settings.model_copy(update={"redis_url": url})
         address = ["--host", self._host, "--port", str(self._port)]
         self._api = self._part("the API", "api", ["api", *address])
+        worker = ["worker", *self._threads]
         for i in range(1, self._count + 1):
-            self._workers.append(self._part(f"worker {i}", f"worker-{i}", ["worker"]))
+            self._workers.append(self._part(f"worker {i}", f"worker-{i}", worker))
 
     def _part(self, name: str, log: str, arguments: list[str]) -> Part:
         def start() -> Child:
