@@ -1,0 +1,143 @@
+"""What busy processes beside ours cost: the network alone, the service, a peer, two workers.
+
+    .venv/bin/python benchmarks/neighbours.py [--seconds 20] [--only network]
+
+A neighbour is a process that computes without a pause on one core. "rows apart" is how networks
+are evaluated here, "a team" what torch does by itself: all cores inside each operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from serving import HERE, OUR_PORT, PEER_PORT, ask_peer, ask_us, closed_loop, server
+
+import diffusion
+from diffusion import cores
+from diffusion.diffusers.folder import export_diffusers
+from diffusion.speed import fast_dtype, prepare
+
+BUSY = (0, 1, 2)
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """So many processes that never wait."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@torch.inference_mode()
+def forward_rate(folder: Path, how: str, rows: int, seconds: float) -> float:
+    """Rows/s of one network; `how`: apart, or team."""
+    model = diffusion.load(folder, "cpu")
+    fast = prepare(model, dtype=fast_dtype(model))
+    x, t = torch.randn(rows, *model.shape), torch.arange(rows) % model.schedule.T
+    labels = torch.zeros_like(t) if model.config.network.num_classes else None
+    available = cores.count()
+
+    def evaluate() -> None:
+        if how == "apart":
+            fast.output(x, t, labels)
+        else:
+            cores.side_by_side(fast.network, x, t, labels, parts=1, threads=available)
+
+    evaluate()
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        evaluate()
+        count += 1
+    return count * rows / (time.perf_counter() - began)
+
+
+def row(name: str, rates: list[float]) -> None:
+    """One line: the rates, and each against that alone."""
+    shares = " | ".join(f"{rate / rates[0]:.2f}" for rate in rates[1:])
+    print(f"| {name} | {' | '.join(f'{rate:.0f}' for rate in rates)} | {shares} |", flush=True)
+
+
+def network(folder: Path, seconds: float) -> None:
+    """The forward of a batch, in processes of their own, by turns."""
+    print(
+        "\n| rows/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |\n|---|---|---|---|---|---|"
+    )
+    for rows in (1, 4, 16, 64):
+        for how in ("apart", "team"):
+            rates = []
+            for busy in BUSY:
+                with neighbours(busy):
+                    command = [sys.executable, __file__, "--model", str(folder), "--one", how]
+                    command += ["--rows", str(rows), "--seconds", str(seconds)]
+                    rates.append(float(subprocess.check_output(command, text=True)))
+            row(f"{rows} rows, {'apart' if how == 'apart' else 'a team'}", rates)
+
+
+def service(folder: Path, seconds: float) -> None:
+    """32 clients in a closed loop, jobs of 10 to 100 steps."""
+    logs = Path(tempfile.mkdtemp(prefix="ddpm-bench-"))
+    print(f"logs: {logs}", file=sys.stderr)
+    os.environ["DDPM_MODELS"] = str(folder.resolve().parent)
+    export_diffusers(diffusion.load(folder), logs / "peer")
+    ours = [sys.executable, "-m", "ddpm", "up", "--port", str(OUR_PORT)]
+    peer = [sys.executable, str(HERE / "peer.py"), str(logs / "peer"), str(PEER_PORT), "bfloat16"]
+    print("\n| image-steps/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |")
+    print("|---|---|---|---|---|---|")
+    rates: dict[str, list[float]] = {}
+    for name, command, port, path, ask in (
+        ("ddpm-serve", [*ours, "--data", str(logs / "one")], OUR_PORT, "readyz", ask_us),
+        (
+            "ddpm-serve, two workers",
+            [*ours, "--workers", "2", "--data", str(logs / "two")],
+            OUR_PORT,
+            "readyz",
+            ask_us,
+        ),
+        ("LitServe, diffusers", peer, PEER_PORT, "health", ask_peer),
+    ):
+        with server(command, f"http://127.0.0.1:{port}/{path}", logs / f"{len(rates)}.log"):
+            asyncio.run(closed_loop(ask, seconds / 4))
+            rates[name] = []
+            for busy in BUSY:
+                with neighbours(busy):
+                    rates[name].append(asyncio.run(closed_loop(ask, seconds)))
+        row(name, rates[name])
+    one, two, theirs = rates.values()
+    print(f"\ntwo workers / one, alone: {two[0] / one[0]:.2f}")
+    against = ", ".join(f"{a / b:.2f}" for a, b in zip(one, theirs, strict=True))
+    print(f"ddpm-serve / LitServe, alone, beside 1, beside 2: {against}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=HERE.parent / "models" / "mnist")
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--only", choices=["network", "service"])
+    parser.add_argument("--one", choices=["apart", "team"], help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(forward_rate(arguments.model, arguments.one, arguments.rows, arguments.seconds))
+        return
+    if arguments.only != "service":
+        network(arguments.model, arguments.seconds / 5)
+    if arguments.only != "network":
+        service(arguments.model, arguments.seconds)
+
+
+if __name__ == "__main__":
+    main()
