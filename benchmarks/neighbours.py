@@ -73,9 +73,8 @@ def row(name: str, rates: list[float]) -> None:
 
 def network(folder: Path, seconds: float) -> None:
     """The forward of a batch, in processes of their own, by turns."""
-    print(
-        "\n| rows/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |\n|---|---|---|---|---|---|"
-    )
+    print("\n| rows/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |")
+    print("|---|---|---|---|---|---|")
     for rows in (1, 4, 16, 64):
         for how in ("apart", "team"):
             rates = []
