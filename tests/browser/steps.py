@@ -33,7 +33,10 @@ def ask(page: Any, *, images: int, steps: int, seed: int | None = None) -> None:
 
 def says(page: Any, text: str) -> None:
     """Wait until the line below the bar says it."""
-    page.locator("#status", has_text=text).wait_for()
+    deadline = time.monotonic() + PATIENCE_S
+    while text not in (told := page.locator("#status").all_inner_texts() or [""])[0]:
+        assert time.monotonic() < deadline, f"{told[0]!r}, not {text!r}"
+        page.wait_for_timeout(50)
 
 
 def drawn(page: Any, where: str = "#grid") -> list[str]:
@@ -52,10 +55,12 @@ def slide(page: Any, to: int, slider: str = ".time") -> None:
     )
 
 
-def job_of(page: Any) -> str:
-    """The id of the job that the address names."""
-    page.wait_for_url("**#job=*")
-    return str(page.url).rpartition("#job=")[2]
+def job_of(page: Any, *, after: str = "") -> str:
+    """The id of the job that the address names (another one than `after`), once it is shown."""
+    page.wait_for_url(lambda url: "#job=" in url and not (after and url.endswith(after)))
+    job = str(page.url).rpartition("#job=")[2]
+    page.wait_for_selector(f".progress[data-job='{job}']")
+    return job
 
 
 def draw(page: Any, pad: str = ".pad canvas") -> None:

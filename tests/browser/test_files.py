@@ -34,12 +34,14 @@ def test_a_branch_goes_on_from_a_state_and_hangs_in_the_tree(page: Any, served: 
     slide(page, 500)
     t = int(page.inner_text(".of-t dd"))
     page.check("input[name=label][value='1']")
+    page.check("input[value=fast]")  # which draws no noise, but branches do
     page.click("#branch")
-    page.wait_for_url(lambda url: trunk not in url)
+    branch = job_of(page, after=trunk)
     says(page, "4 images in")
-    request = served.client.get(f"/jobs/{job_of(page)}").json()["request"]
+    request = served.client.get(f"/jobs/{branch}").json()["request"]
     assert request["source"] == {"job": trunk, "t": t, "index": 2}
-    assert request["class_label"] == 1 and request["steps"] == int(20 * t / 1000 + 0.5)
+    assert request["class_label"] == 1 and request["steps"] == int(50 * t / 1000 + 0.5)
+    assert len(set(drawn(page))) == 4
     tree = page.locator(".branches li")
     assert tree.count() == 2
     assert f"t = {t}" in page.inner_text(".branches [aria-current]")
@@ -76,7 +78,7 @@ def test_a_manifest_makes_the_same_images_again(page: Any, words: str) -> None:
     job, images = job_of(page), drawn(page)
     path = saved(page, words)
     page.set_input_files("input[accept*=json]", path)
-    page.wait_for_url(lambda url: "#job=" in url and job not in url)
+    job_of(page, after=job)
     says(page, "2 images in")
     assert drawn(page) == images
 

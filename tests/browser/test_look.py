@@ -19,9 +19,9 @@ def test_a_picture_is_measured_and_its_noising_filmed(visit: Visit, served: Serv
     assert page.inner_text(".of-t dd") == "500"
     noise = job_of(page)
     page.click("#measure")
-    page.wait_for_url(lambda url: noise not in url)
+    measured = job_of(page, after=noise)
     page.wait_for_selector(".bits .plot >> nth=1")
-    result = served.client.get(f"/jobs/{job_of(page)}").json()["result"]
+    result = served.client.get(f"/jobs/{measured}").json()["result"]
     assert page.inner_text(".bits .figure b >> nth=0") == f"{result['bits_per_dim']:.3f}"
     page.wait_for_selector(".shares img >> nth=5")
     assert len(set(drawn(page, ".shares"))) == 6

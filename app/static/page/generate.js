@@ -6,7 +6,7 @@ import { CodeDialog, Menu, filesOf, manifestIn } from "./files.js";
 import { useObservable } from "./observable.js";
 import { NoModels, Progress } from "./parts.js";
 import { useRecorded } from "./recorded.js";
-import { again, chain, generation, stepsFrom } from "./requests.js";
+import { again, chain, generation, many, stepsFrom } from "./requests.js";
 import { start } from "./runs.js";
 import { service } from "./service.js";
 import { ImageCount, ModelChoice, Settings, defaults, settingsOf } from "./settings.js";
@@ -60,7 +60,7 @@ export function Generate({ run }) {
   const branch = (t, index) => {
     const steps = stepsFrom(t, model.T, settings.steps);
     const request = {
-      ...chain(model, settings, BRANCHES, steps),
+      ...many(chain(model, settings, BRANCHES, steps)),
       num_images: BRANCHES,
       source: { job: run.id, t, index },
     };
@@ -97,6 +97,7 @@ export function Generate({ run }) {
       ${fault && html`<p class="fault" role="alert">${fault.message}</p>`}
       ${run ? html`
         <${Stage} run=${run} head=${html`<${Progress} run=${run} service=${service} />`}
+          below=${html`<${Branches} id=${run.id} />`}
           actions=${(t, index, view) => html`
             <button type="button" id="branch" disabled=${t === 0 || !run.picture(t, "x_t", index) || asking}
               title="Go on from this x_t with other noise, and with the settings of the form"
@@ -107,7 +108,6 @@ export function Generate({ run }) {
             ${run.images[index] && html`
               <a class="button" href=${`#noise&picture=${run.id}/${index}`}>Noise this</a>
               <a class="button" href=${`#look&picture=${run.id}/${index}`}>Look inside</a>`}`} />
-        <${Branches} id=${run.id} />
         ${code && html`<${CodeDialog} run=${run} onClose=${() => setCode(false)} />`}`
       : html`<${Before} model=${model} images=${settings.images} />`}
     </div>`;

@@ -7,7 +7,7 @@ import { useObservable } from "./observable.js";
 import { Source } from "./pad.js";
 import { Chips, NoModels, Progress } from "./parts.js";
 import { epsOf, guess, noised, shown } from "./pictures.js";
-import { chain, filling, shortSeed, stepsFrom } from "./requests.js";
+import { chain, filling, many, shortSeed, stepsFrom } from "./requests.js";
 import { start } from "./runs.js";
 import { service } from "./service.js";
 import { ClassChips, ModelChoice, Settings, defaults } from "./settings.js";
@@ -90,7 +90,7 @@ export function Noise({ run }) {
   const walk = (images) => ({
     ...chain(model, now, images, stepsFrom(at, model.T, now.steps)), t: at, seed });
   const denoise = () => ask("reconstruct",
-    { ...walk(VARIATIONS), num_images: VARIATIONS, images: [slots.a.png] },
+    { ...many(walk(VARIATIONS)), num_images: VARIATIONS, images: [slots.a.png] },
     { title: `${VARIATIONS} from t = ${at}`, picture: slots.a.src });
   const mix = () => ask("interpolate",
     { ...walk(LAMBDAS.length), lambdas: LAMBDAS, images: [slots.a.png, slots.b.png] },

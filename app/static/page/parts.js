@@ -26,7 +26,7 @@ export function Progress({ run, service }) {
   const { job, progress, t, error } = run;
   const live = job?.status === "running" || job?.status === "succeeded"; // these fit one line
   const share = run.status === "succeeded" ? 1 : progress ? progress.step / progress.total : 0;
-  return html`<div class="progress">
+  return html`<div class="progress" data-job=${run.id}>
     <div class="bar" role="progressbar" aria-label="Progress" aria-valuemin="0" aria-valuemax="100"
       aria-valuenow=${Math.round(100 * share)}><i style=${{ transform: `scaleX(${share})` }}></i></div>
     <p class=${error || job?.error ? "bad long" : live ? "" : "long"} role="status" id="status">${

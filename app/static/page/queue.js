@@ -27,6 +27,7 @@ function useStates(jobs) {
           (error.status === 404 ? { gone: true } : null));
         if (job) known = { ...known, [id]: { status: job.status, gone: job.gone, progress: job.progress,
           eta: job.eta_s, before: job.queue_position } };
+        if (job?.status === "succeeded") history.finish(id);
         if (here) setStates(known);
       }
     };

@@ -34,6 +34,12 @@ export function generation(model, settings) {
   return request;
 }
 
+/* The same for many ways from one x_t: where the sampler draws no noise they would all be one. */
+const NOISY = new Set(["ddpm", "langevin"]);
+
+export const many = (request) =>
+  (NOISY.has(request.sampler) ? request : { ...request, sampler: "ddim", eta: 1 });
+
 /* From t on, as densely as the whole chain would go. */
 export const stepsFrom = (t, T, steps) => Math.max(1, Math.min(t, Math.round((steps * t) / T)));
 
@@ -54,12 +60,15 @@ export function again(manifest) {
   return { kind: kind ?? "generate", request };
 }
 
+const OURS = new Set(["kind", "snapshots", "provenance", "model_digest", "source", "ttl_s",
+  "priority", "format"]);
+const UNSAID = new Set(["deterministic", "corrector_steps", "eta"]);
+
 /* A request as a person would write it: without what only this page wants to see. */
 export function plain(request) {
   const said = Object.entries(request).filter(([name, value]) =>
-    value !== null && !["kind", "snapshots", "provenance", "model_digest", "source"].includes(name)
-    && !(name === "guidance" && value === 1) && !(name === "deterministic" && !value)
-    && !(name === "corrector_steps" && !value) && !(name === "priority") && !(name === "format"));
+    value !== null && !OURS.has(name)
+    && !(name === "guidance" && value === 1) && !(UNSAID.has(name) && !value));
   const source = typeof request.source === "object" && request.source ? { source: request.source } : {};
   return { ...Object.fromEntries(said), ...source };
 }

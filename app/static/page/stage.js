@@ -55,7 +55,7 @@ function KindChoice({ view, set }) {
 }
 
 /* actions: (t, index) → what can be done with that state of that image. */
-export function Stage({ run, actions, wide, head }) {
+export function Stage({ run, actions, wide, head, below }) {
   useObservable(run);
   useObservable(service);
   const [view, set] = useView(run);
@@ -77,5 +77,6 @@ export function Stage({ run, actions, wide, head }) {
           onClick=${() => set({ playing: !view.playing })}>${view.playing ? "Stop" : "Play"}</button>
         <${KindChoice} view=${view} set=${set} />
         ${actions?.(t, view.index, view)}`} />
+    ${below}
   </div>`;
 }
