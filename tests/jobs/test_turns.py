@@ -136,6 +136,18 @@ def test_a_job_that_left_the_list_unseen_holds_up_nobody(store: JobStore, submit
     assert store.next_turn(CARD.queue) is None
 
 
+def test_what_has_no_record_has_its_turn_all_the_same(store: JobStore, submit: Submit) -> None:
+    """It is the worker's to see what is wrong with it."""
+    broken, gone, sound = (submit("a").job_id for _ in range(3))
+    store.redis.delete(keys.job(gone), keys.job(broken))
+    store.redis.set(keys.job(broken), "no hash")
+    for job_id in (broken, gone):
+        assert store.next_turn(CARD.queue) == ""
+        assert store.redis.lpop(queue_key(CARD.queue)) == job_id.encode()
+    assert store.next_turn(CARD.queue) == "a"
+    assert order(store) == [sound]
+
+
 def test_the_recount_forgets_who_has_had_all_it_asked_for(store: JobStore, submit: Submit) -> None:
     for i in range(20):
         submit(f"once-{i}")

@@ -20,4 +20,5 @@ for _, priority in ipairs(waits and PRIORITIES or {}) do
     break
   end
 end
-return redis.pcall('HGET', key(next), 'client') or ''
+local client = redis.pcall('HGET', key(next), 'client')
+return type(client) == 'string' and client or ''  -- something else may stand under the key
