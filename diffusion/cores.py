@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -55,6 +56,17 @@ def keep_to_one() -> None:
     """Let the calling thread have no team, if `use` was called."""
     if _cores:
         torch.set_num_threads(1)
+
+
+@contextmanager
+def team() -> Iterator[None]:
+    """Let the calling thread share its operations among all cores: for what needs gradients."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def count() -> int:

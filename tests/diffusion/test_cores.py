@@ -175,3 +175,11 @@ def test_gradients_are_left_to_the_caller() -> None:
     x = torch.ones(8, 1, requires_grad=True)
     cores.evaluate(network, x, torch.arange(8), None).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None and x.grad.eq(2).all()
+
+
+def test_a_team_is_let_go_again() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), cores.team():
+        assert torch.get_num_threads() == cores.count()
+        raise KeyError
+    assert torch.get_num_threads() == before
