@@ -23,7 +23,6 @@ import torch
 from serving import HERE, OUR_PORT, PEER_PORT, ask_peer, ask_us, closed_loop, server
 
 import diffusion
-from diffusion import cores
 from diffusion.diffusers.folder import export_diffusers
 from diffusion.speed import fast_dtype, prepare
 
@@ -49,13 +48,12 @@ def forward_rate(folder: Path, how: str, rows: int, seconds: float) -> float:
     fast = prepare(model, dtype=fast_dtype(model))
     x, t = torch.randn(rows, *model.shape), torch.arange(rows) % model.schedule.T
     labels = torch.zeros_like(t) if model.config.network.num_classes else None
-    available = cores.count()
 
     def evaluate() -> None:
         if how == "apart":
             fast.output(x, t, labels)
         else:
-            cores.side_by_side(fast.network, x, t, labels, parts=1, threads=available)
+            fast.network(x, t, labels)
 
     evaluate()
     count, began = 0, time.perf_counter()
