@@ -145,10 +145,13 @@ def evaluate(
 ) -> Tensor:
     """The network's [N, …] of x, t and labels [N, …], its rows dealt to the cores.
 
-    With gradients, on a GPU and inside of a part the network alone. Raises what it raises.
+    With gradients, on a GPU, inside of a part, and where torch.compile has the network, which
+    must not be entered by two threads, the network alone. Raises what it raises.
     """
     inside = threading.current_thread().name.startswith(_NAME)
-    if x.device.type != "cpu" or torch.is_grad_enabled() or inside or not x.shape[0]:
+    compiled = getattr(network, "_compiled_call_impl", None) is not None
+    alone = torch.is_grad_enabled() or inside or compiled or not x.shape[0]
+    if alone or x.device.type != "cpu":
         return network(x, t, labels)
     parts, threads = deal(x.shape[0], count(), large=large)
     return side_by_side(network, x, t, labels, parts=parts, threads=threads)

@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,3 +183,22 @@ def test_a_team_is_let_go_again() -> None:
     with cores.team():
         assert torch.get_num_threads() == cores.count()
     assert torch.get_num_threads() == before
+
+
+def test_two_threads_never_enter_what_torch_compiles() -> None:
+    class Double(torch.nn.Module):
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            return x * 2
+
+    seen = set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.add(threading.get_ident())
+        return graph.forward
+
+    network = Double()
+    network.compile(backend=backend)
+    with torch.no_grad():
+        found = cores.evaluate(network, torch.ones(64, 1), torch.arange(64), None)
+    assert found.eq(2).all()
+    assert seen == {threading.get_ident()}
