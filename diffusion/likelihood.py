@@ -156,7 +156,7 @@ def evaluate_output(
 ) -> Evaluation:
     """The terms of rows [N] from the network's raw output [N, C or 2C, H, W] at x_t.
 
-    sigma: large, small or learned (`check_sigma`); clip: x̂_0 to [−1, 1], as for the paper's
+    sigma: large, small or learned (`check_variance`); clip: x̂_0 to [−1, 1], as for the paper's
     bits/dim.
     """
     t = torch.from_numpy(table.t).to(row.device)[row]
@@ -176,18 +176,19 @@ def evaluate_output(
     return Evaluation(nats.double(), square.double())
 
 
-def check_sigma(model: Model, sigma: str | None) -> str:
+def check_variance(model: Model, variance: str | None) -> str:
     """The choice of σ²: by default the network's own where it has one, else small.
 
     Raises BoundError for a name that is none, or learned without a learned variance.
     """
     learned = model.config.network.learned_variance
     allowed = ("large", "small", "learned") if learned else ("large", "small")
-    if sigma is None:
+    if variance is None:
         return "learned" if learned else "small"
-    if sigma not in allowed:
-        raise BoundError(f"sigma = {sigma!r}: must be one of {', '.join(allowed)} for this model")
-    return sigma
+    if variance not in allowed:
+        known = ", ".join(allowed)
+        raise BoundError(f"variance = {variance!r}: must be one of {known} for this model")
+    return variance
 
 
 def noised_output(
@@ -220,7 +221,7 @@ def likelihood(
     decoder_draws: int | None = None,
     seed: int = 0,
     indices: Tensor | None = None,
-    sigma: str | None = None,
+    variance: str | None = None,
     class_label: Tensor | None = None,
     proposal: Float64 | None = None,
     batch_size: int = 64,
@@ -231,7 +232,8 @@ def likelihood(
 
     samples: None for the full sum of T evaluations an image, else the evaluations of a Monte
     Carlo estimate, decoder_draws of them for L_0 (see `monte_carlo_plan`). indices: [N], what
-    keys each image's noise (default 0..N−1). sigma: see `check_sigma`. class_label: [N] int64,
+    keys each image's noise (default 0..N−1). variance: σ², see `check_variance`. class_label: [N]
+    int64,
     or None. on_batch(evaluations) after every network call. Raises BoundError or ImagesError naming
     the bad argument.
     """
@@ -253,7 +255,7 @@ def likelihood(
     )
     nats = torch.empty(plan.row.shape, dtype=torch.float64)
     squared_error = torch.empty_like(nats)
-    sigma = check_sigma(model, sigma)
+    sigma = check_variance(model, variance)
     for image, draw in pairs(plan, batch_size):
         pick, device = torch.from_numpy(image), model.device
         row = torch.from_numpy(plan.row[image, draw]).to(device)

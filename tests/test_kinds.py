@@ -90,7 +90,7 @@ def test_the_service_the_command_and_the_library_say_the_same(
 ) -> None:
     folder = place / "models" / "tiny"
     command = [str(folder), str(place / "data"), "--out", str(tmp_path), "--splits", "test"]
-    options = ["--images", "3", "--monte-carlo", str(N), "--samples", "9", "--sigma", "large"]
+    options = ["--images", "3", "--monte-carlo", str(N), "--samples", "9", "--variance", "large"]
     more = ["--seed", str(SEED), "--dtype", "fp32", "--pictures", "0", "--quiet"]
     ran = CliRunner().invoke(evaluate, [*command, *options, *more])
     assert ran.exit_code == 0, ran.output
@@ -124,7 +124,7 @@ def test_the_service_the_command_and_the_library_say_the_same(
             samples=fields.get("samples"),
             seed=SEED,
             indices=indices,
-            sigma="large",
+            variance="large",
         )
         for i, image in enumerate(result["images"]):
             assert image["bits_per_dim"] == pytest.approx(float(bound.bits_per_dim[i]), abs=1e-4)

@@ -16,7 +16,7 @@ import torch
 
 from diffusion.checkpoint import load
 from diffusion.files import write_json
-from diffusion.likelihood import check_sigma
+from diffusion.likelihood import check_variance
 from diffusion.model import Model
 from diffusion.speed import fast_dtype, prepare
 from training.bits import Chosen, Measured, choose, mean_and_error, measure
@@ -45,7 +45,7 @@ class EvaluateOptions:
     monte_carlo: int
     samples: int
     decoder_draws: int | None
-    sigma: str | None
+    variance: str | None
     labelled: bool
     seed: int
     fit: str
@@ -76,7 +76,7 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load(options.model, device)
-    sigma = check_sigma(loaded, options.sigma)
+    sigma = check_variance(loaded, options.variance)
     dtype = DTYPES.get(options.dtype) or fast_dtype(loaded)
     run = Run(options, loaded, sigma)
     run.check()

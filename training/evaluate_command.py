@@ -26,7 +26,12 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--monte-carlo", default=0, show_default=True, type=COUNT, help="For sampled t.")
 @click.option("--samples", default=20, show_default=True, type=POSITIVE, help="Of t, an image.")
 @click.option("--decoder-draws", type=POSITIVE, help="Of L_0 among these; default a sixth, ≥ 2.")
-@click.option("--sigma", help="large, small or learned; default learned if the network has it.")
+@click.option(
+    "--variance",
+    "--sigma",
+    "variance",
+    help="σ²: large, small or learned; default learned if the network has it.",
+)
 @click.option("--labelled", is_flag=True, help="Bits/dim given the label, p(x_0|y).")
 @click.option("--seed", default=0, show_default=True, help="Of the choice of images and the noise.")
 @click.option("--fit", default="auto", type=click.Choice(["auto", "error", "pad", "resize"]))

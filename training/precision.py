@@ -67,7 +67,7 @@ def dtype_cost(
             samples=min(SAMPLES, model.schedule.T),
             seed=seed,
             indices=torch.from_numpy(chosen.indices[few]),
-            sigma=sigma,
+            variance=sigma,
             class_label=labels,
             batch_size=batch_size,
         ).bits_per_dim.numpy()

@@ -137,7 +137,7 @@ def bits(folder: Path) -> float:
     model.network.double().conv_out.weight.mul_(0.1)
     levels = torch.randint(0, 256, (2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     x_start = levels.double() / 127.5 - 1
-    found = likelihood(model, x_start, seed=1, sigma="large")
+    found = likelihood(model, x_start, seed=1, variance="large")
     schedule, largest = model.schedule, 0.0
     zero = torch.zeros(2, dtype=torch.long)
     for k in (1, 2, 40, 99):

@@ -97,5 +97,5 @@ def test_a_film_that_cannot_be(frames: list[torch.Tensor], path: str, tmp_path: 
 
 
 def test_submodules_are_still_there() -> None:
-    code = "import diffusion; from diffusion.likelihood import check_sigma; check_sigma"
+    code = "import diffusion; from diffusion.likelihood import check_variance; check_variance"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

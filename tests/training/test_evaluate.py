@@ -88,7 +88,7 @@ def test_numbers_are_those_of_the_library(model_folder: Path, data: Path, tmp_pa
         "5",
         "--seed",
         "3",
-        "--sigma",
+        "--variance",
         "large",
         "--pictures",
         "2",
@@ -98,7 +98,7 @@ def test_numbers_are_those_of_the_library(model_folder: Path, data: Path, tmp_pa
     for split, count in (("train", 9), ("test", 6)):
         found = results["splits"][split]
         for sigma in ("large", "small"):
-            exact = by_library(model_folder, data, split, sigma=sigma)
+            exact = by_library(model_folder, data, split, variance=sigma)
             # 6 of train's 9 are chosen; those are found again by their order.
             images = choose(cast("Images", _Sized(count)), 6, seed=3).indices
             mean, error = mean_and_error(exact[images])
@@ -108,7 +108,7 @@ def test_numbers_are_those_of_the_library(model_folder: Path, data: Path, tmp_pa
             assert full["bits_per_unpadded_dim"] == pytest.approx(mean * 64 / 36, abs=2e-4)
             parts = full["L_0"] + full["L_1_to_T-1"] + found["full"]["L_T"]
             assert parts == pytest.approx(full["bits_per_dim"])
-            drawn = by_library(model_folder, data, split, sigma=sigma, samples=5)
+            drawn = by_library(model_folder, data, split, variance=sigma, samples=5)
             assert found["monte_carlo"][sigma]["bits_per_dim"] == pytest.approx(
                 drawn.mean(), abs=1e-4
             )
@@ -265,7 +265,7 @@ def test_frechet_distance_with_a_torchscript_network(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--sigma", "learned"), "sigma = 'learned'"),
+        (("--variance", "learned"), "variance = 'learned'"),
         (("--splits", ","), "at least one split"),
         (("--splits", "nowhere"), "nowhere"),
         (("--splits", "test", "--features", "none.pt"), "features = 'none.pt'"),

@@ -90,8 +90,8 @@ def test_terms_of_several_tasks_are_the_librarys_in_float32(model: Model) -> Non
     harness.run(full, drawn)
     label = torch.ones(3, dtype=torch.long)
     for task, options in (
-        (full, {"sigma": "small"}),
-        (drawn, {"samples": 7, "sigma": "large", "class_label": label}),
+        (full, {"variance": "small"}),
+        (drawn, {"samples": 7, "variance": "large", "class_label": label}),
     ):
         expected = likelihood(model, X_START[:3], seed=1, **options)  # type: ignore[arg-type]
         np.testing.assert_allclose(harness.nats(task), expected.nats, rtol=1e-4, atol=1e-3)
@@ -123,7 +123,7 @@ def test_a_learned_variance_and_another_prediction(make_model: Callable[..., Mod
         task = term_task(model, "t", sigma=sigma)
         harness = Harness()
         harness.run(task)
-        expected = likelihood(model, X_START[:3], seed=1, sigma=sigma)
+        expected = likelihood(model, X_START[:3], seed=1, variance=sigma)
         np.testing.assert_allclose(harness.nats(task), expected.nats, rtol=1e-4, atol=1e-3)
 
 
@@ -192,7 +192,7 @@ def test_a_job_is_the_library_call(running: Service) -> None:
     by_job = {
         drawn: likelihood(model, x, samples=9, seed=4),
         full: likelihood(
-            model, x, seed=4, sigma="large", class_label=torch.full((5,), 2, dtype=torch.long)
+            model, x, seed=4, variance="large", class_label=torch.full((5,), 2, dtype=torch.long)
         ),
     }
     for job_id, expected in by_job.items():

@@ -25,7 +25,7 @@ class TermTask:
     r·S + s. So a strand is to the engine a chain, whose rows do not depend on one another; where
     S does not divide the terms the first strands start at row 1.
     x_start: [N, C, H, W] on the model's device. indices: int64 [N], the keys of the noise.
-    sigma: as in `diffusion.likelihood.check_sigma`. The rest: see `worker.engine.tasks.Task`.
+    sigma: as in `diffusion.likelihood.check_variance`. The rest: see `worker.engine.tasks.Task`.
     """
 
     id: str

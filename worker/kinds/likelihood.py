@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.bound import bits_per_dim, bound_table, prior_nats
-from diffusion.likelihood import Likelihood, check_sigma
+from diffusion.likelihood import Likelihood, check_variance
 from diffusion.model import Model
 from diffusion.term_plan import Plan, full_plan, monte_carlo_plan
 from jobs.kinds.likelihood import LikelihoodSpec
@@ -111,7 +111,7 @@ class Numbers:
             indices=self._indices,
             plan=self._plan,
             left=np.flatnonzero(np.isnan(self._found[0])),
-            sigma=check_sigma(self._model, spec.variance),
+            sigma=check_variance(self._model, spec.variance),
             class_label=spec.class_label,
             deterministic=spec.deterministic,
             urgent=spec.priority == "high",
