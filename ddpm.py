@@ -38,6 +38,10 @@ COMMANDS: dict[str, Entry] = {
         "training.commands:train", "train", "Train a network on pictures, or as a TOML file says."
     ),
     "sample": Entry("training.commands:sample", "train", "Draw images, a grid or a film."),
+    "restore": Entry(
+        "training.restore_commands:restore", "train", "Fill in, sharpen, colour, denoise."
+    ),
+    "encode": Entry("training.restore_commands:encode", "train", "From pictures to their x_T."),
     "evaluate": Entry(
         "training.evaluate_command:evaluate", "train", "Measure bits/dim and image quality."
     ),

@@ -51,8 +51,8 @@ def restore(
         raise OperatorError(f"solver_steps = {solver_steps}: must be 0 or more")
     measurement = Measurement(operator, y[None].to(model.device, torch.float32), sigma)
     given = condition(measurement, method, solver_steps=solver_steps)
-    if method == "moment":  # products with the Jacobian need its digits
-        options = {"dtype": torch.float32, **options}
+    if method == "moment" and options.get("dtype") is None:
+        options["dtype"] = torch.float32  # products with the Jacobian need its digits
     return sample(
         model,
         num_images,

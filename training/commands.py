@@ -65,7 +65,7 @@ def train(
                 "the timestep and the label will have no effect there",
                 err=True,
             )
-        init = init and _find_model(init)
+        init = init and find_model(init)
         trainer = Trainer(settings, folder, init=init, progress=not quiet)
         for note in trainer.images.notes if trainer.is_main else ():
             click.echo(f"{settings.data.source}: {note}", err=True)
@@ -121,7 +121,7 @@ def models_folder() -> Path:
     return Path(os.environ.get("DDPM_MODELS", "models"))
 
 
-def _find_model(name: str | Path) -> Path:
+def find_model(name: str | Path) -> Path:
     """A folder, or the name of one in models/ (DDPM_MODELS)."""
     return Path(name) if Path(name).is_dir() else models_folder() / name
 
@@ -161,7 +161,7 @@ def sample(threads: int | None, **options: object) -> None:
     from training.sample import SampleOptions, draw
 
     cores.limit(threads)
-    options["model"] = _find_model(str(options["model"]))
+    options["model"] = find_model(str(options["model"]))
     out = str(options["out"])
     options["out"] = Path(out)
     options["folder"] = out.endswith("/") or Path(out).is_dir() or not Path(out).suffix
@@ -189,7 +189,7 @@ def convert(source: Path, target: Path, to: str, sampling: tuple[str, ...]) -> N
 
     try:
         changes = dict(_field_and_value(text) for text in sampling)
-        checkpoint.convert(_find_model(source), target, to, sampling=changes)
+        checkpoint.convert(find_model(source), target, to, sampling=changes)
     except (CheckpointError, OSError) as error:
         sys.exit(f"ddpm convert: {error}")
     click.echo(str(target))

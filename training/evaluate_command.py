@@ -64,12 +64,12 @@ def evaluate(threads: int | None, **options: Any) -> None:
     from diffusion import cores
     from diffusion.files import CheckpointError
     from diffusion.sampling import NotFiniteError
-    from training.commands import _find_model
+    from training.commands import find_model
     from training.evaluate import EvaluateOptions
     from training.evaluate import evaluate as run
 
     cores.limit(threads)
-    model = _find_model(options.pop("model"))
+    model = find_model(options.pop("model"))
     out = options.pop("out") or Path("runs") / f"evaluate-{model.name}"
     named = options.pop("splits")
     splits = _names(named or "")

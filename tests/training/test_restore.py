@@ -1,0 +1,103 @@
+"""`ddpm restore` and `ddpm encode`: what they write, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import diffusion
+from diffusion import ScheduleConfig
+from tests.diffusion.networks import build_model
+from training.restore_commands import encode, restore
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a picture of its size, a small one, and a mask."""
+    folder = tmp_path_factory.mktemp("restore")
+    model = build_model(schedule=ScheduleConfig(T=20))
+    model.network.conv_out.weight.mul_(0.1)
+    diffusion.save(model, folder / "tiny")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "whole.png")
+    Image.fromarray(pixels[:2, :2]).save(folder / "small.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[4:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder
+
+
+def call(place: Path, *arguments: str) -> str:
+    given = ["--model", str(place / "tiny"), "--steps", "4", "--quiet", "--seed", "3", "-n", "2"]
+    given += ["--dtype", "fp32"]
+    ran = CliRunner().invoke(restore, [*arguments, *given])
+    return f"{ran.output}{ran.exit_code}"
+
+
+def test_a_strip_of_measurement_samples_mean_and_deviation(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    asked = (str(place / "whole.png"), "--box", "0,4,8,8", "--out", str(out))
+    assert call(place, *asked) == f"{out} (seed 3)\n0"
+    strip = np.asarray(Image.open(out))
+    assert strip.shape == (8, 5 * 8 + 4 * 2)
+    known = np.asarray(Image.open(place / "whole.png"))[:4]
+    measured, first, second, mean, deviation = (strip[:, i * 10 : i * 10 + 8] for i in range(5))
+    for panel in (measured, first, second, mean):
+        assert np.abs(panel[:4].astype(int) - known).max() <= 1
+    assert (first[4:] != second[4:]).any()
+    assert deviation[:4].max() == 0 < deviation[4:].max()
+    by_mask = (str(place / "whole.png"), "--mask", str(place / "mask.png"), "--out", str(out))
+    call(place, *by_mask)
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), strip)
+
+
+def test_other_operators(place: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out.png")
+    small, whole = str(place / "small.png"), str(place / "whole.png")
+    for arguments in (
+        (small, "--operator", "average_pool", "--factor", "4"),
+        (whole, "--operator", "average_pool", "--factor", "4", "--measure"),
+        (whole, "--operator", "blur", "--deviation", "1", "--noise", "1"),
+        (whole, "--operator", "identity", "--noise", "25", "--method", "moment"),
+    ):
+        assert call(place, *arguments, "--out", out).endswith("(seed 3)\n0"), arguments
+        with Image.open(out) as strip:
+            assert strip.size == (48, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "--box or --mask: is needed"),
+        (("--box", "1,2,3"), "must be x0,y0,x1,y1"),
+        (("--box", "0,0,9,8"), "does not lie within 8 × 8"),
+        (("--box", "0,0,8,8"), "no pixel is known"),
+        (("--operator", "average_pool"), "--factor: is needed"),
+        (("--operator", "average_pool", "--factor", "3"), "factor = 3: does not divide"),
+        (("--operator", "average_pool", "--factor", "4"), "8 × 8: must be 2 × 2"),
+        (("--operator", "gray"), "weights: 3 for an image of 1 channels"),
+        (("--operator", "blur"), "--deviation: is needed"),
+        (("--operator", "identity", "--noise", "-1"), "must be 0 or more"),
+    ],
+)
+def test_what_is_refused(place: Path, arguments: tuple[str, ...], says: str) -> None:
+    said = call(place, str(place / "whole.png"), *arguments)
+    assert said.startswith("ddpm restore: ") and says in said and said.endswith("1")
+
+
+def test_pictures_become_their_x_T(place: Path, tmp_path: Path) -> None:
+    out, strip = tmp_path / "x_T.npy", tmp_path / "strip.png"
+    pictures = [str(place / name) for name in ("whole.png", "small.png")]
+    options = ["--model", str(place / "tiny"), "--iterations", "3", "--quiet"]
+    options += ["--dtype", "fp32", "--steps", "5"]
+    ran = CliRunner().invoke(
+        encode, [*pictures, *options, "--out", str(out), "--strip", str(strip)]
+    )
+    assert ran.exit_code == 0 and "2 x_T; the way back is" in ran.output, ran.output
+    assert np.load(out).shape == (2, 1, 8, 8)
+    with Image.open(strip) as picture:
+        assert picture.size == (28, 18)
