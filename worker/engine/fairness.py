@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 PATIENT_EVERY = 4
@@ -68,11 +68,14 @@ def deal(
 
 
 def _by_client(
-    runs: Iterable[R], samples: Callable[[R], Iterable[S]], cost: Callable[[S], int]
+    runs: Sequence[R], samples: Callable[[R], Iterable[S]], cost: Callable[[S], int]
 ) -> Iterator[S]:
     clients: dict[str, list[R]] = {}
     for run in runs:
         clients.setdefault(run.client, []).append(run)
+    if len(clients) == 1:  # most of the time, and on the way of every step
+        yield from (sample for run in runs for sample in samples(run))
+        return
     left = [
         (0, first, (sample for run in theirs for sample in samples(run)))
         for first, theirs in enumerate(clients.values())
@@ -86,6 +89,8 @@ def _by_client(
 
 def pool_weights(waiting: Mapping[K, Mapping[str, float]]) -> dict[K, float]:
     """What each pool weighs against the others, from what waits there of each client."""
+    if len(waiting) == 1:
+        return dict.fromkeys(waiting, 1.0)
     totals: Counter[str] = Counter()
     for clients in waiting.values():
         totals.update(clients)
