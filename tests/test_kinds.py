@@ -61,7 +61,7 @@ def pictures(place: Path) -> list[bytes]:
     return files
 
 
-def post(client: httpx.Client, path: str, files: list[bytes], **request: Any) -> dict[str, Any]:
+def post(client: httpx.Client, path: str, files: list[bytes], /, **request: Any) -> dict[str, Any]:
     """A job with pictures, as it ended."""
     parts: list[Any] = [("image", ("a.png", file)) for file in files]
     parts.append(("request", (None, json.dumps(request), "application/json")))
