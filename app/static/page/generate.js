@@ -6,7 +6,7 @@ import { CodeDialog, Menu, filesOf, manifestIn } from "./files.js";
 import { useObservable } from "./observable.js";
 import { NoModels, Progress } from "./parts.js";
 import { useRecorded } from "./recorded.js";
-import { again, chain, generation, many, stepsFrom } from "./requests.js";
+import { again, chain, generation, many, shortSeed, stepsFrom } from "./requests.js";
 import { start } from "./runs.js";
 import { service } from "./service.js";
 import { ImageCount, ModelChoice, Settings, defaults, settingsOf } from "./settings.js";
@@ -62,6 +62,7 @@ export function Generate({ run }) {
     const request = {
       ...many(chain(model, settings, BRANCHES, steps)),
       num_images: BRANCHES,
+      seed: shortSeed(),
       source: { job: run.id, t, index },
     };
     ask("reconstruct", request, { title: subject(request, model), parent: request.source });

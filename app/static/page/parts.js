@@ -49,6 +49,8 @@ function wordsOf(run, job, progress, t, service) {
     if (job.kind === "likelihood" && progress) {
       return `${progress.step} of ${count(progress.total, "term")}${left}`;
     }
+    const done = run.images.filter(Boolean).length;
+    if (done) return `${done} of ${count(run.count, "image")}${left}`;
     return t == null ? "Starting" : `${count(run.count, "image")} at t = ${t}${left}`;
   }
   if (job.status === "succeeded") {
