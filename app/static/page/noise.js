@@ -162,7 +162,7 @@ function Forward({ model, slots, mode, t, seed, label, onChange, say, actions })
     <p class="lead">${!a
       ? html`Draw something, or take a picture, and slide it into noise.`
       : mode === "mix"
-        ? html`Both pictures get the same noise; at <i class="math">t</i> they are mixed, λ : 1−λ.`
+        ? html`Both pictures get the same noise; at <i class="math">t</i> they are mixed: λ of the second, 1−λ of the first.`
         : html`${X_T} is your picture with noise, as ${model.name} sees it at <i class="math">t</i>.`}</p>
     <${Strip} model=${model.name} T=${model.T} t=${t} stops=${null} xT=${xT}
       xStart=${xStart} disabled=${!a} onChange=${onChange} actions=${actions}
