@@ -7,6 +7,7 @@ import contextlib
 import shutil
 import tempfile
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def soak(jobs: int, streams: int) -> bool:
     stage = Stage(folder, folder / "models", DDPM_RECORD_TTL_S="1", DDPM_MAX_QUEUED_JOBS="100000")
     try:
         until(lambda: _publish_idle(stage), "the model")
+        until(lambda: _knows(stage, "idle"), "the API")
         return asyncio.run(_soak(stage, jobs, streams))
     finally:
         stage.close()
@@ -43,6 +45,12 @@ def _publish_idle(stage: Stage) -> bool:
         store.publish_card(card.model_copy(update={"name": "idle", "queue": "idle"}))
     store.redis.close()
     return card is not None
+
+
+def _knows(stage: Stage, name: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{stage.url}/models/{name}", trust_env=False).status_code == 200
+    return False
 
 
 async def _soak(stage: Stage, jobs: int, streams: int) -> bool:
@@ -78,7 +86,11 @@ async def _post_all(client: httpx.AsyncClient, jobs: int) -> Counter[str]:
     async def post() -> None:
         for number in numbers:
             body = {"model": "tiny", "steps": 2, "seed": number, "ttl_s": 1}
-            reply = await client.post("/generate", json=body, headers={"Prefer": "wait=60"})
+            headers = {"Idempotency-Key": uuid.uuid4().hex}
+            reply = await client.post("/generate", json=body, headers=headers)
+            while reply.status_code == 503:  # what it says where it cannot serve now
+                await asyncio.sleep(1)
+                reply = await client.post("/generate", json=body, headers=headers)
             job = reply.raise_for_status().json()
             while job["status"] in ("queued", "running"):
                 reply = await client.get(f"/jobs/{job['id']}", params={"wait": 30})
