@@ -32,8 +32,8 @@ class Purpose(IntEnum):
     STEP has t for its row, and CORRECTOR t + T·(number of the Langevin step at its level). So a
     chain that branches off another at x_t draws what went into x_t from no stream again. BRANCH
     is for Langevin steps at the very t where a branch begins, DROPOUT for training, with the
-    position of an image for index. TRAVEL has t + T·(how often it goes down from there yet). 1 and
-    4 were keyed by table rows.
+    position of an image for index. TRAVEL has t + T·(how often it goes down from there yet), PROBE
+    and DEQUANTISE the number of a draw. 1 and 4 were keyed by table rows.
     """
 
     X_T = 0
@@ -47,6 +47,8 @@ class Purpose(IntEnum):
     BRANCH = 10
     DROPOUT = 11
     TRAVEL = 12
+    PROBE = 13
+    DEQUANTISE = 14
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
