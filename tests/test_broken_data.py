@@ -249,6 +249,7 @@ def test_a_strange_idempotency_record_is_none(running: Spoiled) -> None:
     assert again.json()["id"] == second.json()["id"]
 
 
+@pytest.mark.slow
 def test_a_strange_event_stream_holds_up_no_other(running: Spoiled) -> None:
     """One key that is no stream fails the XREAD that waits for all of them."""
     stack, client, worker = running
@@ -269,6 +270,7 @@ def test_a_strange_event_stream_holds_up_no_other(running: Spoiled) -> None:
     all_is_well(client, worker)
 
 
+@pytest.mark.slow
 def test_a_job_that_rq_cannot_read_fails_alone(running: Spoiled) -> None:
     stack, client, worker = running
     pause(stack)

@@ -70,6 +70,7 @@ def test_attend() -> None:
     check(cpu_layers.attend, F.scaled_dot_product_attention, q, k, v)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own
 def test_compiled_training_has_the_gradients_of_eager_training() -> None:
     """The whole network, with every layer above in it; traced, but not turned into C++."""

@@ -134,6 +134,7 @@ def test_a_diverged_loss_stops_the_run(config_file: Path, tmp_path: Path) -> Non
     assert all(math.isfinite(json.loads(line)["loss"]) for line in lines)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     config_file: Path, tmp_path: Path
 ) -> None:
@@ -292,6 +293,7 @@ def logged_steps(folder: Path) -> int:
     return (folder / "metrics.jsonl").read_text().count("}\n")
 
 
+@pytest.mark.slow
 def test_kill_loses_one_interval_at_most_and_ctrl_c_nothing(
     config_file: Path, tmp_path: Path
 ) -> None:

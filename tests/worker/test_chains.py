@@ -134,6 +134,7 @@ def test_interpolation_mixes_two_states_and_shares_all_noise(running: Service) -
         np.testing.assert_array_equal(images(running, alone, 1)[0], found[place])
 
 
+@pytest.mark.slow
 def test_a_chain_from_an_x_t_survives_its_worker(service: Service) -> None:
     """Stopped in mid-chain, it goes on with the next worker, and ends as if nothing had been."""
     x_t = np.random.default_rng(1).normal(size=(1, 1, 8, 8)).astype("<f4")

@@ -248,6 +248,7 @@ TermPool.step = slow
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", [9, 15])
 def test_a_job_whose_worker_ends_goes_on_with_the_next(service: Service, signal: int) -> None:
     """Killed, it does again what was not yet saved; stopped, nothing."""

@@ -193,6 +193,7 @@ def test_a_foreign_job_fails_with_a_reason_and_harms_nobody(running: Service) ->
     assert pickled.get_status() == JobStatus.FAILED
 
 
+@pytest.mark.slow
 def test_the_same_request_gives_the_same_bytes_after_another_model_came(
     running: Service, make_model: Any
 ) -> None:
@@ -239,6 +240,7 @@ def test_a_model_put_into_the_folder_serves_without_a_restart(
     running.until(lambda: set(running.store.cards()) == {"tiny"})
 
 
+@pytest.mark.slow
 def test_a_job_waits_for_a_folder_that_is_mounted_late(
     service: Service, nursery: Any, tmp_path: Path
 ) -> None:
@@ -283,6 +285,7 @@ def killed_and_found(service: Service, job_id: str) -> None:
     assert service.rq_status(job_id) == "queued"
 
 
+@pytest.mark.slow
 def test_a_stop_and_a_crash_later_the_images_are_the_same(
     service: Service, undisturbed: dict[str, bytes]
 ) -> None:
