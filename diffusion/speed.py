@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from copy import deepcopy
 
@@ -26,16 +27,20 @@ def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool =
     return Model(model.config, network, model.digest)
 
 
-@torch.inference_mode()
 def fast_dtype(model: Model) -> torch.dtype:
-    """bfloat16 if this device's convolutions are clearly faster in it, else float32: timed.
+    """bfloat16 if this device's convolutions are clearly faster in it, else float32: timed once.
 
     Convolutions alone, since a compiler makes the rest of the network as fast in either.
     """
     network = model.config.network
-    side, width = network.image_size, network.channels[0]
-    x = torch.zeros(max(1, 2**16 // side**2), width, side, side, device=model.device)
-    weight = torch.zeros(width, width, 3, 3, device=model.device)
+    return _timed(model.device, network.image_size, network.channels[0])
+
+
+@functools.cache  # a second answer might differ, and with it the rounding of the same seed's image
+@torch.inference_mode()
+def _timed(device: torch.device, side: int, width: int) -> torch.dtype:
+    x = torch.zeros(max(1, 2**16 // side**2), width, side, side, device=device)
+    weight = torch.zeros(width, width, 3, 3, device=device)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (v.to(dtype, memory_format=torch.channels_last) for v in (x, weight))
@@ -43,7 +48,7 @@ def fast_dtype(model: Model) -> torch.dtype:
         for _ in range(4):  # the first sets the kernel up
             start = time.perf_counter()
             F.conv2d(a, b, padding=1)
-            _synchronize(model.device)
+            _synchronize(device)
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
     return (

@@ -263,7 +263,9 @@ def test_a_job_gives_the_images_of_the_library(running: Service) -> None:
     model = diffusion.load(running.models / "tiny")
     y = torch.from_numpy(PICTURE.reshape(1, 8, 8).astype(np.float32)) / 127.5 - 1
     y[:, 4:] = 0
-    expected = diffusion.restore(model, y, upper_half(), 3, steps=8, travel=2, seed=4)
+    expected = diffusion.restore(
+        model, y, upper_half(), 3, steps=8, travel=2, seed=4, dtype=torch.float32
+    )
     found = planes(running, job, 3)
     np.testing.assert_allclose(found, expected, atol=2e-3)
     assert record.provenance["rederive_eps"] is True
