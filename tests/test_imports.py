@@ -53,7 +53,8 @@ WITHOUT: dict[str, set[str]] = {
     "training": {"diffusion.theory"},
     "worker": {"diffusion.theory"},
     "worker/engine": {"jobs", "redis", "rq", "worker.kinds", "worker.models", "worker.runtime"},
-    "worker/kinds": {"redis", "rq", "worker.runtime", "worker.rq_adapter"},
+    "worker/kinds": {"redis", "rq", "worker.runtime", "worker.rq"},
+    "worker/rq": {"torch", "worker.kinds"},
     "worker/network": {
         "jobs.store",
         "redis",

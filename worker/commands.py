@@ -16,7 +16,7 @@ from jobs.store.connections import connect, wait_until_writable
 from jobs.store.writer import JobStore
 from worker.models import ModelFolder
 from worker.network.device import DeviceError, pick_device
-from worker.rq_adapter import EngineWorker
+from worker.rq.adapter import EngineWorker
 from worker.runtime import Runtime
 
 log = logging.getLogger("ddpm.worker")

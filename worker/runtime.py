@@ -6,59 +6,38 @@ single job on a stock RQ worker. Nothing here knows of RQ.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
 
 import redis
 import torch
 
 from diffusion import cores
-from jobs import logs
-from jobs.kinds.stored import Unread
 from jobs.observed import Batches
 from jobs.settings import Settings
-from jobs.states import ACTIVE, Status
 from jobs.store.batch import InBatch
 from jobs.store.records import JobRecord
-from jobs.store.tolerance import is_data_fault, tell_once
-from jobs.store.writer import MAX_LONE_CRASHES, JobStore, Started, WorkerInfo
+from jobs.store.writer import JobStore, Started, WorkerInfo
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
 from worker.engine.tasks import Canceled, EngineError, EngineStopped, Event, Failed, Finished
 from worker.flights import AnyFlight, Ending, Intent, Outcome
-from worker.kinds.table import FLIGHTS
+from worker.joblog import log_job
 from worker.loader import Loader
-from worker.models import ModelFolder, Served
+from worker.models import ModelFolder
 from worker.network.compiling import Compiler
 from worker.outputs import Outputs, OutputsThread
-from worker.provenance import provenance
 from worker.roster import Roster
+from worker.starting import Starter
 
 log = logging.getLogger("ddpm.worker")
 DUTIES_S = 3.0  # between two looks at the model folder
 SLOTS_A_ROW = 4  # slots for samples set aside, besides those of one batch
 THREADS_BESIDE = 2  # for jobs that are not the engine's work
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-_ENDINGS = {
-    Status.SUCCEEDED: Ending.SUCCEEDED,
-    Status.EXPIRED: Ending.SUCCEEDED,
-    Status.FAILED: Ending.FAILED,
-    Status.CANCELED: Ending.CANCELED,
-}
-
-
-class JobRefused(Exception):
-    """A job that cannot be run here, with a code for its record."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
 
 
 class Runtime:
@@ -95,6 +74,7 @@ class Runtime:
         self._beside = ThreadPoolExecutor(THREADS_BESIDE, "beside", initializer=cores.keep_to_one)
         self._threads = threads
         self._loader = Loader(self)
+        self._starter = Starter(self)
         self._duties_at = 0.0
         # A heartbeat makes known what is served; held so that it is not what was just retired.
         self._telling = threading.Lock()
@@ -198,119 +178,25 @@ class Runtime:
     # Jobs
 
     def begin(self, job_id: str, execution: str, worker: str) -> AnyFlight | Ending | None:
-        """Start a job, or say how it stands already where there is nothing to run.
+        """Start a job, or say how it stands already: see `Starter.begin`."""
+        return self._starter.begin(job_id, execution, worker)
 
-        None: its model is being loaded; ask again soon (only with threads). One job must not end
-        the worker, whatever its record holds.
-        """
-        record = self.store.record(job_id)
-        if record is not None and _is_unread(record):
-            return self._unread(record)
-        try:
-            return self._begin(record, job_id, execution, worker)
-        except redis.exceptions.ResponseError as error:
-            if not is_data_fault(error):
-                raise
-            self.store.refuse(job_id, str(error))
-            return Ending.FAILED
+    def is_ready(self, record: JobRecord) -> bool:
+        """Whether a job need not wait for its model: see `Loader.is_ready`; without threads none is
+        loaded beside the work."""
+        return not self._threads or self._loader.is_ready(record)
 
-    def _unread(self, record: JobRecord) -> Ending:
-        """What becomes of a job that cannot be read here: another version's is for another."""
-        unread = record.unread
-        assert unread is not None
-        if record.cancel_requested:
-            self.store.finish(record.id, "", Status.CANCELED)
-            return Ending.CANCELED
-        if unread.newer:
-            tell_once(f"the record of job {record.id}", f"{unread.why}; left for a newer worker")
-            return Ending.UNREAD
-        self.store.refuse(record.id, unread.why)
-        return Ending.FAILED
-
-    def _begin(
-        self, record: JobRecord | None, job_id: str, execution: str, worker: str
-    ) -> AnyFlight | Ending | None:
-        if record is not None and self._threads and not self._loader.is_ready(record):
-            return None
-        served = None if record is None else self.folder.served.get(record.model)
-        if record is not None and served is not None and record.status in ACTIVE:
-            beyond = record.spec.beyond(served.card)
-            record = record if beyond is None else replace(record, unread=Unread(True, beyond))
-            if record.unread is not None:
-                return self._unread(record)
-        try:
-            made = None if record is None or served is None else self._provenance(record, served)
-            started = self.store.start(
-                job_id,
-                execution,
-                worker=worker,
-                digest="" if served is None else served.model.digest,
-                provenance=made,
-                in_batch=self.roster.at_start(room=record is not None and self._has_room(record)),
-            )
-            if started is None or record is None:
-                now = self.store.record(job_id)
-                return Ending.LOST if now is None else _ENDINGS.get(now.status, Ending.LOST)
-            return self._fly(started, execution, served)
-        except redis.exceptions.RedisError:
-            raise
-        except JobRefused as error:
-            self.store.fail(job_id, execution, code=error.code, detail=str(error))
-            if record is not None:
-                log_job(record, "failed", 0.0, error)
-        except EngineStopped:
-            raise
-        except Exception as error:  # one job must not end the worker
-            log.exception("job %s cannot be started", job_id)
-            self.store.fail(job_id, execution, code="worker_error", detail=str(error))
-        return Ending.FAILED
-
-    def _provenance(self, record: JobRecord, served: Served) -> dict[str, Any]:
-        spec, network = record.spec, None
-        if spec.runs_network:
-            mode = FLIGHTS[spec.kind].mode(spec)
-            with contextlib.suppress(Exception):  # to submit the job then says why it cannot be
-                network = self.engine.networks.prepare(
-                    served.model, exact=spec.deterministic, mode=mode
-                )
-        return provenance(served, spec, network)
-
-    def _has_room(self, record: JobRecord) -> bool:
-        """Whether a job would be stepped at once."""
-        if not record.spec.runs_network:  # beside the engine
-            return True
-        rows = self.engine.options.max_rows
-        images = sum(flight.record.images for flight in list(self.flights.values()))
-        return self.engine.waiting_rows < rows and images < rows
-
-    def _fly(self, started: Started, execution: str, served: Served | None) -> AnyFlight:
-        record = started.record
-        flight = FLIGHTS[record.spec.kind](
-            started,
-            execution,
-            _runnable(started, served),
-            spec=record.spec,
-            deadline=time.monotonic() + self._seconds_for(record),
-        )
+    def fly(self, flight: AnyFlight, started: Started) -> None:
+        """Launch a flight; a suspect once it can be alone."""
         self._register(flight)
         if started.crashes and not self.roster.single:
             self.roster.isolate(flight, lambda: self._launch_suspect(flight))
-            return flight
+            return
         try:
             self._launch(flight, held=started.in_batch is InBatch.NO)
         except Exception:
             self._strike(flight)
             raise
-        return flight
-
-    def _seconds_for(self, record: JobRecord) -> float:
-        limit = self.settings.job_deadline_s
-        if record.deadline is None:
-            return limit
-        left = record.deadline - time.time()
-        if left <= 0:
-            raise JobRefused(record.late.code, record.late.detail)
-        return min(limit, left)
 
     def _launch(self, flight: AnyFlight, *, held: bool) -> None:
         task = flight.task()
@@ -404,49 +290,7 @@ class Runtime:
             self.outputs.handle([Failed(flight.execution, error)])
 
 
-def log_job(record: JobRecord, ending: str, seconds: float, error: BaseException | None) -> None:
-    """One line a flight: what it was, how it ended, and how long it took here."""
-    fields = {
-        "job_id": record.id,
-        "request_id": record.request_id or None,
-        "kind": record.spec.kind,
-        "model": record.model,
-        "ending": ending,
-        "images": record.images,
-        "image_steps": record.work,
-        "wait_s": round((record.started_at or record.created_at) - record.created_at, 4),
-        "run_s": round(seconds, 4),
-        "error": None if error is None else f"{type(error).__name__}: {error}"[:500],
-    }
-    logs.JOBS.info("job %s %s", record.id, ending, extra={"fields": fields})
-
-
 def _goes_on(flight: AnyFlight) -> bool:
     if flight.intent is Intent.RUN and time.monotonic() > flight.deadline:
         flight.intent = Intent.TIME_OUT
     return flight.intent is Intent.RUN
-
-
-def _is_unread(record: JobRecord) -> bool:
-    """Whether a job has to be told of; one that has ended well, with another version, has not."""
-    unread = record.unread
-    return unread is not None and (record.status in ACTIVE or not unread.newer)
-
-
-def _runnable(started: Started, served: Served | None) -> Served:
-    """The model, or JobRefused with the reason why the job cannot run."""
-    record: JobRecord = started.record
-    if started.lone_crashes >= MAX_LONE_CRASHES:
-        raise JobRefused(
-            "gave_up", f"{started.lone_crashes} workers died while they ran this job and no other"
-        )
-    if served is None:
-        raise JobRefused("model_unavailable", f"no model {record.model} in this worker's folder")
-    pinned = record.spec.model_digest
-    if pinned is not None and pinned != served.model.digest:
-        digest = served.model.digest
-        raise JobRefused("model_changed", f"model {record.model} is {digest} now, not {pinned}")
-    if served.model.shape != record.shape:
-        shape = served.model.shape
-        raise JobRefused("model_changed", f"model {record.model} makes images of shape {shape} now")
-    return served

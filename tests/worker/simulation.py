@@ -31,8 +31,11 @@ import worker.engine.loop
 import worker.outputs
 import worker.patience
 import worker.roster
-import worker.rq_adapter
+import worker.rq.adapter
+import worker.rq.holding
+import worker.rq.waiting
 import worker.runtime
+import worker.starting
 from jobs.cards import ModelCard
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
@@ -47,19 +50,19 @@ from worker.engine.chain_pool import ChainPool, task_of
 from worker.models import ModelFolder
 from worker.network.network import Network
 from worker.network.networks import Networks
-from worker.rq_adapter import EngineWorker
+from worker.rq.adapter import EngineWorker
 from worker.runtime import Runtime
 
 POISON = 666  # the seed of a job that kills its worker
 START = 1_800_000_000.0
 OURS = (
     jobs.store.janitor, jobs.store.orders, jobs.store.records, jobs.store.writer,
-    worker.engine.loop, worker.outputs, worker.patience, worker.roster, worker.rq_adapter,
-    worker.runtime,
+    worker.engine.loop, worker.outputs, worker.patience, worker.roster, worker.rq.adapter,
+    worker.rq.waiting, worker.runtime, worker.starting,
 )  # fmt: skip
 RQS = (
     rq.executions, rq.intermediate_queue, rq.job, rq.queue, rq.registry, rq.worker.base,
-    worker.rq_adapter,
+    worker.rq.adapter, worker.rq.holding, worker.rq.waiting,
 )  # fmt: skip
 
 
@@ -225,7 +228,7 @@ class World:
     def install(patch: pytest.MonkeyPatch, clock: Clock) -> None:
         """Fake time; a network that is nothing but arithmetic; poison."""
         clock.install(patch)
-        patch.setattr(worker.rq_adapter, "ROUND_S", 0.0)
+        patch.setattr(worker.rq.adapter, "ROUND_S", 0.0)
         patch.setattr(Network, "eager", lambda self, x, t, labels: 0.9 * x)
         step = ChainPool.step
 

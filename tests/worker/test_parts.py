@@ -19,7 +19,6 @@ from jobs.kinds.chain import Snapshots
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
 from jobs.settings import Settings
-from worker import rq_adapter
 from worker.commands import worker as worker_command
 from worker.kinds.chain_state import StateError, pack, unpack
 from worker.kinds.chains import snapshot_rows, spec_table
@@ -28,6 +27,7 @@ from worker.kinds.inputs import x_start_of
 from worker.kinds.noise import closed, stepwise
 from worker.models import ModelFolder, card_of
 from worker.network.device import DeviceError, pick_device
+from worker.rq import check
 
 SHAPE = (3, 8, 8)
 
@@ -165,17 +165,17 @@ def test_snapshots_at_and_every(model: Model) -> None:
 
 
 def test_another_rq_is_refused_and_the_difference_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    rq_adapter.check_rq()
+    check.check_rq()
 
     def prepare_execution(self: object, job: object, colour: str) -> None: ...
 
     changed = {prepare_execution: "self job"}
-    monkeypatch.setattr(rq_adapter, "_SIGNATURES", changed)
-    with pytest.raises(rq_adapter.RQMismatch, match=r"prepare_execution takes \(self job colour\)"):
-        rq_adapter.check_rq()
-    monkeypatch.setattr(rq_adapter, "VERSION", "3.1.0")
-    with pytest.raises(rq_adapter.RQMismatch, match=r"RQ 3\.1\.0"):
-        rq_adapter.check_rq()
+    monkeypatch.setattr(check, "_SIGNATURES", changed)
+    with pytest.raises(check.RQMismatch, match=r"prepare_execution takes \(self job colour\)"):
+        check.check_rq()
+    monkeypatch.setattr(check, "VERSION", "3.1.0")
+    with pytest.raises(check.RQMismatch, match=r"RQ 3\.1\.0"):
+        check.check_rq()
 
 
 def test_a_device_that_is_not_there_is_named() -> None:

@@ -337,8 +337,8 @@ def test_a_frozen_worker_that_thaws_writes_nothing(
 
 # The times between which a worker that died is noticed, a tenth of what they are.
 QUICK = """
-from worker import rq_adapter
-rq_adapter.MONITOR_S, rq_adapter.SLACK_S, rq_adapter.MAINTENANCE_S = 1, 2, 1
+from worker.rq import waiting
+waiting.MONITOR_S, waiting.SLACK_S, waiting.MAINTENANCE_S = 1, 2, 1
 """
 
 
@@ -373,7 +373,7 @@ def test_a_job_that_was_popped_and_never_begun_is_back_soon(service: Service) ->
     job_id = service.admit(steps=2)
     queue = queue_key("ddpm")
     assert service.redis.lmove(queue, f"{queue}:intermediate") == job_id.encode()
-    service.worker(fault=f"{QUICK}rq_adapter.POPPED_S = 1\n")
+    service.worker(fault=f"{QUICK}waiting.POPPED_S = 1\n")
     service.ended(job_id, seconds=60)  # stock RQ would only then begin to think of it
     assert not service.redis.keys("rq:*first_seen*")
 

@@ -158,7 +158,7 @@ def test_a_worker_that_starts_into_trouble_waits(service: Service, nursery: Any)
 
 BETWEEN = """
 import pathlib, time
-from worker.rq_adapter import EngineWorker
+from worker.rq.adapter import EngineWorker
 execute, dequeue = EngineWorker.execute_job, EngineWorker.dequeue_job_and_maintain_ttl
 ended, idle = (pathlib.Path({folder!r}) / name for name in ("ended", "idle"))
 def then_wait(self, job, queue):

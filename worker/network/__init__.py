@@ -1,1 +1,1 @@
-"""A network on a device: batch shapes, their costs, compiled code, threads."""
+"""A network on a device: batch shapes, their costs, compiled code."""

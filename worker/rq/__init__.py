@@ -1,0 +1,1 @@
+"""The engine as a worker of RQ's: every private name of RQ is in here."""
