@@ -22,6 +22,7 @@ from app.main import create_app
 from app.server import configured
 from jobs.cards import ModelCard
 from jobs.settings import Settings
+from jobs.store import keys
 from jobs.store.writer import JobStore, Started
 
 START_TIMEOUT = 60.0
@@ -190,3 +191,21 @@ def later(seconds: float, call: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=run)
     thread.start()
     return thread
+
+
+@pytest.fixture
+def working(worker: Worker) -> Iterator[None]:
+    """A worker that ends every job at once: no stream and no wait lasts."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.005):
+            for job_id in worker.store.redis.zrange(keys.by_status("queued"), 0, 50):
+                with contextlib.suppress(AssertionError):  # canceled or deleted meanwhile
+                    worker.finish(job_id.decode())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import json
@@ -10,8 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,6 @@ from PIL import Image
 from app.main import create_app
 from jobs.kinds.table import KINDS
 from jobs.settings import Settings
-from jobs.store import keys
-from tests.app.conftest import Worker
 
 # Media types that openapi-python-client does not know are bytes.
 FILES = ["image/png", "image/webp", "image/gif", "application/zip", "application/x-npy"]
@@ -34,24 +29,6 @@ NPM = ["openapi-typescript@7.13.0", "openapi-fetch@0.17.0", "typescript@5.9.3"]
 def schema() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps(create_app(Settings()).openapi()))
     return found
-
-
-@pytest.fixture
-def working(worker: Worker) -> Iterator[None]:
-    """A worker that ends every job at once."""
-    stop = threading.Event()
-
-    def work() -> None:
-        while not stop.wait(0.005):
-            for job_id in worker.store.redis.zrange(keys.by_status("queued"), 0, 50):
-                with contextlib.suppress(AssertionError):
-                    worker.finish(job_id.decode())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    yield
-    stop.set()
-    thread.join()
 
 
 def operations(schema: dict[str, Any]) -> list[dict[str, Any]]:

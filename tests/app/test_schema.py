@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-
-from jobs.store import keys
-from tests.app.conftest import Worker
 
 RUN = "import sys; from schemathesis.cli import schemathesis; sys.exit(schemathesis())"
 # What is asked: no error of ours, no answer that is not documented, no deleted thing that answers.
@@ -35,24 +29,6 @@ ensure_resource_availability.enabled = true
 include-path = "/jobs/{job_id}/events"
 checks.response_schema_conformance.enabled = false
 """
-
-
-@pytest.fixture
-def working(worker: Worker) -> Iterator[None]:
-    """A worker that ends every job at once: no stream and no wait lasts."""
-    stop = threading.Event()
-
-    def work() -> None:
-        while not stop.wait(0.005):
-            for job_id in worker.store.redis.zrange(keys.by_status("queued"), 0, 50):
-                with contextlib.suppress(AssertionError):  # canceled or deleted meanwhile
-                    worker.finish(job_id.decode())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    yield
-    stop.set()
-    thread.join()
 
 
 def conforms(client: httpx.Client, folder: Path, *options: str) -> None:
