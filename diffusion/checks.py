@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -32,8 +34,52 @@ def check_images(
         raise ImagesError(f"{name}: its shape is {[*images.shape]}; must be {wanted}")
     if not bounded or not images.numel():
         return
-    low, high = (float(x) for x in images.aminmax())
-    if not (low >= -1 - _SLACK and high <= 1 + _SLACK):
-        levels = high > 2 and low >= 0
+    check_range(name, images)
+
+
+def check_range(
+    name: str, values: torch.Tensor, *, most: float = 1.0, slack: float = _SLACK
+) -> None:
+    """Raise ImagesError unless all values lie in [−most, most], or beyond it by no more than slack.
+
+    NaN lies nowhere.
+    """
+    low, high = (float(x) for x in values.aminmax())
+    if not (low >= -most - slack and high <= most + slack):
+        levels = high > 2 * most and low >= 0
         hint = f": {name} / 127.5 - 1 of grey levels 0..255" if levels else ""
-        raise ImagesError(f"{name}: in {low:g}..{high:g}; must be in [−1, 1]{hint}")
+        raise ImagesError(f"{name}: in {low:g}..{high:g}; must be in [−{most:g}, {most:g}]{hint}")
+
+
+def check_whole(
+    name: str,
+    value: object,
+    *,
+    least: int,
+    most: int | None = None,
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Raise an error unless the value is an integer of this range."""
+    allowed = f"{least} or more" if most is None else f"{least}..{most}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise error(f"{name} = {value!r:.80}: must be {allowed}, and an int")
+    if int(value) < least or (most is not None and int(value) > most):
+        raise error(f"{name} = {value}: must be {allowed}")
+
+
+def check_real(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    most: float | None = None,
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Raise an error unless the value is a finite number of this range."""
+    allowed = f"{least:g}..{most:g}" if most is not None else f"{least:g} or more"
+    allowed = "a finite number" if least == -math.inf else allowed
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise error(f"{name} = {value!r:.80}: must be {allowed}")
+    number = float(value)
+    if not least <= number < math.inf or (most is not None and number > most):
+        raise error(f"{name} = {value!r:.80}: must be {allowed}")

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.model import Model
+from diffusion.checks import check_images, check_range, check_real, check_whole
+from diffusion.model import Model, check_model
 from diffusion.noise import Purpose
 from diffusion.samplers import ddim, dpmpp_2m
 from diffusion.sampling import ClassLabel, Step, chain, class_labels
@@ -33,6 +34,7 @@ STEPS = 100
 ITERATIONS = 1
 MOST_ITERATIONS = 100
 ORDERS = (1, 2)
+FURTHEST = 100.0  # no x_T reaches it: standard normals stay below 6
 
 
 def encoding_table(
@@ -50,8 +52,7 @@ def encoding_table(
         )
     if order not in ORDERS:
         raise SamplerError(f"order = {order}: must be 1 or 2")
-    if not 0 <= iterations <= MOST_ITERATIONS:
-        raise SamplerError(f"iterations = {iterations}: must be 0..{MOST_ITERATIONS}")
+    check_whole("iterations", iterations, least=0, most=MOST_ITERATIONS, error=SamplerError)
     if order == 2:
         if iterations:
             raise SamplerError(f"iterations = {iterations}: mend steps of order 1, not 2")
@@ -121,8 +122,10 @@ def encode(
 
     steps: timesteps, by default 100, or all where there are fewer. order: 1 or 2. iterations: that
     mend each step of order 1, by default 1. spacing, class_label, guidance, dtype, batch_size,
-    on_step: as in `sample`. Raises SamplerError or ValueError naming the bad argument.
+    on_step: as in `sample`. Raises ImagesError, SamplerError or ValueError naming the bad argument.
     """
+    check_model(model)
+    check_images("x_start", x_start, model.shape)
     ts, options = _timesteps(model, steps, options)
     mended = (ITERATIONS if order == 1 else 0) if iterations is None else iterations
     table = encoding_table(model.schedule, ts, order=order, iterations=mended)
@@ -132,7 +135,13 @@ def encode(
 def decode(
     model: Model, x_T: Tensor, *, steps: int | None = None, order: int = 1, **options: Any
 ) -> Tensor:
-    """Images [N, C, H, W] of their x_T: the inverse of `encode` with the same steps and spacing."""
+    """Images [N, C, H, W] of their x_T: the inverse of `encode` with the same steps and spacing.
+
+    Raises as `encode`.
+    """
+    check_model(model)
+    check_images("x_T", x_T, model.shape, bounded=False)
+    check_range("x_T", x_T, most=FURTHEST)
     ts, options = _timesteps(model, steps, options)
     return _walk(model, decoding_table(model.schedule, ts, order=order), x_T, **options)
 
@@ -173,8 +182,8 @@ def _walk(
     on_step: Callable[[int, int, Step], None] | None = None,
 ) -> Tensor:
     """The last x of the rows, from x [N, C, H, W]."""
-    if x.ndim != 4 or tuple(x.shape[1:]) != model.shape:
-        raise ValueError(f"images: their shape is {tuple(x.shape)}, must be [N, *{model.shape}]")
+    check_whole("batch_size", batch_size, least=1, error=SamplerError)
+    check_real("guidance", guidance, error=SamplerError)
     labels = class_labels(model, class_label, len(x))
     fast = prepare(model, dtype=dtype or fast_dtype(model))
     ended = []

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.model import Model
+from diffusion.checks import check_images, check_range, check_whole
+from diffusion.model import Model, check_model
 from diffusion.noise import Purpose, check_seed, normals
 from diffusion.sampling import ClassLabel, class_labels
 from diffusion.schedule import Schedule
@@ -28,6 +29,7 @@ from diffusion.table import SamplerError
 
 BIN = 1 / 127.5  # of 8 bits, where images lie in [−1, 1]
 STEPS = 100
+_SLACK = 9.0  # data that are no pictures have a density too
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +73,12 @@ def flow_likelihood(
     draws: of a probe, and of uniform noise within each grey level if `dequantise`; each costs 2
     evaluations and a product with the Jacobian a step. steps: timesteps, by default 100, or all
     where there are fewer. indices: int64 [N], the keys of the noise (default 0..N−1). Raises
-    SamplerError or ValueError naming the bad argument.
+    ImagesError, SamplerError or ValueError naming the bad argument.
     """
-    if draws < 1:
-        raise SamplerError(f"draws = {draws}: must be 1 or more")
+    check_model(model)
+    check_images("x_start", x_start, model.shape, bounded=False)
+    check_range("x_start", x_start, slack=_SLACK)
+    check_whole("draws", draws, least=1, error=SamplerError)
     T = model.schedule.T
     ts = spaced_timesteps(T, min(STEPS, T) if steps is None else steps)[::-1]
     n = len(x_start)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from enum import IntEnum
 from functools import lru_cache
+from numbers import Integral
 from statistics import NormalDist
 
 import numpy as np
@@ -147,8 +148,9 @@ def uniform_words(seeds: Tensor, indices: Tensor, *, rows: Tensor, purpose: Purp
 
 def check_seed(seed: int) -> int:
     """Return the seed, or raise ValueError if it is not in 0..2⁵³−1."""
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed = {seed}: must be an integer from 0 to 2**53 - 1")
+    is_whole = isinstance(seed, Integral)
+    if not is_whole or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed = {seed!r:.80}: must be an integer from 0 to 2**53 - 1")
     return seed
 
 

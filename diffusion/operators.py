@@ -253,6 +253,19 @@ class Linear:
         return conjugate_gradients(bracket, y, steps=_USER_STEPS)
 
 
+def furthest(operator: Operator) -> float:
+    """How far from 0 a value of A x can lie, x in [−1, 1]; ∞ where only A and Aᵀ are known."""
+    match operator:
+        case Grey():
+            return math.fsum(abs(weight) for weight in operator.weights)
+        case Blur():
+            return float(operator.kernel.abs().sum())
+        case Mask() | AveragePool() | Identity():
+            return 1.0
+        case _:
+            return math.inf
+
+
 def adjoint_error(operator: Operator, shape: Sequence[int], *, seed: int = 0) -> float:
     """|⟨A v, u⟩ − ⟨v, Aᵀ u⟩|/(‖A v‖‖u‖) for random v and u in float64: 0 but for rounding.
 

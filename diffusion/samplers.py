@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.checks import check_real, check_whole
 from diffusion.langevin import annealed_langevin, with_correctors
 from diffusion.schedule import Schedule
 from diffusion.spacings import SPACINGS, spaced_timesteps
@@ -73,8 +74,7 @@ def ddim(
     `next`, and −1 (the image) after the last; or it is `stride` lower than t, but not below −1.
     """
     check_name("landing", landing, LANDINGS)
-    if not 0 <= eta <= 1:
-        raise SamplerError(f"eta = {eta}: must lie between 0 and 1")
+    check_real("eta", eta, least=0, most=1, error=SamplerError)
     ts = checked_timesteps(schedule.T, timesteps)
     rows = empty_rows(len(ts), clip)
     strides = [max(t - stride, -1) for t in ts]
@@ -222,6 +222,8 @@ def build_table(
     else:
         raise SamplerError(f"start = {start}: must be 0..{schedule.T - 1}")
     check_name("sampler", sampler, SAMPLERS)
+    if corrector_steps is not None:
+        check_whole("corrector_steps", corrector_steps, least=0, error=SamplerError)
     chosen = SAMPLERS[sampler]
     told: dict[str, object] = {
         "eta": eta,

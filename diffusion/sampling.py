@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from diffusion.checks import check_real, check_whole
 from diffusion.condition import Condition
 from diffusion.forward import gather
 from diffusion.model import Estimate, Model, check_model
@@ -177,9 +178,9 @@ def sample(
     Raises SamplerError or ValueError naming the bad argument, NotFiniteError.
     """
     check_model(model)
-    for field, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if type(value) is not int or value < 1:
-            raise SamplerError(f"{field} = {value!r}: must be 1 or more, and an int")
+    check_whole("num_images", num_images, least=1, error=SamplerError)
+    check_whole("batch_size", batch_size, least=1, error=SamplerError)
+    check_real("guidance", guidance, error=SamplerError)
     if guidance != 1.0 and class_label is None:
         raise SamplerError(f"guidance = {guidance}: needs a class_label to guide towards")
     chosen = model.config.sampling.options(
@@ -233,7 +234,12 @@ def class_labels(model: Model, class_label: ClassLabel, n: int) -> Tensor | None
         return None
     if not network.num_classes:
         raise ValueError("class_label: this model is unconditional and takes none")
-    labels = torch.as_tensor(class_label, dtype=torch.long, device=model.device)
+    try:
+        labels = torch.as_tensor(class_label, dtype=torch.long, device=model.device)
+    except (TypeError, ValueError) as error:  # a name, or a list that holds one
+        raise ValueError(
+            f"class_label = {class_label!r:.80}: must be an int, or as many as images"
+        ) from error
     labels = labels.expand(n) if labels.ndim == 0 else labels
     if labels.shape != (n,):
         raise ValueError(f"class_label: {labels.numel()} labels for {n} images")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from diffusion.checks import check_whole
 from diffusion.schedule import Float64
 from diffusion.table import SamplerError, check_name
 
@@ -51,8 +52,7 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "uniform") -> list[int]:
     rounded as in diffusers; not so its one step of linspace, at 0, and the row of index −1 that
     its trailing adds where T, T − T/steps, … misses 0 by rounding. Raises SamplerError.
     """
-    if not 1 <= steps <= T:
-        raise SamplerError(f"steps = {steps}: must be 1..{T}")
+    check_whole("steps", steps, least=1, most=T, error=SamplerError)
     check_name("spacing", spacing, SPACINGS)
     if steps == 1 and spacing in ("uniform", "quadratic"):
         return [T - 1]

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from diffusion.checks import check_whole
 from diffusion.noise import Purpose
 from diffusion.schedule import Schedule
 from diffusion.table import COLUMNS, SamplerError, SamplerTable
@@ -26,8 +27,7 @@ def with_travel(table: SamplerTable, schedule: Schedule, *, times: int) -> Sampl
     Raises SamplerError for fewer than one time, for Langevin steps, which jump nowhere, and for a
     learned variance, which scales all of a row's noise.
     """
-    if not 1 <= times <= MOST_TRAVEL:
-        raise SamplerError(f"travel = {times}: must be 1..{MOST_TRAVEL}")
+    check_whole("travel", times, least=1, most=MOST_TRAVEL, error=SamplerError)
     if times == 1 or len(table) == 1:
         return table
     if table.learned_variance:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 
 import diffusion
 from diffusion import ImagesError, Model, likelihood
+from diffusion.flow import flow_likelihood
+from diffusion.operators import Blur, Identity, Linear
 from diffusion.table import SamplerError
 from tests.diffusion.networks import build_model
 
@@ -86,7 +89,7 @@ def test_a_folder_is_no_model(call: object) -> None:
 
 @pytest.mark.parametrize("number", ["4", 4.0, True, 0])
 def test_a_number_of_images_that_is_none(model: Model, number: object) -> None:
-    with pytest.raises(SamplerError, match=r"num_images = .*: must be 1 or more, and an int"):
+    with pytest.raises(SamplerError, match=r"num_images = .*: must be 1 or more"):
         diffusion.sample(model, number)  # type: ignore[arg-type]
 
 
@@ -99,3 +102,72 @@ def test_a_film_that_cannot_be(frames: list[torch.Tensor], path: str, tmp_path: 
 def test_submodules_are_still_there() -> None:
     code = "import diffusion; from diffusion.likelihood import check_variance; check_variance"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+NUMPY, LEVELS = np.zeros((1, 8, 8), np.float32), torch.full((1, 8, 8), 200.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"model": "models/mnist"}, r"model = 'models/mnist': must be a Model"),
+        ({"y": NUMPY}, r"y: a ndarray; must be a torch tensor \[1, 8, 8\]"),
+        ({"y": torch.zeros(1, 8, 8, dtype=torch.uint8)}, r"y: torch.uint8; must be floating"),
+        ({"y": LEVELS}, r"y: in 200..200; must be in \[−1, 1\]: y / 127.5 - 1 of grey levels"),
+        ({"y": LEVELS, "sigma": 1.0}, r"y: in 200..200; must be in \[−11, 11\]"),
+        ({"y": LEVELS, "operator": Blur.gaussian(1.0, 8)}, r"must be in \[−1, 1\]: y / 127.5 - 1"),
+        ({"operator": "mask"}, r"operator = 'mask': must be one of diffusion.operators"),
+        ({"sigma": "1"}, r"sigma = '1': must be 0 or more"),
+        ({"solver_steps": 1.5}, r"solver_steps = 1.5: must be 0 or more, and an int"),
+        ({"travel": 1.5}, r"travel = 1.5: must be 1..100, and an int"),
+        ({"steps": "9"}, r"steps = '9': must be 1..100, and an int"),
+        ({"eta": "1"}, r"eta = '1': must be 0..1"),
+        ({"guidance": None, "class_label": 1}, r"guidance = None: must be a finite number"),
+        ({"seed": "1"}, r"seed = '1': must be an integer from 0"),
+        ({"class_label": "seven"}, r"class_label = 'seven': must be an int, or as many as images"),
+    ],
+)
+def test_what_restore_is_told_by_name(model: Model, given: dict[str, object], says: str) -> None:
+    asked = {"model": model, "y": torch.zeros(1, 8, 8), "operator": Identity(), **given}
+    with pytest.raises((ValueError, TypeError), match=says):
+        diffusion.restore(**asked)  # type: ignore[arg-type]
+
+
+def test_a_measurement_in_units_of_its_own_is_not_refused(model: Model) -> None:
+    total = Linear(lambda x: 200 * x, lambda y: 200 * y)
+    images = diffusion.restore(model, LEVELS / 2, total, steps=2, travel=1)
+    assert (images - 0.5).abs().max() < 1e-3
+    overshot = torch.full((1, 8, 8), 1.2)  # as a sharpened picture does
+    assert diffusion.restore(model, overshot, Identity(), steps=2, travel=1).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"model": "models/mnist"}, r"model = 'models/mnist': must be a Model"),
+        ({"x": NUMPY[None]}, r": a ndarray; must be a torch tensor \[N, 1, 8, 8\]"),
+        ({"x": torch.zeros(1, 1, 8, 8, dtype=torch.uint8)}, r": torch.uint8; must be floating"),
+        ({"x": torch.zeros(1, 8, 8)}, r": its shape is \[1, 8, 8\]; must be \[N, 1, 8, 8\]"),
+        ({"x": LEVELS[None]}, r": in 200..200; must be in \[−1"),
+        ({"steps": 2.5}, r"steps = 2.5: must be 1..100, and an int"),
+        ({"order": "1"}, r"order = .*1.*: must be 1 or 2"),
+        ({"batch_size": 0}, r"batch_size = 0: must be 1 or more"),
+        ({"guidance": "2", "class_label": 1}, r"guidance = '2': must be a finite number"),
+    ],
+)
+@pytest.mark.parametrize("call", [diffusion.encode, diffusion.decode])
+def test_what_encode_and_decode_are_told_by_name(
+    model: Model, call: Any, given: dict[str, object], says: str
+) -> None:
+    asked: dict[str, Any] = {"model": model, "x": torch.zeros(1, 1, 8, 8), **given}
+    with pytest.raises((ValueError, TypeError), match=says):
+        call(asked.pop("model"), asked.pop("x"), **asked)
+
+
+def test_what_iterations_and_the_flow_are_told_by_name(model: Model) -> None:
+    with pytest.raises(SamplerError, match=r"iterations = 1.5: must be 0..100, and an int"):
+        diffusion.encode(model, torch.zeros(1, 1, 8, 8), iterations=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ImagesError, match=r"x_start: in 200..200; must be in \[−1, 1\]"):
+        flow_likelihood(model, LEVELS[None])
+    with pytest.raises(SamplerError, match="draws = 0: must be 1 or more"):
+        flow_likelihood(model, torch.zeros(1, 1, 8, 8), draws=0)

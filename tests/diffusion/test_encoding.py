@@ -112,7 +112,7 @@ def test_the_sphere_keeps_the_norm_of_noise() -> None:
 def test_what_makes_no_table(given: dict[str, Any], says: str) -> None:
     with pytest.raises(SamplerError, match=says):
         encoding_table(PAPER, **{"timesteps": [1, 2], **given})
-    with pytest.raises(ValueError, match="their shape is"):
+    with pytest.raises(ValueError, match="its shape is"):
         encode(build_model(), torch.zeros(1, 8, 8))
 
 

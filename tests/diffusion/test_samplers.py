@@ -183,7 +183,7 @@ def test_deterministic_samplers_are_exact_for_a_single_image(
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5, math.nan])
 def test_eta_out_of_range_is_refused(eta: float) -> None:
-    with pytest.raises(SamplerError, match=r"eta = .*: must lie between 0 and 1"):
+    with pytest.raises(SamplerError, match=r"eta = .*: must be 0..1"):
         ddim(SCHEDULE, [5, 0], eta=eta)
 
 
