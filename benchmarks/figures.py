@@ -71,8 +71,8 @@ def bound_terms() -> Any:
     table, n = bound_table(PAPER), 2000
     generator = torch.Generator().manual_seed(0)
     rows = np.unique(np.logspace(0, 3, 25).astype(int)) - 1
-    for sigma in ("large", "small"):
-        left.plot(np.arange(2, 1001), gaussian_terms(PAPER, table, V, sigma)[1:], label=sigma)
+    for variance in ("large", "small"):
+        left.plot(np.arange(2, 1001), gaussian_terms(PAPER, table, V, variance)[1:], label=variance)
         for row in rows[1:]:
             alpha_bar = PAPER.alpha_bar(int(row))
             x_start, eps = (torch.randn(2, n, 1, dtype=torch.float64, generator=generator)).unbind()
@@ -83,19 +83,19 @@ def bound_terms() -> Any:
                 torch.full((n,), int(row)),
                 x_start=x_start,
                 x_start_hat=float(x_start_gain(PAPER, V)[row]) * x_t,
-                log_variance=torch.tensor(table.log_sigma2(sigma)[row]),
+                log_variance=torch.tensor(table.log_variance(variance)[row]),
             )
             left.plot(row + 1, float(nats.mean()), "k.", markersize=4)
     left.set(xscale="log", yscale="log", xlabel="t", ylabel="nats a dimension")
     left.legend(title="σ²")
     steps = [30, 100, 300, 1000]
-    for sigma in ("large", "small"):
+    for variance in ("large", "small"):
         gaps = []
         for T in steps:
             bars = 1 / (1 + np.exp(np.linspace(-6, 6, T)))
             schedule = Schedule(1 - bars / np.append(1.0, bars[:-1]))
-            gaps.append(gaussian_gap(schedule, bound_table(schedule), V, sigma)[1:].sum())
-        right.loglog(steps, gaps, "o-", label=sigma)
+            gaps.append(gaussian_gap(schedule, bound_table(schedule), V, variance)[1:].sum())
+        right.loglog(steps, gaps, "o-", label=variance)
     right.loglog(steps, gaps[0] * steps[0] / np.array(steps), "k:", label="1/T")
     right.set(xlabel="T", ylabel="nats a dimension")
     right.legend()

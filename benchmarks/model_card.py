@@ -163,11 +163,11 @@ def evaluation_lines(path: Path | None) -> list[str]:
     if path is None:
         return []
     report = json.loads(path.read_text())
-    sigma = report["sigma"]
+    variance = report["variance"]
     lines = [
         "",
-        f"Bits/dim without the label (`ddpm evaluate`, σ² {sigma}, D = {report['dims']}, the black",
-        f"border included; beside it, of the {report['dims_unpadded']} pixels of a digit):",
+        f"Bits/dim without the label (`ddpm evaluate`, σ² {variance}, D = {report['dims']}, the",
+        f"black border included; beside it, of the {report['dims_unpadded']} pixels of a digit):",
         "",
         "| split | how | images | bits/dim | L_0 | L_1 … L_{T−1} | L_T | of the digit's pixels |",
         "|---|---|---|---|---|---|---|---|",
@@ -175,7 +175,7 @@ def evaluation_lines(path: Path | None) -> list[str]:
     names = {"full": "all t", "monte_carlo": "importance-sampled t"}
     for split, found in report["splits"].items():
         for how, summary in found.items():
-            row = summary[sigma]
+            row = summary[variance]
             lines.append(
                 f"| {split} | {names[how]} | {summary['images']:,} "
                 f"| {row['bits_per_dim']:.4f} ± {row['standard_error']:.4f} | {row['L_0']:.4f} "

@@ -69,13 +69,15 @@ class Row:
 ROWS = {
     "mean-vlb-learned": Row(
         "μ̃, L, learned diagonal Σ",
-        {"prediction": "mean", "objective": "vlb", "sigma": "learned"},
+        {"prediction": "mean", "objective": "vlb", "variance": "learned"},
         learned_variance=True,
     ),
     "mean-vlb-fixed": Row("μ̃, L, fixed Σ", {"prediction": "mean", "objective": "vlb"}),
     "mean-simple": Row("μ̃, ‖μ̃ − μ̃_θ‖²", {"prediction": "mean"}),
     "eps-vlb-learned": Row(
-        "ε, L, learned diagonal Σ", {"objective": "vlb", "sigma": "learned"}, learned_variance=True
+        "ε, L, learned diagonal Σ",
+        {"objective": "vlb", "variance": "learned"},
+        learned_variance=True,
     ),
     "eps-vlb-fixed": Row("ε, L, fixed Σ", {"objective": "vlb"}),
     "eps-simple": Row("ε, L_simple", {}),
@@ -83,7 +85,9 @@ ROWS = {
         "ε, L, fixed Σ, importance-sampled t", {"objective": "vlb", "timesteps": "importance"}
     ),
     "eps-hybrid": Row(
-        "ε, L_hybrid, learned Σ", {"objective": "hybrid", "sigma": "learned"}, learned_variance=True
+        "ε, L_hybrid, learned Σ",
+        {"objective": "hybrid", "variance": "learned"},
+        learned_variance=True,
     ),
     "eps-min-snr": Row("ε, min-SNR-5", {"objective": "min_snr"}),
     "learned-beta": Row("ε, L, learned β", {"objective": "vlb", "schedule": {"kind": "learned"}}),
@@ -142,19 +146,19 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     network = load_classifier(arguments.out)
     model = trained(row, folder, arguments)
     print(f"{name}: trained, {time.monotonic() - began:.0f} s", flush=True)
-    sigma = "learned" if row.learned_variance else "large"
+    variance = "learned" if row.learned_variance else "large"
     key = {"digest": model.digest}
     bits = measure(
         model,
         choose(test, arguments.images, seed=0),
-        sigmas=(sigma,),
+        variances=(variance,),
         seed=0,
         samples=arguments.samples,
         path=folder / "partial" / "bits.npz",
         key=key,
         progress=False,
     )
-    table = build_table(model.schedule, steps=arguments.sample_steps, variance=sigma)
+    table = build_table(model.schedule, steps=arguments.sample_steps, variance=variance)
     draw = Draw(model, table, arguments.drawn, 0, None)
 
     def features(images: Tensor) -> Tensor:
@@ -173,7 +177,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     reference = real(
         features, choose(test, 10_000, seed=0), device=model.device, batch_size=500
     ).features
-    mean, error = mean_and_error(bits.bits_per_dim(sigma))
+    mean, error = mean_and_error(bits.bits_per_dim(variance))
     print(f"{name}: measured, {time.monotonic() - began:.0f} s", flush=True)
     return {
         "title": row.title,

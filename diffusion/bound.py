@@ -23,7 +23,6 @@ from diffusion.decoder import decoder_nats
 from diffusion.forward import gather
 from diffusion.schedule import Float64, Schedule, read_only
 
-SIGMAS = ("large", "small", "learned")
 Decoder = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -55,13 +54,13 @@ class BoundTable:
     def __len__(self) -> int:
         return int(self.t.size)
 
-    def log_sigma2(self, sigma: str) -> Float64:
+    def log_variance(self, variance: str) -> Float64:
         """ln σ² [R] of a fixed choice, large or small, with ln σ_1² := ln β̃_2 in both."""
-        if sigma == "small":
+        if variance == "small":
             return self.log_beta_tilde
-        if sigma == "large":
+        if variance == "large":
             return self._log_beta_large
-        raise BoundError(f"sigma = {sigma!r}: a table holds large or small")
+        raise BoundError(f"variance = {variance!r}: a table holds large or small")
 
     @cached_property
     def _log_beta_large(self) -> Float64:
@@ -143,20 +142,20 @@ class Trajectories:
     """Draws of the whole forward chain, and what the network made of them.
 
     xs: [T+1, N, ...], x_0 … x_T of each; x_start_hats: [T, N, ...], x̂_0 of entry k at x_{k+1};
-    sigma: the choice of σ².
+    variance: the choice of σ².
     """
 
     schedule: Schedule
     xs: Tensor
     x_start_hats: Tensor
-    sigma: str = "small"
+    variance: str = "small"
     decoder: Decoder = decoder_nats
 
 
 def kl_terms(chain: Trajectories) -> Tensor:
     """The terms of equation 5 at x_1 … x_T of each trajectory, [T+1, N] nats: L_0 … L_T."""
     table, xs = bound_table(chain.schedule), chain.xs
-    log_sigma2 = table.log_sigma2(chain.sigma)
+    log_variance = table.log_variance(chain.variance)
     terms = []
     for k, x_start_hat in enumerate(chain.x_start_hats):
         row = torch.full((xs.shape[1],), k, device=xs.device)
@@ -166,7 +165,7 @@ def kl_terms(chain: Trajectories) -> Tensor:
                 row,
                 x_start=xs[0],
                 x_start_hat=x_start_hat,
-                log_variance=gather(log_sigma2, row, xs[0]),
+                log_variance=gather(log_variance, row, xs[0]),
                 decoder=chain.decoder,
             )
         )
@@ -180,12 +179,12 @@ def log_ratio_terms(chain: Trajectories) -> Tensor:
     term's variance exceeds that of `kl_terms`, which takes the mean over x_{t−1}.
     """
     table, schedule, xs = bound_table(chain.schedule), chain.schedule, chain.xs
-    log_sigma2 = table.log_sigma2(chain.sigma)
-    terms = [_decoded(chain, float(log_sigma2[0]))]
+    log_variance = table.log_variance(chain.variance)
+    terms = [_decoded(chain, float(log_variance[0]))]
     for k in range(1, schedule.T):
         base = table.coef_x_t[k] * xs[k + 1]
         q = _nats(xs[k] - base - table.coef_x_start[k] * xs[0], table.log_beta_tilde[k])
-        p = _nats(xs[k] - base - table.coef_x_start[k] * chain.x_start_hats[k], log_sigma2[k])
+        p = _nats(xs[k] - base - table.coef_x_start[k] * chain.x_start_hats[k], log_variance[k])
         terms.append(p - q)
     last = schedule.T - 1
     noise = xs[-1] - math.sqrt(schedule.alpha_bar(last)) * xs[0]
@@ -199,14 +198,14 @@ def log_ratio_form(chain: Trajectories) -> Tensor:
     Equals the sum of `log_ratio_terms` on every trajectory (equation 22).
     """
     table, schedule, xs = bound_table(chain.schedule), chain.schedule, chain.xs
-    log_sigma2 = table.log_sigma2(chain.sigma)
-    total = _nats(xs[-1], 0.0) + _decoded(chain, float(log_sigma2[0]))
+    log_variance = table.log_variance(chain.variance)
+    total = _nats(xs[-1], 0.0) + _decoded(chain, float(log_variance[0]))
     for k in range(schedule.T):
         forward = xs[k + 1] - math.sqrt(schedule.alphas[k]) * xs[k]
         total = total - _nats(forward, math.log(schedule.betas[k]))
         if k:
             mean = table.coef_x_start[k] * chain.x_start_hats[k] + table.coef_x_t[k] * xs[k + 1]
-            total = total + _nats(xs[k] - mean, log_sigma2[k])
+            total = total + _nats(xs[k] - mean, log_variance[k])
     return total
 
 

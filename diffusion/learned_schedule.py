@@ -85,11 +85,11 @@ class LearnedSchedule(nn.Module):
         square = torch.exp(log_rho) * torch.expm1(rise) * (eps - eps_hat).square()
         kl = 0.5 * (torch.expm1(log_rho) - log_rho + square)
         x_start_hat = self.x_start(x_t, t, eps_hat)
-        decoder = decoder_nats(x_start, x_start_hat, self._log_sigma2_1(large, x_start))
+        decoder = decoder_nats(x_start, x_start_hat, self._log_variance_1(large, x_start))
         first = (t == 0).view(-1, *([1] * (x_start.ndim - 1)))
         return torch.where(first, decoder, kl).flatten(1).sum(1)
 
-    def _log_sigma2_1(self, large: Tensor | float, like: Tensor) -> Tensor:
+    def _log_variance_1(self, large: Tensor | float, like: Tensor) -> Tensor:
         """ln σ_1² of the decoder, from ln β̃_2 = ln β_2 + ln(1−ᾱ_1) − ln(1−ᾱ_2) and ln β_1."""
         gammas = self.gammas()[:2]
         log_rest, log_alpha_bar = -F.softplus(-gammas), F.logsigmoid(-gammas)

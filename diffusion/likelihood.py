@@ -151,12 +151,12 @@ def evaluate_output(
     x_start: Tensor,
     x_t: Tensor,
     out: Tensor,
-    sigma: str,
+    variance: str,
     clip: bool = True,
 ) -> Evaluation:
     """The terms of rows [N] from the network's raw output [N, C or 2C, H, W] at x_t.
 
-    sigma: large, small or learned (`check_variance`); clip: x̂_0 to [−1, 1], as for the paper's
+    variance: large, small or learned (`check_variance`); clip: x̂_0 to [−1, 1], as for the paper's
     bits/dim.
     """
     t = torch.from_numpy(table.t).to(row.device)[row]
@@ -165,10 +165,10 @@ def evaluate_output(
     x_start_hat = to_x_start(model.schedule, prediction, x_t=x_t, t=t, out=out[:, :channels])
     if clip:  # but never so that an infinite x̂_0 passes for ±1
         x_start_hat = torch.where(x_start_hat.isfinite(), x_start_hat.clamp(-1, 1), math.nan)
-    if sigma == "learned":
+    if variance == "learned":
         log_variance = learned_log_variance(table, row, out[:, channels:])
     else:
-        log_variance = gather(table.log_sigma2(sigma), row, x_start)
+        log_variance = gather(table.log_variance(variance), row, x_start)
     nats = transition_nats(
         table, row, x_start=x_start, x_start_hat=x_start_hat, log_variance=log_variance
     )
@@ -255,7 +255,7 @@ def likelihood(
     )
     nats = torch.empty(plan.row.shape, dtype=torch.float64)
     squared_error = torch.empty_like(nats)
-    sigma = check_variance(model, variance)
+    variance = check_variance(model, variance)
     for image, draw in pairs(plan, batch_size):
         pick, device = torch.from_numpy(image), model.device
         row = torch.from_numpy(plan.row[image, draw]).to(device)
@@ -273,7 +273,7 @@ def likelihood(
             else class_label[pick.to(class_label.device)].to(device),
         )
         found = evaluate_output(
-            model, table, row=row, x_start=x, x_t=x_t, out=out, sigma=sigma, clip=clip
+            model, table, row=row, x_start=x, x_t=x_t, out=out, variance=variance, clip=clip
         )
         nats[image, draw] = found.nats.cpu()
         squared_error[image, draw] = found.squared_error.cpu()

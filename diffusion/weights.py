@@ -14,17 +14,17 @@ from diffusion.parameterization import x_start_coefficients
 from diffusion.schedule import Float64, Schedule
 
 
-def eps_weight(schedule: Schedule, sigma: str = "small") -> Float64:
+def eps_weight(schedule: Schedule, variance: str = "small") -> Float64:
     """β_t²/(2σ_t² α_t (1−ᾱ_t)): L_{t−1} = weight·‖ε − ε_θ‖² + constant (equation 12)."""
-    sigma2 = np.exp(bound_table(schedule).log_sigma2(sigma))
+    sigma2 = np.exp(bound_table(schedule).log_variance(variance))
     rest = schedule.one_minus_alphas_cumprod
     weight: Float64 = schedule.betas**2 / (2 * sigma2 * schedule.alphas * rest)
     return weight
 
 
-def x_start_weight(table: BoundTable, sigma: str = "small") -> Float64:
+def x_start_weight(table: BoundTable, variance: str = "small") -> Float64:
     """The weight of ‖x_0 − x̂_0‖² in each row of any chain: coef_x_start²/(2σ²)."""
-    weight: Float64 = 0.5 * table.coef_x_start**2 * np.exp(-table.log_sigma2(sigma))
+    weight: Float64 = 0.5 * table.coef_x_start**2 * np.exp(-table.log_variance(variance))
     return weight
 
 

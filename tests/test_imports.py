@@ -30,9 +30,11 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"diffusion"},
     "worker": {"diffusion", "jobs"},
 }
-# Single modules of another package that one may import: pictures are decoded in one place, which
-# loads neither Redis nor torch (below).
-ALLOWED_MODULES: dict[str, set[str]] = {"training": {"jobs.decoding", "jobs.errors"}}
+# Single modules of another package that one may import: pictures are decoded and marked in one
+# place, which loads neither Redis nor torch (below).
+ALLOWED_MODULES: dict[str, set[str]] = {
+    "training": {"jobs.decoding", "jobs.errors", "jobs.marking"}
+}
 # Third parties that a package, or one of its files, must do without.
 WEB = {"fastapi", "starlette", "uvicorn"}
 LEARNING = {"accelerate", "datasets", "diffusers", "safetensors", "torch"}

@@ -61,19 +61,19 @@ class Measured:
     squared_error: Float64
     dims: int
 
-    def bits_per_dim(self, sigma: str) -> Float64:
+    def bits_per_dim(self, variance: str) -> Float64:
         """(L_T + … + L_0)/(D ln 2) of each image, [N]."""
-        total = self.prior + (self.nats[sigma] * self.plan.weight).sum(1)
+        total = self.prior + (self.nats[variance] * self.plan.weight).sum(1)
         return self._bits(total)
 
-    def decoder_bits(self, sigma: str) -> Float64:
+    def decoder_bits(self, variance: str) -> Float64:
         """L_0 in bits/dim, [N]."""
         first = self.plan.row == 0
-        return self._bits((self.nats[sigma] * np.where(first, self.plan.weight, 0)).sum(1))
+        return self._bits((self.nats[variance] * np.where(first, self.plan.weight, 0)).sum(1))
 
-    def term_bits(self, sigma: str) -> Float64:
+    def term_bits(self, variance: str) -> Float64:
         """Terms L_0 … L_{T−1} of a full sum in bits/dim, [N, T]."""
-        return self._bits(self.nats[sigma])
+        return self._bits(self.nats[variance])
 
     def prior_bits(self) -> Float64:
         """L_T in bits/dim, [N]."""
@@ -113,7 +113,7 @@ def measure(
     model: Model,
     chosen: Chosen,
     *,
-    sigmas: Sequence[str],
+    variances: Sequence[str],
     seed: int,
     samples: int | None,
     path: Path,
@@ -124,17 +124,17 @@ def measure(
 ) -> Measured:
     """Evaluate the planned terms of the chosen images, keeping what is done in `path`.
 
-    sigmas: choices of σ², all computed from the same network calls; samples, decoder_draws: as in
-    `plan_for`; key: what else the numbers depend on. Raises PartialError if `path` is of another
+    variances: choices of σ², all computed from the same network calls; samples, decoder_draws: as
+    in `plan_for`; key: what else the numbers depend on. Raises PartialError if `path` is of another
     run.
     """
     table = bound_table(model.schedule)
     plan = plan_for(table, chosen, seed=seed, samples=samples, decoder_draws=decoder_draws)
-    own = {"seed": seed, "samples": samples, "images": len(chosen), "sigmas": list(sigmas)}
+    own = {"seed": seed, "samples": samples, "images": len(chosen), "sigmas": list(variances)}
     at_zero = int((plan.row[0] == 0).sum())
     if at_zero > 1:  # there is no such entry in what was kept when it was always one
         own["decoder_draws"] = at_zero
-    shapes = dict.fromkeys((*sigmas, "squared_error"), plan.row.shape)
+    shapes = dict.fromkeys((*variances, "squared_error"), plan.row.shape)
     partial = PartialArrays(path, shapes, key | own)
     left, columns = partial.missing(), plan.row.shape[1]
     bar = tqdm(
@@ -148,7 +148,7 @@ def measure(
         for first in range(0, len(left), batch_size):
             flat = left[first : first + batch_size]
             image, draw = flat // columns, flat % columns
-            found = _evaluate(model, table, plan, chosen, (image, draw), seed, sigmas)
+            found = _evaluate(model, table, plan, chosen, (image, draw), seed, variances)
             for name, values in found.items():
                 partial.arrays[name][image, draw] = values.cpu().numpy()
             bar.update(len(flat))
@@ -166,7 +166,7 @@ def _evaluate(
     chosen: Chosen,
     where: tuple[NDArray[np.int64], NDArray[np.int64]],
     seed: int,
-    sigmas: Sequence[str],
+    variances: Sequence[str],
 ) -> dict[str, Tensor]:
     """Nats of each choice of σ², and the squared error, [B], from one network call."""
     device = model.device
@@ -184,11 +184,11 @@ def _evaluate(
         class_label=None if labels is None else labels.to(device),
     )
     found: dict[str, Tensor] = {}
-    for sigma in sigmas:
+    for variance in variances:
         evaluation = evaluate_output(
-            model, table, row=row, x_start=x_start, x_t=x_t, out=out, sigma=sigma
+            model, table, row=row, x_start=x_start, x_t=x_t, out=out, variance=variance
         )
-        found[sigma] = evaluation.nats
+        found[variance] = evaluation.nats
         found["squared_error"] = evaluation.squared_error
     return found
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +60,8 @@ def train(
     try:
         if resume and init is not None:
             raise StateError("--init starts a run and --resume goes on with one: give one of them")
-        settings = _settings(config, overrides, folder, resume)
+        with _warnings_in_words():
+            settings = _settings(config, overrides, folder, resume)
         for level in settings.network.deaf_levels:
             click.echo(
                 f"warning: network.groups = {settings.network.groups} makes each of the "
@@ -77,6 +81,15 @@ def train(
         sys.exit(f"ddpm train: {error}")
     if trainer.is_main:
         click.echo(f"{folder}: step {trainer.step} of {settings.steps}")
+
+
+@contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """What a configuration is warned of, once each, without a line of our code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", FutureWarning)
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+        yield
 
 
 def default_folder(config: Path, resume: bool) -> Path:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from diffusion.table import SamplerError
 from diffusion.unet import NetworkConfigError, UNetConfig
 
 SHIPPED = Path(__file__).parent / "configs"
+RENAMED = {"sigma": "variance"}  # of the whole file: what a key was called until 0.2
 
 
 class ConfigError(ValueError):
@@ -74,7 +76,7 @@ class TrainConfig(Section):
     batch_size: images an optimizer step, over all processes; accumulate: backward passes it is
     cut into. label_dropout: share of rows that train the null label. ema_decay: of the averaged
     weights, warmed up as min(ema_decay, (1+n)/(10+n)). objective: see `training.objectives`;
-    hybrid_weight is its λ, min_snr_gamma its γ. sigma: σ² in the bound. timesteps: of training,
+    hybrid_weight is its λ, min_snr_gamma its γ. variance: σ² in the bound. timesteps: of training,
     uniform or by importance. schedule.kind = "learned": trained too, from linear.
     """
 
@@ -85,7 +87,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     prediction: str = "epsilon"
     objective: Literal["simple", "vlb", "hybrid", "min_snr", "balanced"] = "simple"
-    sigma: Literal["large", "small", "learned"] = "large"
+    variance: Literal["large", "small", "learned"] = "large"
     timesteps: Literal["uniform", "importance"] = "uniform"
     hybrid_weight: float = Field(default=1e-3, gt=0)
     min_snr_gamma: float = Field(default=5.0, gt=0)
@@ -139,16 +141,17 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _objective(self) -> TrainConfig:
-        learned = self.sigma == "learned"
+        learned = self.variance == "learned"
         if learned != self.network.learned_variance:
             raise ValueError(
-                f"sigma = {self.sigma!r}: network.learned_variance must be {str(learned).lower()}"
+                f"variance = {self.variance!r}: network.learned_variance must be "
+                f"{str(learned).lower()}"
             )
         allowed = ("vlb", "hybrid") if learned else ("simple", "vlb", "min_snr", "balanced")
         if self.objective not in allowed:
             raise ValueError(
                 f"objective = {self.objective!r}: must be one of {', '.join(allowed)} with "
-                f"sigma = {self.sigma!r}"
+                f"variance = {self.variance!r}"
             )
         way = (self.objective, self.prediction)
         if self.learns_schedule and way != ("vlb", "epsilon"):
@@ -218,12 +221,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: not valid {what}: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a table of keys and values")
+    raw = renamed(raw, str(path))
     apply_overrides(raw, overrides)
     return parse_config(raw, str(path))
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> TrainConfig:
     """Validate a decoded configuration. Raises ConfigError naming every bad key."""
+    raw = renamed(raw, origin)
     try:
         return TrainConfig.model_validate(raw)
     except ValidationError as error:
@@ -242,6 +247,21 @@ def _explain(problem: Any) -> str:
     return f"{key}: {message}" if isinstance(shown, dict) else f"{key} = {shown!r}: {message}"
 
 
+def renamed(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The configuration with the names that keys have today; FutureWarning names an old one."""
+    for old in RENAMED.keys() & raw.keys():
+        _warn_of(old, origin)
+    return {RENAMED.get(key, key): value for key, value in raw.items()}
+
+
+def _warn_of(old: str, origin: str) -> None:
+    warnings.warn(
+        f"{origin}: the key {old} is now called {RENAMED[old]}; its old name will go in 1.0",
+        FutureWarning,
+        stacklevel=2,
+    )
+
+
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     """Put `key.sub=value` words into a decoded configuration. Raises ConfigError."""
     for override in overrides:
@@ -253,6 +273,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: must look like key=value or table.key=value")
     *tables, last = key.replace("-", "_").split(".")
+    if not tables and last in RENAMED:
+        _warn_of(last, f"override {override!r}")
+        last = RENAMED[last]
     table = raw
     for name in tables:
         table = table.setdefault(name, {})

@@ -76,9 +76,9 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load(options.model, device)
-    sigma = check_variance(loaded, options.variance)
+    variance = check_variance(loaded, options.variance)
     dtype = DTYPES.get(options.dtype) or fast_dtype(loaded)
-    run = Run(options, loaded, sigma)
+    run = Run(options, loaded, variance)
     run.check()
     cost = run.dtype_cost(dtype)
     if cost is not None:
@@ -94,7 +94,7 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
         "T": loaded.schedule.T,
         "dims": run.dims,
         "dims_unpadded": run.dims_unpadded,
-        "sigma": sigma,
+        "variance": variance,
         "seed": options.seed,
         "dtype": str(dtype).removeprefix("torch."),
         "dtype_cost": None if cost is None else cost.to_dict(),
@@ -119,11 +119,14 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
 class Run:
     """One evaluation of one model: the parts of `evaluate`, in their order."""
 
-    def __init__(self, options: EvaluateOptions, model: Model, sigma: str) -> None:
-        self.options, self.model, self.sigma = options, model, sigma
+    def __init__(self, options: EvaluateOptions, model: Model, variance: str) -> None:
+        self.options, self.model, self.variance = options, model, variance
         learned = model.config.network.learned_variance
         fixed = ("large", "small")
-        self.sigmas = (sigma, *(s for s in (*fixed, "learned")[: 2 + learned] if s != sigma))
+        self.variances = (
+            variance,
+            *(s for s in (*fixed, "learned")[: 2 + learned] if s != variance),
+        )
         self.dims = int(np.prod(model.shape))
         crop = model.config.crop
         self.dims_unpadded = model.shape[0] * crop[0] * crop[1] if crop else self.dims
@@ -154,7 +157,7 @@ class Run:
             dtype,
             self.chosen(self.splits[0], planned),
             seed=self.options.seed,
-            sigma=self.sigma,
+            variance=self.variance,
             batch_size=self.options.batch_size,
         )
 
@@ -202,7 +205,7 @@ class Run:
             measured = measure(
                 self.model,
                 self.chosen(split, n),
-                sigmas=self.sigmas,
+                variances=self.variances,
                 seed=options.seed,
                 samples=samples,
                 decoder_draws=options.decoder_draws,
@@ -214,8 +217,8 @@ class Run:
             found[name] = self.summary(measured)
             if samples is None:
                 fulls[split] = measured
-                found[name]["terms"] = terms_of(measured, self.sigma)
-            echo(f"{split}, {name.replace('_', ' ')}: {describe(found[name], self.sigma)}")
+                found[name]["terms"] = terms_of(measured, self.variance)
+            echo(f"{split}, {name.replace('_', ' ')}: {describe(found[name], self.variance)}")
         return found
 
     def summary(self, measured: Measured) -> dict[str, Any]:
@@ -225,10 +228,10 @@ class Run:
             "evaluations_an_image": measured.plan.row.shape[1],
             "L_T": float(measured.prior_bits().mean()),
         }
-        for sigma in self.sigmas:
-            mean, error = mean_and_error(measured.bits_per_dim(sigma))
-            decoder = float(measured.decoder_bits(sigma).mean())
-            out[sigma] = {
+        for variance in self.variances:
+            mean, error = mean_and_error(measured.bits_per_dim(variance))
+            decoder = float(measured.decoder_bits(variance).mean())
+            out[variance] = {
                 "bits_per_dim": mean,
                 "standard_error": error,
                 "bits_per_unpadded_dim": mean * self.dims / self.dims_unpadded,
@@ -243,15 +246,15 @@ class Run:
         """Plot the terms of all splits and the rate–distortion curve of one; returns its table."""
         out = self.options.out
         lines = {
-            f"{name}, σ² {sigma}": full.term_bits(sigma).mean(0)
+            f"{name}, σ² {variance}": full.term_bits(variance).mean(0)
             for name, full in fulls.items()
-            for sigma in self.sigmas
+            for variance in self.variances
         }
         plot_terms(lines, out / "terms.png")
-        curve = rate_distortion(fulls[split], self.sigma)
+        curve = rate_distortion(fulls[split], self.variance)
         plot_rate_distortion(curve, out / "rate_distortion.png")
         rows = curve.at(paper_steps(self.model.schedule.T))
-        echo(f"\nrate and distortion, {split}, σ² {self.sigma}:\n{markdown(rows)}")
+        echo(f"\nrate and distortion, {split}, σ² {self.variance}:\n{markdown(rows)}")
         return rows
 
     def progressive(self, split: str) -> None:
@@ -264,9 +267,9 @@ class Run:
         plot_progressive(found, options.out / "progressive.png")
 
 
-def terms_of(measured: Measured, sigma: str) -> dict[str, list[float]]:
+def terms_of(measured: Measured, variance: str) -> dict[str, list[float]]:
     """The table of L_{t−1} over t = 1..T, with standard errors, in bits/dim."""
-    bits = measured.term_bits(sigma)
+    bits = measured.term_bits(variance)
     columns = [mean_and_error(column) for column in bits.T]
     return {
         "t": list(range(1, bits.shape[1] + 1)),
@@ -275,11 +278,11 @@ def terms_of(measured: Measured, sigma: str) -> dict[str, list[float]]:
     }
 
 
-def describe(summary: dict[str, Any], sigma: str) -> str:
+def describe(summary: dict[str, Any], variance: str) -> str:
     """One line of a summary."""
-    found = summary[sigma]
+    found = summary[variance]
     return (
         f"{found['bits_per_dim']:.4f} ± {found['standard_error']:.4f} bits/dim on "
         f"{summary['images']} images (L_T {summary['L_T']:.5f}, L_1..L_T−1 "
-        f"{found['L_1_to_T-1']:.4f}, L_0 {found['L_0']:.4f}; σ² {sigma})"
+        f"{found['L_1_to_T-1']:.4f}, L_0 {found['L_0']:.4f}; σ² {variance})"
     )

@@ -27,11 +27,9 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--samples", default=20, show_default=True, type=POSITIVE, help="Of t, an image.")
 @click.option("--decoder-draws", type=POSITIVE, help="Of L_0 among these; default a sixth, ≥ 2.")
 @click.option(
-    "--variance",
-    "--sigma",
-    "variance",
-    help="σ²: large, small or learned; default learned if the network has it.",
+    "--variance", help="σ²: large, small or learned; default learned if the network has it."
 )
+@click.option("--sigma", hidden=True)
 @click.option("--labelled", is_flag=True, help="Bits/dim given the label, p(x_0|y).")
 @click.option("--seed", default=0, show_default=True, help="Of the choice of images and the noise.")
 @click.option("--fit", default="auto", type=click.Choice(["auto", "error", "pad", "resize"]))
@@ -73,6 +71,10 @@ def evaluate(threads: int | None, **options: Any) -> None:
     out = options.pop("out") or Path("runs") / f"evaluate-{model.name}"
     named = options.pop("splits")
     splits = _names(named or "")
+    sigma = options.pop("sigma")
+    if sigma is not None:
+        click.echo("warning: --sigma is now called --variance", err=True)
+        options["variance"] = options["variance"] or sigma
     if named is not None and not splits:
         sys.exit("ddpm evaluate: --splits: must name at least one split")
     if options["quality"] and options["features"] is None:

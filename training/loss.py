@@ -48,7 +48,7 @@ class Loss:
                 schedule=self.schedule,
                 table=self.table,
                 prediction=config.prediction,
-                sigma=config.sigma,
+                variance=config.variance,
                 x_start=batch.x_start,
                 x_t=x_t,
                 t=batch.t,

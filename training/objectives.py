@@ -40,7 +40,7 @@ class Pass:
     schedule: Schedule
     table: BoundTable
     prediction: str
-    sigma: str
+    variance: str
     x_start: Tensor
     x_t: Tensor
     t: Tensor
@@ -87,9 +87,9 @@ class Pass:
     @property
     def log_variance(self) -> Tensor:
         """ln σ_t², fixed or learned."""
-        if self.sigma == "learned":
+        if self.variance == "learned":
             return learned_log_variance(self.table, self.t, self.v)
-        return gather(self.table.log_sigma2(self.sigma), self.t, self.x_start)
+        return gather(self.table.log_variance(self.variance), self.t, self.x_start)
 
 
 Objective = Callable[[Pass], Tensor]
@@ -132,7 +132,7 @@ def learned_forward(found: Pass) -> Tensor:
     process = found.process
     assert process is not None
     fixed = {"small": 0.0, "large": 1.0}
-    large = (found.v + 1) / 2 if found.sigma == "learned" else fixed[found.sigma]
+    large = (found.v + 1) / 2 if found.variance == "learned" else fixed[found.variance]
     nats = process.terms(
         x_start=found.x_start,
         x_t=found.x_t,

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from diffusion.schedule import Float64
-from training.pictures import to_uint8
+from training.pictures import as_generated, to_uint8
 from training.progressive import Reconstructions
 from training.rate_distortion import Curve
 
@@ -69,6 +69,7 @@ def plot_progressive(found: Reconstructions, path: Path) -> None:
             if lower is not None:
                 _show(axes[2 * i + 1, column], lower[i])
     _save(figure, path)
+    path.write_bytes(as_generated(path.read_bytes(), "png"))
 
 
 def _show(axis: Any, image: Tensor) -> None:

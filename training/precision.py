@@ -54,7 +54,7 @@ def dtype_cost(
     chosen: Chosen,
     *,
     seed: int,
-    sigma: str,
+    variance: str,
     batch_size: int = 64,
 ) -> DtypeCost:
     """Measure on the first of the chosen images; all of them are what is to come."""
@@ -67,7 +67,7 @@ def dtype_cost(
             samples=min(SAMPLES, model.schedule.T),
             seed=seed,
             indices=torch.from_numpy(chosen.indices[few]),
-            variance=sigma,
+            variance=variance,
             class_label=labels,
             batch_size=batch_size,
         ).bits_per_dim.numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -17,7 +16,7 @@ from diffusion.about import MOST_THUMBNAIL, About, read_about, write_about
 from diffusion.diffusers.folder import is_diffusers_folder
 from diffusion.model import Model
 from diffusion.sampling import sample
-from training.pictures import grid
+from training.pictures import encoded, grid
 from training.sample import enlarge
 from training.state import CONFIG_FILE
 
@@ -100,10 +99,9 @@ def draw(model: Model) -> bytes:
     factor = max(1, _SIDE // max(picture.size))
     picture = enlarge(picture, factor)
     while True:
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG", optimize=True)
-        if buffer.tell() <= MOST_THUMBNAIL:
-            return buffer.getvalue()
+        content = encoded(picture, "png", optimize=True)
+        if len(content) <= MOST_THUMBNAIL:
+            return content
         half = (picture.width // 2, picture.height // 2)
         picture = picture.resize(half, Image.Resampling.BOX)
 

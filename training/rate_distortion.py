@@ -39,9 +39,9 @@ class Curve:
         ]
 
 
-def rate_distortion(full: Measured, sigma: str) -> Curve:
+def rate_distortion(full: Measured, variance: str) -> Curve:
     """The curve of a full sum: mean rate, and the root of the mean square over all images."""
-    terms = full.term_bits(sigma).mean(0)
+    terms = full.term_bits(variance).mean(0)
     T = len(terms)
     rate = rate_of(terms, float(full.prior_bits().mean()))
     t = np.arange(T, 0, -1)

@@ -47,6 +47,7 @@ def restore(**options: Any) -> None:
     """
     from diffusion.files import CheckpointError
     from diffusion.sampling import NotFiniteError
+    from training.pictures import picture_suffix, save_picture
     from training.restore import Asked, restored_strip
 
     asked = Asked(**{name: options.pop(name) for name in Asked.__dataclass_fields__})
@@ -54,9 +55,10 @@ def restore(**options: Any) -> None:
     options["seed"] = secrets.randbelow(2**53) if seed is None else seed
     out = options.pop("out")
     try:
+        picture_suffix(out)
         model = _loaded(options.pop("model"), options.pop("device"))
         strip = restored_strip(model, options.pop("picture"), asked, **options)
-        strip.save(out)
+        save_picture(strip, out)
     except (CheckpointError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm restore: {error}")
     click.echo(f"{out} (seed {options['seed']})")
@@ -87,14 +89,16 @@ def encode(
 
     from diffusion.files import CheckpointError
     from diffusion.sampling import NotFiniteError
-    from training.pictures import grid
+    from training.pictures import grid, picture_suffix, save_picture
     from training.restore import encoded
 
     try:
+        if strip is not None:
+            picture_suffix(strip)
         x_T, rows, psnr = encoded(_loaded(model, device), pictures, **options)
         np.save(out, x_T.numpy())
         if strip is not None:
-            grid(rows, columns=3).save(strip)
+            save_picture(grid(rows, columns=3), strip)
     except (CheckpointError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm encode: {error}")
     click.echo(f"{out}: {len(x_T)} x_T; the way back is {psnr:.1f} dB from the pictures")

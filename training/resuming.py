@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.config import ConfigError, TrainConfig, apply_overrides, parse_config
+from training.config import ConfigError, TrainConfig, apply_overrides, parse_config, renamed
 from training.state import CONFIG_FILE, StateError
 
 # What may change in mid-run: how long, how fast, how it is shown, and what divergence asks for.
@@ -46,6 +46,7 @@ def stored_config(folder: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
         raise StateError(f"{error}; this version cannot go on with the run") from error
     except (ValueError, RecursionError) as error:
         raise StateError(f"{path}: damaged: {error}") from error
+    raw = renamed(raw, str(path))
     apply_overrides(raw, overrides)
     return parse_config(raw, str(path))
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from diffusion.checkpoint import load
 from diffusion.model import Model
 from diffusion.sampling import Step, sample
-from training.pictures import grid, save_film, to_picture, to_uint8
+from training.pictures import grid, save_film, save_picture, to_picture, to_uint8
 
 PICTURES, FILMS = (".png", ".webp"), (".gif", ".webp")
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -144,7 +144,7 @@ def write(options: SampleOptions, images: Tensor, snapshots: Snapshots) -> Path:
     if options.folder:
         out.mkdir(parents=True, exist_ok=True)
         for i, pixels in enumerate(to_uint8(images)):
-            to_picture(pixels).save(out / f"{i:05d}.png")
+            save_picture(to_picture(pixels), out / f"{i:05d}.png")
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.film:
@@ -154,9 +154,9 @@ def write(options: SampleOptions, images: Tensor, snapshots: Snapshots) -> Path:
     elif options.every:
         stages = snapshots.stages(images)
         rows = torch.stack(stages, dim=1).flatten(0, 1)  # one row an image
-        grid(rows, columns=len(stages)).save(out)
+        save_picture(grid(rows, columns=len(stages)), out)
     else:
-        grid(images).save(out)
+        save_picture(grid(images), out)
     return out
 
 

@@ -23,7 +23,7 @@ from training.data import load_images
 from training.ema import EMA
 from training.keeper import Keeper
 from training.loss import FORWARD_PROCESS, Loss, attach_process, split_process
-from training.pictures import class_columns, grid
+from training.pictures import class_columns, grid, save_picture
 from training.runlog import Meter, RunLog
 from training.state import StateError
 from training.stop import Stop
@@ -304,7 +304,7 @@ class Trainer:
         picture = grid(images, columns=class_columns(len(images), classes))
         path = self.folder / "samples" / f"step-{self.step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        save_picture(picture, path)
         if log is not None:
             log.picture(self.step, picture)
         return path

@@ -39,13 +39,13 @@ def x_start_error(schedule: Schedule, v: float) -> Float64:
     return v * schedule.one_minus_alphas_cumprod / marginal_variance(schedule, v)
 
 
-def gaussian_terms(schedule: Schedule, table: BoundTable, v: float, sigma: str) -> Float64:
+def gaussian_terms(schedule: Schedule, table: BoundTable, v: float, variance: str) -> Float64:
     """Expected terms of the bound a dimension, [R] nats, row 0 by the density of the decoder."""
-    log_sigma2 = table.log_sigma2(sigma)
-    square = table.coef_x_start**2 * x_start_error(schedule, v)[table.t] * np.exp(-log_sigma2)
-    log_ratio = table.log_beta_tilde - log_sigma2
+    log_variance = table.log_variance(variance)
+    square = table.coef_x_start**2 * x_start_error(schedule, v)[table.t] * np.exp(-log_variance)
+    log_ratio = table.log_beta_tilde - log_variance
     terms: Float64 = 0.5 * (np.expm1(log_ratio) - log_ratio + square)
-    terms[0] = 0.5 * (math.log(2 * math.pi) + log_sigma2[0] + square[0])
+    terms[0] = 0.5 * (math.log(2 * math.pi) + log_variance[0] + square[0])
     return terms
 
 
@@ -54,7 +54,7 @@ def gaussian_entropy(v: float) -> float:
     return 0.5 * math.log(2 * math.pi * math.e * v)
 
 
-def gaussian_gap(schedule: Schedule, table: BoundTable, v: float, sigma: str) -> Float64:
+def gaussian_gap(schedule: Schedule, table: BoundTable, v: float, variance: str) -> Float64:
     """KL of the true reverse conditional to the model's, a row and a dimension, [R] nats.
 
     Both are Gaussian with the same mean; the true variance is β̃ + coef²·E(x_0 − x̂_0)². With
@@ -62,7 +62,7 @@ def gaussian_gap(schedule: Schedule, table: BoundTable, v: float, sigma: str) ->
     """
     beta_tilde = np.append(0.0, np.exp(table.log_beta_tilde[1:]))
     true = beta_tilde + table.coef_x_start**2 * x_start_error(schedule, v)[table.t]
-    ratio = true * np.exp(-table.log_sigma2(sigma))
+    ratio = true * np.exp(-table.log_variance(variance))
     gap: Float64 = 0.5 * (ratio - 1 - np.log(ratio))
     return gap
 
@@ -162,9 +162,9 @@ def distance_to_gaussian(
     return float(kl), float(total_variation)
 
 
-def gaussian_bound(schedule: Schedule, v: float, sigma: str = "small") -> float:
+def gaussian_bound(schedule: Schedule, v: float, variance: str = "small") -> float:
     """The whole bound on N(0, v) with its exact denoiser: nats a dimension, density L_0."""
     alpha_bar = schedule.alpha_bar(schedule.T - 1)
     rest = schedule.one_minus_alpha_bar(schedule.T - 1)
     prior = 0.5 * (alpha_bar * (v - 1) - math.log(rest))
-    return prior + float(gaussian_terms(schedule, bound_table(schedule), v, sigma).sum())
+    return prior + float(gaussian_terms(schedule, bound_table(schedule), v, variance).sum())

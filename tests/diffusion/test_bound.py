@@ -60,16 +60,16 @@ def quadrature_kl(q: tuple[float, float], p: tuple[float, float]) -> float:
 
 
 @pytest.mark.parametrize("timesteps", [None, [999, 600, 250, 40, 3]])
-@pytest.mark.parametrize("sigma", ["large", "small"])
+@pytest.mark.parametrize("variance", ["large", "small"])
 def test_terms_equal_the_integral_of_their_definition(
-    timesteps: list[int] | None, sigma: str
+    timesteps: list[int] | None, variance: str
 ) -> None:
     table = bound_table(SCHEDULE, timesteps)
     x_start, x_start_hat, x_t = 0.4, -0.1, 0.7
     for row in (r for r in range(1, len(table)) if len(table) < 10 or r in (1, 2, 50, 998, 999)):
         t, s = int(table.t[row]), int(table.s[row])
         jump = SCHEDULE.jump(t, s)
-        sigma2 = jump.beta if sigma == "large" else jump.variance
+        sigma2 = jump.beta if variance == "large" else jump.variance
         mean_q = q_posterior(SCHEDULE, torch.tensor(x_start), torch.tensor(x_t), t=t, s=s)[0]
         mean_p = jump.coef_x_start * x_start_hat + jump.coef_x_t * x_t
         wanted = quadrature_kl((float(mean_q), jump.variance), (mean_p, sigma2))
@@ -78,7 +78,7 @@ def test_terms_equal_the_integral_of_their_definition(
             torch.tensor([row]),
             x_start=torch.full((1, 1), x_start, dtype=torch.float64),
             x_start_hat=torch.full((1, 1), x_start_hat, dtype=torch.float64),
-            log_variance=torch.tensor(table.log_sigma2(sigma)[row]),
+            log_variance=torch.tensor(table.log_variance(variance)[row]),
         )
         assert float(got) == pytest.approx(wanted, rel=2e-6, abs=1e-9)
 
@@ -133,24 +133,24 @@ def test_decoder_gradients_stay_finite_far_from_the_data() -> None:
     assert log_variance.grad is not None and log_variance.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("sigma", ["large", "small"])
+@pytest.mark.parametrize("variance", ["large", "small"])
 @pytest.mark.parametrize("timesteps", [None, list(range(998, -1, -37))])
 def test_gaussian_data_bound_is_entropy_plus_the_known_gap(
-    sigma: str, timesteps: list[int] | None
+    variance: str, timesteps: list[int] | None
 ) -> None:
     table = bound_table(SCHEDULE, timesteps)
     top = int(table.t[-1])
-    terms = gaussian_terms(SCHEDULE, table, V, sigma)
+    terms = gaussian_terms(SCHEDULE, table, V, variance)
     one = torch.full((1, 1), math.sqrt(V), dtype=torch.float64)  # E x_0² = v is all L_T needs
     bound = float(terms.sum() + prior_nats(SCHEDULE, one, top))
     variance_top = V * SCHEDULE.alpha_bar(top) + SCHEDULE.one_minus_alpha_bar(top)
-    gap = gaussian_gap(SCHEDULE, table, V, sigma).sum()
+    gap = gaussian_gap(SCHEDULE, table, V, variance).sum()
     gap += 0.5 * (variance_top - 1 - math.log(variance_top))
     assert bound == pytest.approx(gaussian_entropy(V) + gap, rel=1e-10)
     if timesteps is None:
-        assert bound == pytest.approx(gaussian_bound(SCHEDULE, V, sigma), rel=1e-12)
+        assert bound == pytest.approx(gaussian_bound(SCHEDULE, V, variance), rel=1e-12)
         assert gap == pytest.approx(
-            gaussian_gap(SCHEDULE, table, V, sigma).sum() + prior_gap(SCHEDULE, V), rel=1e-12
+            gaussian_gap(SCHEDULE, table, V, variance).sum() + prior_gap(SCHEDULE, V), rel=1e-12
         )
 
 
@@ -160,9 +160,9 @@ def test_gap_closes_as_the_steps_become_many() -> None:
     for T in (250, 500, 1000):
         alpha_bar = 1 / (1 + np.exp(np.linspace(-6, 6, T)))
         schedule = Schedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
-        for sigma, found in gaps.items():
+        for variance, found in gaps.items():
             # Without row 0, whose σ_1² is a convention.
-            found.append(gaussian_gap(schedule, bound_table(schedule), V, sigma)[1:].sum())
+            found.append(gaussian_gap(schedule, bound_table(schedule), V, variance)[1:].sum())
     for found in gaps.values():
         assert found[0] / found[1] == pytest.approx(2, rel=0.02)
         assert found[1] / found[2] == pytest.approx(2, rel=0.02)
@@ -177,16 +177,16 @@ def test_measured_terms_match_the_closed_form() -> None:
         x_start = math.sqrt(V) * torch.randn(n, dims, dtype=torch.float64, generator=generator)
         eps = torch.randn(n, dims, dtype=torch.float64, generator=generator)
         x_t = math.sqrt(alpha_bar) * x_start + math.sqrt(1 - alpha_bar) * eps
-        for sigma in ("large", "small"):
+        for variance in ("large", "small"):
             nats = transition_nats(
                 table,
                 torch.full((n,), row),
                 x_start=x_start,
                 x_start_hat=float(x_start_gain(SCHEDULE, V)[row]) * x_t,
-                log_variance=torch.tensor(table.log_sigma2(sigma)[row]),
+                log_variance=torch.tensor(table.log_variance(variance)[row]),
                 decoder=density_nats,
             )
-            wanted = dims * gaussian_terms(SCHEDULE, table, V, sigma)[row]
+            wanted = dims * gaussian_terms(SCHEDULE, table, V, variance)[row]
             standard_error = float(nats.std()) / math.sqrt(n)
             assert abs(float(nats.mean()) - wanted) < 4.5 * standard_error
 
@@ -194,7 +194,7 @@ def test_measured_terms_match_the_closed_form() -> None:
 N_TRAJECTORIES = 20_000
 
 
-def trajectories(quality: float, sigma: str) -> Trajectories:
+def trajectories(quality: float, variance: str) -> Trajectories:
     """Gaussian data, quality·(exact denoiser): quality 1 leaves nothing to learn."""
     schedule = linear_schedule(30, 1e-3, 0.3)
     generator = torch.Generator().manual_seed(1)
@@ -204,12 +204,12 @@ def trajectories(quality: float, sigma: str) -> Trajectories:
     chain = [x for _, x in q_trajectory(schedule, x_start, seeds=seeds, indices=indices)]
     xs = torch.stack([x_start, *chain])
     hats = quality * torch.from_numpy(x_start_gain(schedule, V))[:, None, None] * xs[1:]
-    return Trajectories(schedule, xs, hats, sigma, density_nats)
+    return Trajectories(schedule, xs, hats, variance, density_nats)
 
 
-@pytest.mark.parametrize("sigma", ["large", "small"])
-def test_the_two_forms_of_the_bound(sigma: str) -> None:
-    chain = trajectories(0.9, sigma)
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_the_two_forms_of_the_bound(variance: str) -> None:
+    chain = trajectories(0.9, variance)
     kl, ratio = kl_terms(chain), log_ratio_terms(chain)
     torch.testing.assert_close(log_ratio_form(chain), ratio.sum(0))  # equation 3 is equation 22
     # Equal means: of the whole, and term by term.
@@ -248,7 +248,7 @@ def replace_log_variance(chain: Trajectories, log_variance: np.ndarray) -> torch
     """Equation 3 with these ln σ²: what differs is −ln p_θ(x_{t−1}|x_t) of each step."""
     total = log_ratio_form(chain)
     table = bound_table(chain.schedule)
-    for k, old in enumerate(table.log_sigma2(chain.sigma)):
+    for k, old in enumerate(table.log_variance(chain.variance)):
         mean = table.coef_x_start[k] * chain.x_start_hats[k] + table.coef_x_t[k] * chain.xs[k + 1]
         square = (chain.xs[k] - mean)[:, 0] ** 2
         new = log_variance[k]
@@ -259,9 +259,9 @@ def replace_log_variance(chain: Trajectories, log_variance: np.ndarray) -> torch
 def test_weights_turn_one_loss_into_another() -> None:
     table = bound_table(SCHEDULE)
     per_eps = SCHEDULE.snr  # ‖ε − ε_θ‖² = SNR ‖x_0 − x̂_0‖²
-    for sigma in ("large", "small"):
+    for variance in ("large", "small"):
         np.testing.assert_allclose(
-            eps_weight(SCHEDULE, sigma) * per_eps, x_start_weight(table, sigma), rtol=1e-9
+            eps_weight(SCHEDULE, variance) * per_eps, x_start_weight(table, variance), rtol=1e-9
         )
     jumps = bound_table(SCHEDULE, [999, 500, 100, 20, 0])
     for chain in (table, jumps):
@@ -294,7 +294,7 @@ def test_eps_weight_is_that_of_the_term() -> None:
         torch.tensor([t]),
         x_start=x_start,
         x_start_hat=x_start_hat,
-        log_variance=torch.tensor(table.log_sigma2("small")[t]),
+        log_variance=torch.tensor(table.log_variance("small")[t]),
     )
     assert float(nats) == pytest.approx(eps_weight(SCHEDULE)[t] * 0.6**2, rel=1e-9)
 
@@ -307,7 +307,9 @@ def test_learned_variance_spans_small_to_large() -> None:
     np.testing.assert_allclose(ends[0][:, 0], table.log_beta_tilde[rows], rtol=1e-6)
     np.testing.assert_allclose(ends[1][:, 1], table.log_beta[rows], rtol=1e-6)
     np.testing.assert_allclose(table.log_beta_tilde, SCHEDULE.posterior_log_variance_clipped)
-    assert table.log_sigma2("large")[0] == table.log_sigma2("small")[0] == table.log_beta_tilde[1]
+    assert (
+        table.log_variance("large")[0] == table.log_variance("small")[0] == table.log_beta_tilde[1]
+    )
 
 
 def test_the_learned_variance_of_the_best_bound_is_the_true_one() -> None:
@@ -339,8 +341,8 @@ def test_single_row_and_bad_options() -> None:
         bound_table(SCHEDULE, [3, 3])
     with pytest.raises(BoundError, match="strictly descending"):
         bound_table(SCHEDULE, [1000, 3])
-    with pytest.raises(BoundError, match="sigma = 'tiny'"):
-        bound_table(SCHEDULE).log_sigma2("tiny")
+    with pytest.raises(BoundError, match="variance = 'tiny'"):
+        bound_table(SCHEDULE).log_variance("tiny")
     assert float(bits_per_dim(torch.tensor(math.log(2) * 6), 3)) == pytest.approx(2)
 
 
@@ -353,7 +355,7 @@ def test_terms_are_the_same_for_cosine_in_float32_and_float64() -> None:
     noise = 0.05 * torch.randn(6, 64, dtype=torch.float64, generator=generator)
     results = []
     for dtype in (torch.float32, torch.float64):
-        log_variance = torch.tensor(table.log_sigma2("large"))[row][:, None].to(dtype)
+        log_variance = torch.tensor(table.log_variance("large"))[row][:, None].to(dtype)
         results.append(
             transition_nats(
                 table,

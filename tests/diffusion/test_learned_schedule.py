@@ -45,8 +45,8 @@ def test_any_parameters_make_a_schedule() -> None:
     )
 
 
-@pytest.mark.parametrize("sigma", ["small", "large", "learned"])
-def test_terms_are_those_of_the_fixed_schedule_with_its_betas(sigma: str) -> None:
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
+def test_terms_are_those_of_the_fixed_schedule_with_its_betas(variance: str) -> None:
     process = LearnedSchedule(linear_schedule(50, 1e-3, 0.2))
     with torch.no_grad():
         process.delta.add_(0.3 * draws(49))
@@ -61,12 +61,12 @@ def test_terms_are_those_of_the_fixed_schedule_with_its_betas(sigma: str) -> Non
     x_t = process.q_sample(x_start, t, eps)
     torch.testing.assert_close(x_t, q_sample(schedule, x_start, t, eps), rtol=1e-5, atol=1e-6)
     ends: dict[str, Any] = {"small": 0.0, "large": 1.0, "learned": (v + 1) / 2}
-    large = ends[sigma]
+    large = ends[variance]
     got = process.terms(x_start=x_start, x_t=x_t, t=t, eps=eps, eps_hat=eps_hat, large=large)
-    if sigma == "learned":
+    if variance == "learned":
         log_variance = learned_log_variance(table, t, v)
     else:
-        log_variance = gather(table.log_sigma2(sigma), t, x_start)
+        log_variance = gather(table.log_variance(variance), t, x_start)
     wanted = transition_nats(
         table,
         t,

@@ -188,12 +188,12 @@ def test_learned_variance_enters_through_the_second_half(images: torch.Tensor) -
     model = quiet_model(network=network)
     model.network.conv_out.weight[1:].zero_()
     results = {}
-    for v, sigma in ((-1.0, "small"), (1.0, "large")):
+    for v, variance in ((-1.0, "small"), (1.0, "large")):
         model.network.conv_out.bias[1:] = v
         learned = likelihood(model, images, batch_size=500)
-        fixed = likelihood(model, images, variance=sigma, batch_size=500)
+        fixed = likelihood(model, images, variance=variance, batch_size=500)
         torch.testing.assert_close(learned.nats[:, 1:], fixed.nats[:, 1:], rtol=1e-3, atol=1e-4)
-        results[sigma] = learned.bits_per_dim
+        results[variance] = learned.bits_per_dim
     assert not torch.allclose(results["small"], results["large"], rtol=1e-3)
 
 

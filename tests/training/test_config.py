@@ -36,6 +36,14 @@ def test_a_bad_key_or_value_is_named(config_file: Path, override: str, message: 
     assert message in str(error.value)
 
 
+def test_the_old_name_of_variance_is_still_read(config_file: Path) -> None:
+    with pytest.warns(FutureWarning, match=r"override 'sigma=small': the key sigma is now called"):
+        assert load_config(config_file, ["sigma=small"]).variance == "small"
+    config_file.write_text('sigma = "small"\n' + config_file.read_text())
+    with pytest.warns(FutureWarning, match=r"tiny.toml: the key sigma is now called variance"):
+        assert load_config(config_file).variance == "small"
+
+
 def test_a_missing_and_a_broken_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file or folder; the names cifar10, mnist"):
         load_config(tmp_path / "absent.toml")

@@ -97,19 +97,19 @@ def test_numbers_are_those_of_the_library(model_folder: Path, data: Path, tmp_pa
     assert results["dims"] == 64 and results["dims_unpadded"] == 36
     for split, count in (("train", 9), ("test", 6)):
         found = results["splits"][split]
-        for sigma in ("large", "small"):
-            exact = by_library(model_folder, data, split, variance=sigma)
+        for variance in ("large", "small"):
+            exact = by_library(model_folder, data, split, variance=variance)
             # 6 of train's 9 are chosen; those are found again by their order.
             images = choose(cast("Images", _Sized(count)), 6, seed=3).indices
             mean, error = mean_and_error(exact[images])
-            full = found["full"][sigma]
+            full = found["full"][variance]
             assert full["bits_per_dim"] == pytest.approx(mean, abs=1e-4)
             assert full["standard_error"] == pytest.approx(error, abs=1e-4)
             assert full["bits_per_unpadded_dim"] == pytest.approx(mean * 64 / 36, abs=2e-4)
             parts = full["L_0"] + full["L_1_to_T-1"] + found["full"]["L_T"]
             assert parts == pytest.approx(full["bits_per_dim"])
-            drawn = by_library(model_folder, data, split, variance=sigma, samples=5)
-            assert found["monte_carlo"][sigma]["bits_per_dim"] == pytest.approx(
+            drawn = by_library(model_folder, data, split, variance=variance, samples=5)
+            assert found["monte_carlo"][variance]["bits_per_dim"] == pytest.approx(
                 drawn.mean(), abs=1e-4
             )
         terms = found["full"]["terms"]
@@ -155,7 +155,7 @@ def test_rate_and_distortion_from_terms_by_hand(tmp_path: Path, model_folder: Pa
     full = measure(
         diffusion.load(model_folder),
         choose(source, 3, seed=0),
-        sigmas=("small",),
+        variances=("small",),
         seed=0,
         samples=None,
         path=tmp_path / "p.npz",
@@ -371,7 +371,7 @@ def test_what_a_number_format_costs_is_the_difference_of_two_evaluations(
         channels=1, side=8, num_classes=0, progress=False,
     )  # fmt: skip
     chosen = choose(images, 9, seed=3)
-    found = dtype_cost(model, torch.bfloat16, chosen, seed=3, sigma="small")
+    found = dtype_cost(model, torch.bfloat16, chosen, seed=3, variance="small")
     x_start = chosen.batch(np.arange(9))[0]
     keys = torch.from_numpy(chosen.indices)
     by_hand = [
@@ -383,5 +383,5 @@ def test_what_a_number_format_costs_is_the_difference_of_two_evaluations(
     spread = float(by_hand[0].std()) / 9**0.5
     assert found.allowed == pytest.approx(spread / 10, rel=1e-3)
     assert found.too_much is (abs(wanted) > spread / 10)
-    none = dtype_cost(model, torch.float32, chosen, seed=3, sigma="small")
+    none = dtype_cost(model, torch.float32, chosen, seed=3, variance="small")
     assert none.bits_per_dim == 0 and not none.too_much

@@ -36,7 +36,7 @@ def draws(seed: int, channels: int = 1) -> torch.Tensor:
 
 
 def make_pass(
-    prediction: str = "epsilon", sigma: str = "large", error: float = 0.3, **more: Any
+    prediction: str = "epsilon", variance: str = "large", error: float = 0.3, **more: Any
 ) -> Pass:
     """A batch with an output that is nearly right; v in the second half if Σ is learned."""
     levels = torch.randint(0, 256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(9))
@@ -48,13 +48,13 @@ def make_pass(
         else target(SCHEDULE, prediction, x_start=x_start, x_t=x_t, t=t)
     )
     out = right + error * draws(2)
-    if sigma == "learned":
+    if variance == "learned":
         out = torch.cat([out, 0.3 * draws(3)], dim=1)
     return Pass(
         schedule=SCHEDULE,
         table=bound_table(SCHEDULE),
         prediction=prediction,
-        sigma=sigma,
+        variance=variance,
         x_start=x_start,
         x_t=x_t,
         t=t,
@@ -72,11 +72,11 @@ def test_simple_is_the_mean_square_of_the_target(prediction: str) -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("sigma", ["large", "small", "learned"])
-def test_vlb_is_the_term_that_evaluation_reports(prediction: str, sigma: str) -> None:
-    found = make_pass(prediction, sigma)
+@pytest.mark.parametrize("variance", ["large", "small", "learned"])
+def test_vlb_is_the_term_that_evaluation_reports(prediction: str, variance: str) -> None:
+    found = make_pass(prediction, variance)
     network = dataclasses.replace(
-        TINY, image_size=4, learned_variance=sigma == "learned", num_classes=0, null_class=False
+        TINY, image_size=4, learned_variance=variance == "learned", num_classes=0, null_class=False
     )
     model = build_model(network, prediction=prediction, schedule=SCHEDULE_CONFIG)
     evaluation = evaluate_output(
@@ -86,7 +86,7 @@ def test_vlb_is_the_term_that_evaluation_reports(prediction: str, sigma: str) ->
         x_start=found.x_start,
         x_t=found.x_t,
         out=found.out,
-        sigma=sigma,
+        variance=variance,
         clip=False,
     )
     bits = evaluation.nats / (DIMS * math.log(2))
@@ -97,7 +97,7 @@ SCHEDULE_CONFIG = diffusion.ScheduleConfig.from_betas(SCHEDULE.betas)
 
 
 def test_vlb_of_epsilon_is_the_weighted_square() -> None:
-    found = make_pass(sigma="small")
+    found = make_pass(variance="small")
     weight = torch.from_numpy(eps_weight(SCHEDULE, "small"))[found.t]
     wanted = weight * (0.3 * draws(2)).square().flatten(1).sum(1) / (DIMS * math.log(2))
     torch.testing.assert_close(vlb(found)[1:].double(), wanted[1:], rtol=1e-4, atol=1e-7)
@@ -114,15 +114,15 @@ def test_predictions_of_one_network_have_one_bound() -> None:
 
 
 def test_hybrid_trains_the_mean_by_l_simple_alone() -> None:
-    found = make_pass(sigma="learned", hybrid_weight=0.5)
+    found = make_pass(variance="learned", hybrid_weight=0.5)
     hybrid(found).sum().backward()
     both = found.out.grad
-    alone = make_pass(sigma="learned")
+    alone = make_pass(variance="learned")
     simple(alone).sum().backward()
     assert both is not None and alone.out.grad is not None
     torch.testing.assert_close(both[:, :1], alone.out.grad[:, :1])
     assert torch.all(alone.out.grad[:, 1:] == 0) and both[:, 1:].abs().max() > 1e-4
-    bound = make_pass(sigma="learned")
+    bound = make_pass(variance="learned")
     vlb(bound).sum().backward()
     assert bound.out.grad is not None
     torch.testing.assert_close(both[:, 1:], 0.5 * SCHEDULE.T * bound.out.grad[:, 1:])
@@ -190,9 +190,9 @@ def test_importance_forgets_old_losses() -> None:
 CASES = {
     "vlb": ("objective=vlb",),
     "vlb-importance": ("objective=vlb", "timesteps=importance"),
-    "vlb-learned": ("objective=vlb", "sigma=learned", "network.learned_variance=true"),
-    "hybrid": ("objective=hybrid", "sigma=learned", "network.learned_variance=true"),
-    "mean": ("objective=vlb", "sigma=small", "prediction=mean"),
+    "vlb-learned": ("objective=vlb", "variance=learned", "network.learned_variance=true"),
+    "hybrid": ("objective=hybrid", "variance=learned", "network.learned_variance=true"),
+    "mean": ("objective=vlb", "variance=small", "prediction=mean"),
     "min_snr": ("objective=min_snr",),
     "balanced": ("objective=balanced",),
     "learned": ("objective=vlb", "schedule.kind=learned"),
@@ -273,10 +273,10 @@ def test_importance_is_part_of_the_state(config_file: Path, tmp_path: Path) -> N
     ("options", "message"),
     [
         (("objective=best",), "objective = 'best'"),
-        (("sigma=learned",), "network.learned_variance must be true"),
+        (("variance=learned",), "network.learned_variance must be true"),
         (("network.learned_variance=true",), "network.learned_variance must be false"),
         (("objective=hybrid",), "objective = 'hybrid'"),
-        (("sigma=learned", "network.learned_variance=true"), "objective = 'simple'"),
+        (("variance=learned", "network.learned_variance=true"), "objective = 'simple'"),
         (("schedule.kind=learned",), "schedule.kind = 'learned'"),
     ],
 )
@@ -291,7 +291,7 @@ def test_the_registry_is_what_the_config_allows(config_file: Path) -> None:
     for name in OBJECTIVES:
         options = [f"objective={name}"]
         if name == "hybrid":
-            options += ["sigma=learned", "network.learned_variance=true"]
+            options += ["variance=learned", "network.learned_variance=true"]
         assert load_config(config_file, options).objective == name
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import diffusion
 from diffusion import ScheduleConfig
+from jobs.marking import GENERATED
 from tests.diffusion.networks import build_model
 from training.restore_commands import encode, restore
 
@@ -42,6 +43,7 @@ def test_a_strip_of_measurement_samples_mean_and_deviation(place: Path, tmp_path
     out = tmp_path / "out.png"
     asked = (str(place / "whole.png"), "--box", "0,4,8,8", "--out", str(out))
     assert call(place, *asked) == f"{out} (seed 3)\n0"
+    assert GENERATED.encode() in out.read_bytes()
     strip = np.asarray(Image.open(out))
     assert strip.shape == (8, 5 * 8 + 4 * 2)
     known = np.asarray(Image.open(place / "whole.png"))[:4]
@@ -82,6 +84,7 @@ def test_other_operators(place: Path, tmp_path: Path) -> None:
         (("--operator", "gray"), "weights: 3 for an image of 1 channels"),
         (("--operator", "blur"), "--deviation: is needed"),
         (("--operator", "identity", "--noise", "-1"), "must be 0 or more"),
+        (("--operator", "identity", "--out", "a.jpg"), "a.jpg: must end in .png or .webp"),
     ],
 )
 def test_what_is_refused(place: Path, arguments: tuple[str, ...], says: str) -> None:
@@ -99,5 +102,6 @@ def test_pictures_become_their_x_T(place: Path, tmp_path: Path) -> None:
     )
     assert ran.exit_code == 0 and "2 x_T; the way back is" in ran.output, ran.output
     assert np.load(out).shape == (2, 1, 8, 8)
+    assert GENERATED.encode() in strip.read_bytes()
     with Image.open(strip) as picture:
         assert picture.size == (28, 18)

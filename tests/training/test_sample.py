@@ -8,6 +8,7 @@ from PIL import Image
 
 import diffusion
 from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
+from jobs.marking import GENERATED
 from training.commands import convert, sample
 
 
@@ -68,6 +69,26 @@ def test_a_folder_films_and_a_chain_in_columns(model: Path, tmp_path: Path) -> N
     call(model, tmp_path / "columns.png", "-n", "2", "--snapshots", "2", "--kind", "x_t")
     with Image.open(tmp_path / "columns.png") as picture:
         assert picture.size == (4 * 10 - 2, 2 * 10 - 2)  # rows 0, 2, 4 and the image
+
+
+def test_files_say_that_a_machine_made_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("a.png", "a.webp", "many/00000.png", "film.gif", "film.webp", "columns.png")
+    for name in names:
+        out = f"{tmp_path}/many/" if name.startswith("many") else tmp_path / name
+        films = name.startswith(("film", "columns"))
+        call(model, out, "-n", "2", *(["--snapshots", "2"] if films else []))
+        assert GENERATED.encode() in (tmp_path / name).read_bytes(), name
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+            assert name.endswith("gif") or GENERATED in str(picture.info["xmp"])
+    monkeypatch.setenv("DDPM_MARK_OUTPUTS", "0")
+    call(model, tmp_path / "plain.png", "-n", "2")
+    assert GENERATED.encode() not in (tmp_path / "plain.png").read_bytes()
+    monkeypatch.setenv("DDPM_MARK_OUTPUTS", "perhaps")
+    said = call(model, tmp_path / "x.png")
+    assert "DDPM_MARK_OUTPUTS = 'perhaps': must be 1 or 0" in said and said.endswith("1")
 
 
 def test_the_bar_counts_correctors(model: Path, tmp_path: Path) -> None:

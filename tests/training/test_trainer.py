@@ -214,11 +214,16 @@ def test_another_configuration_is_not_resumed(
 def test_a_run_folder_is_all_that_resuming_needs(config_file: Path, tmp_path: Path) -> None:
     run(config_file, tmp_path / "whole")
     run(config_file, tmp_path / "cut", "steps=3")
+    stored = json.loads((tmp_path / "cut" / "train.json").read_text())
+    stored["sigma"] = stored.pop("variance")  # as a run of an older version has it
+    (tmp_path / "cut" / "train.json").write_text(json.dumps(stored))
     result = CliRunner().invoke(train, ["--resume", str(tmp_path / "cut"), "steps=6", "--quiet"])
     assert result.exit_code == 0, result.output
+    assert result.stderr.count("the key sigma is now called variance") == 1
     assert f"resuming {tmp_path / 'cut'} at step 3 of 6" in result.stderr
     assert same(state(tmp_path / "whole"), state(tmp_path / "cut"))
-    assert json.loads((tmp_path / "cut" / "train.json").read_text())["steps"] == 6
+    written = json.loads((tmp_path / "cut" / "train.json").read_text())
+    assert written["steps"] == 6 and written["variance"] == "large" and "sigma" not in written
 
 
 @pytest.mark.parametrize(

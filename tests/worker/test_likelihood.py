@@ -39,7 +39,7 @@ def term_task(model: Model, name: str, *, samples: int | None = None, **options:
         if samples is None
         else monte_carlo_plan(table, seed=1, indices=keys, samples=samples)
     )
-    given = {"x_start": X_START[:n], "left": np.arange(plan.row.size), "sigma": "small"}
+    given = {"x_start": X_START[:n], "left": np.arange(plan.row.size), "variance": "small"}
     return TermTask(
         id=name, model=model, seed=1, indices=indices, plan=plan, **{**given, **options}
     )
@@ -85,7 +85,7 @@ class Harness:
 def test_terms_of_several_tasks_are_the_librarys_in_float32(model: Model) -> None:
     """Also where the engine samples in bfloat16, with other tasks in the same batch."""
     full = term_task(model, "full")
-    drawn = term_task(model, "drawn", samples=7, sigma="large", class_label=1)
+    drawn = term_task(model, "drawn", samples=7, variance="large", class_label=1)
     harness = Harness()
     harness.run(full, drawn)
     label = torch.ones(3, dtype=torch.long)
@@ -119,11 +119,11 @@ def test_nothing_left_ends_at_once(model: Model) -> None:
 def test_a_learned_variance_and_another_prediction(make_model: Callable[..., Model]) -> None:
     for options in ({"learned_variance": True}, {"prediction": "v"}):
         model = make_model(**options)
-        sigma = "learned" if "learned_variance" in options else "small"
-        task = term_task(model, "t", sigma=sigma)
+        variance = "learned" if "learned_variance" in options else "small"
+        task = term_task(model, "t", variance=variance)
         harness = Harness()
         harness.run(task)
-        expected = likelihood(model, X_START[:3], seed=1, variance=sigma)
+        expected = likelihood(model, X_START[:3], seed=1, variance=variance)
         np.testing.assert_allclose(harness.nats(task), expected.nats, rtol=1e-4, atol=1e-3)
 
 
@@ -131,7 +131,7 @@ def test_deterministic_terms_do_not_see_their_mates(model: Model) -> None:
     task = term_task(model, "t", n=1, deterministic=True)
     alone, shared = Harness(), Harness()
     alone.run(task)
-    shared.run(task, term_task(model, "u", deterministic=True, sigma="large"))
+    shared.run(task, term_task(model, "u", deterministic=True, variance="large"))
     np.testing.assert_array_equal(alone.nats(task), shared.nats(task))
 
 
@@ -163,7 +163,9 @@ def test_a_bad_image_fails_alone(model: Model) -> None:
     bad[1, 0, 0, 0] = float("nan")
     harness = Harness()
     good = term_task(model, "good")
-    harness.run(good, term_task(model, "bad", n=2, x_start=bad), term_task(model, "odd", sigma="?"))
+    harness.run(
+        good, term_task(model, "bad", n=2, x_start=bad), term_task(model, "odd", variance="?")
+    )
     assert harness.ended("good") is Finished
     assert harness.ended("bad") is Failed and harness.ended("odd") is Failed
     [error] = [e.error for e in harness.events if isinstance(e, Failed) and e.task_id == "bad"]

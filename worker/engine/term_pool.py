@@ -114,8 +114,8 @@ class TermPool:
         out = self.network.output(x_t, on_device, batch.labels, shape)
         nats = torch.empty(len(samples), dtype=torch.float64, device=self.device)
         squared_error = torch.empty_like(nats)
-        for sigma in dict.fromkeys(task.sigma for task in tasks):
-            at = torch.tensor([i for i, task in enumerate(tasks) if task.sigma == sigma])
+        for variance in dict.fromkeys(task.variance for task in tasks):
+            at = torch.tensor([i for i, task in enumerate(tasks) if task.variance == variance])
             at = at.to(self.device)
             found = evaluate_output(
                 model,
@@ -124,7 +124,7 @@ class TermPool:
                 x_start=x_start[at],
                 x_t=x_t[at],
                 out=out[at],
-                sigma=sigma,
+                variance=variance,
             )
             nats[at], squared_error[at] = found.nats, found.squared_error
         for sample in samples:

@@ -25,7 +25,7 @@ class TermTask:
     r·S + s. So a strand is to the engine a chain, whose rows do not depend on one another; where
     S does not divide the terms the first strands start at row 1.
     x_start: [N, C, H, W] on the model's device. indices: int64 [N], the keys of the noise.
-    sigma: as in `diffusion.likelihood.check_variance`. The rest: see `worker.engine.tasks.Task`.
+    variance: as in `diffusion.likelihood.check_variance`. The rest: see `worker.engine.tasks.Task`.
     """
 
     id: str
@@ -35,7 +35,7 @@ class TermTask:
     indices: NDArray[np.int64]
     plan: Plan
     left: NDArray[np.int64]
-    sigma: str
+    variance: str
     class_label: int | None = None
     deterministic: bool = False
     urgent: bool = False

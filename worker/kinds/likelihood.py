@@ -111,7 +111,7 @@ class Numbers:
             indices=self._indices,
             plan=self._plan,
             left=np.flatnonzero(np.isnan(self._found[0])),
-            sigma=check_variance(self._model, spec.variance),
+            variance=check_variance(self._model, spec.variance),
             class_label=spec.class_label,
             deterministic=spec.deterministic,
             urgent=spec.priority == "high",
