@@ -154,7 +154,8 @@ class Runtime:
                 active=sum(flight.record.images for flight in list(self.flights.values())),
             )
             cards = [s.card for s in served.values()]
-            self.store.heartbeat(info, {name: r for name, r in rates.items() if r}, cards=cards)
+            rates = {name: rate for name, rate in rates.items() if rate}
+            self.store.heartbeat(info, rates, cards=cards, slots=self.engine.options.max_rows)
         self._tell_batches()
         return True
 

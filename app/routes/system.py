@@ -43,13 +43,15 @@ class QueueView(BaseModel):
 
 
 class WorkerView(BaseModel):
-    """A worker that spoke lately. active: images in flight."""
+    """A worker that spoke lately. active: images in flight. slots: how many of one model it steps
+    together, the others wait; null where an older worker does not say it."""
 
     name: str
     queue: str
     models: tuple[str, ...]
     device: str
     active: int
+    slots: int | None = None
 
 
 class QueuesView(BaseModel):
@@ -66,6 +68,7 @@ class QueuesView(BaseModel):
                         "models": ["mnist"],
                         "device": "cpu",
                         "active": 6,
+                        "slots": 64,
                     }
                 ],
             }
@@ -108,8 +111,16 @@ async def get_queue(request: Request) -> Response:
     """How much waits, how much runs, who works."""
     reader = services(request).reader
     views = [await _queue_view(reader, state) for state in await reader.queues()]
+    slots = await reader.slots()
     workers = [
-        WorkerView(name=w.name, queue=w.queue, models=w.models, device=w.device, active=w.active)
+        WorkerView(
+            name=w.name,
+            queue=w.queue,
+            models=w.models,
+            device=w.device,
+            active=w.active,
+            slots=slots.get(w.name),
+        )
         for w in await reader.workers()
     ]
     return json_response(QueuesView(queues=views, workers=workers).model_dump_json())

@@ -15,6 +15,9 @@ Error
 from __future__ import annotations
 
 import json
+import math
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -215,7 +218,16 @@ def ended_badly(job: JobData) -> JobEnded | None:
 
 
 def _seconds(text: str) -> float | None:
+    """Seconds from now of a Retry-After: a number of them, or the date of HTTP (RFC 9110)."""
     try:
-        return max(0.0, float(text))
-    except ValueError:  # absent, or a date
-        return None
+        seconds = float(text)
+    except ValueError:
+        seconds = _until(text)
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _until(text: str) -> float:
+    try:
+        return (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
+    except (TypeError, ValueError):  # absent, no date, or one of no time zone
+        return math.nan

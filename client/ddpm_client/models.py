@@ -176,6 +176,7 @@ class WorkerInfo(Model):
     models: tuple[str, ...]
     device: str
     active: int
+    slots: int | None = None
 
 
 class Queues(Model):

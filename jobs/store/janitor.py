@@ -143,8 +143,8 @@ class Janitor:
         limit = time.time() - _WORKER_FORGET_S
         gone = [info.name for info in self._store.workers() if info.at < limit]
         if gone:
-            self._redis.hdel(keys.WORKERS, *gone)
-            self._redis.hdel(keys.BEGUN, *gone)
+            for of_workers in (keys.WORKERS, keys.SLOTS, keys.BEGUN):
+                self._redis.hdel(of_workers, *gone)
         for model in self._store.cards():
             entries: Any = self._redis.hgetall(keys.rates(model))
             # An entry that cannot be read is no measurement: the oldest of all.

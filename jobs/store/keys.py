@@ -24,6 +24,7 @@ ddpm:models              hash    name → model card, as release 0.1 reads it
 ddpm:models_more         hash    name → the other fields of its card, and its digest
 ddpm:rates:{model}       hash    worker → measured image-steps/s
 ddpm:workers             hash    name → what the worker last said of itself
+ddpm:slots               hash    worker → how many images it steps together
 ddpm:begun               hash    worker → the job that it began last
 ddpm:probe               string  written to see whether it can be
 ddpm:suspects            hash    id → since when our record and RQ's disagree
@@ -47,6 +48,7 @@ WEBHOOK_ATTEMPTS = PREFIX + "webhook_attempts"
 MODELS = PREFIX + "models"
 MODELS_MORE = PREFIX + "models_more"
 WORKERS = PREFIX + "workers"
+SLOTS = PREFIX + "slots"
 BEGUN = PREFIX + "begun"
 PROBE = PREFIX + "probe"
 SUSPECTS = PREFIX + "suspects"

@@ -210,6 +210,11 @@ class JobReader:
         infos = each("heartbeat of worker", items(raw), WorkerInfo.parse)
         return sorted((i for i in infos.values() if i.alive(now)), key=lambda info: info.name)
 
+    async def slots(self) -> dict[str, int]:
+        """Worker → images that it steps together, of one model; not every release says it."""
+        raw = await self._redis.hgetall(keys.SLOTS)
+        return each("slots of worker", items(raw), int)
+
     async def clients(self) -> dict[str, int]:
         """Outstanding image-steps of every client that has any."""
         raw = await self._redis.hgetall(keys.CLIENTS)

@@ -309,14 +309,22 @@ class JobStore:
             return parse_cards(*pipe.execute())
 
     def heartbeat(
-        self, info: WorkerInfo, rates: Mapping[str, float], *, cards: Iterable[ModelCard] = ()
+        self,
+        info: WorkerInfo,
+        rates: Mapping[str, float],
+        *,
+        cards: Iterable[ModelCard] = (),
+        slots: int | None = None,
     ) -> None:
         """Say that a worker lives, and how fast each model runs here (image-steps/s).
 
-        Publishes again what of `cards` is not known: Redis may have come back empty.
+        slots: images of one model that it steps together. Publishes again what of `cards` is not
+        known: Redis may have come back empty.
         """
         with self.redis.pipeline() as pipe:
             pipe.hset(keys.WORKERS, info.name, json.dumps(asdict(info)))
+            if slots is not None:  # beside it: release 0.1 refuses a heartbeat with another field
+                pipe.hset(keys.SLOTS, info.name, slots)
             pipe.sadd(keys.QUEUES, info.queue)
             for model, rate in rates.items():
                 pipe.hset(keys.rates(model), info.name, json.dumps([rate, info.at]))
@@ -348,8 +356,8 @@ class JobStore:
     def goodbye(self, worker: str) -> None:
         """Say that a worker is gone. Its measured rates stay until newer ones come."""
         with self.redis.pipeline() as pipe:
-            pipe.hdel(keys.WORKERS, worker)
-            pipe.hdel(keys.BEGUN, worker)
+            for of_workers in (keys.WORKERS, keys.SLOTS, keys.BEGUN):
+                pipe.hdel(of_workers, worker)
             pipe.execute()
 
     def excuse(self, worker: str) -> None:

@@ -15,6 +15,7 @@ from app.auth import PublicWithoutKeys, check_bind
 from app.main import create_app
 from jobs.kinds.table import KINDS
 from jobs.settings import Settings
+from jobs.store import keys
 from jobs.store.writer import JobStore, WorkerInfo
 from tests.app.conftest import CARD, Worker, X, png
 
@@ -38,6 +39,17 @@ def test_models_and_schedule(client: httpx.Client, store: JobStore) -> None:
     previous = np.append(1.0, bars[:-1])
     expected = betas * (1 - previous) / (1 - bars)
     np.testing.assert_allclose(schedule["posterior_variance"], expected, rtol=1e-9)
+
+
+def test_slots_of_workers_where_they_say_them(client: httpx.Client, store: JobStore) -> None:
+    store.heartbeat(WorkerInfo("new", "ddpm", ("mnist",), active=3), rates={}, slots=64)
+    store.heartbeat(WorkerInfo("old", "ddpm", ("mnist",)), rates={})
+    store.redis.hset(keys.SLOTS, "old", "many")  # of no release: told of, and left out
+    workers = client.get("/queue").json()["workers"]
+    assert [(w["name"], w["active"], w["slots"]) for w in workers] == [
+        ("new", 3, 64),
+        ("old", 0, None),
+    ]
 
 
 def test_readiness_and_metrics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import shutil
@@ -90,21 +91,52 @@ def test_a_file_without_a_manifest_is_told(page: Any, tmp_path: Path) -> None:
     page.locator("[role=alert]", has_text="other.json: holds no manifest").wait_for()
 
 
+# What node is told before the code, the pictures that a person would have chosen, and after it.
+FILES_OF_NODE = """
+const {readFileSync, writeFileSync} = await import("node:fs");
+const files = [new File([readFileSync("picture.png")], "picture.png")];
+"""
+WRITTEN_BY_NODE = """
+writeFileSync("images.png", Buffer.from(await images.arrayBuffer()));
+"""
+# The same in a page, from bytes in base64, and to bytes in base64.
+FILES_OF_A_PAGE = """
+const bytes = (text) => Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+const files = [new File([bytes(picture)], "picture.png")];
+"""
+WRITTEN_BY_A_PAGE = """
+return btoa(String.fromCharCode(...new Uint8Array(await images.arrayBuffer())));
+"""
+
+
 def run_code(page: Any, tmp_path: Path, language: str) -> None:
     """Take the code that is shown, and run it."""
     page.click("#code")
-    page.click(f"dialog button:has-text('{language}')")
+    page.click(f"dialog button:has-text('{language.split()[0]}')")
     code = page.inner_text("#code >> nth=-1")
     page.keyboard.press("Escape")
-    command = ["bash", "-c", code] if language == "curl" else [sys.executable, "-c", code]
+    if language == "JavaScript in a page":
+        mine = tmp_path / "picture.png"
+        given = base64.b64encode(mine.read_bytes() if mine.exists() else b"").decode()
+        body = f"async (picture) => {{{FILES_OF_A_PAGE}{code}{WRITTEN_BY_A_PAGE}}}"
+        (tmp_path / "images.png").write_bytes(base64.b64decode(page.evaluate(body, given)))
+        return
+    # A picture of one's own is read where the code asks for it.
+    before = FILES_OF_NODE if "of files" in code else FILES_OF_NODE.replace("const files", "//")
+    command = {
+        "curl": ["bash", "-c", code],
+        "Python": [sys.executable, "-c", code],
+        "JavaScript": ["node", "--input-type=module", "-e", before + code + WRITTEN_BY_NODE],
+    }[language]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120, env={"PATH": "/usr/bin:/bin"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("language", ["curl", "Python"])
+@pytest.mark.parametrize("language", ["curl", "Python", "JavaScript", "JavaScript in a page"])
 def test_the_code_gives_the_same(page: Any, tmp_path: Path, language: str) -> None:
-    if language == "curl" and shutil.which("curl") is None:
-        pytest.skip("there is no curl here")
+    needed = {"curl": "curl", "JavaScript": "node"}.get(language)
+    if needed is not None and shutil.which(needed, path="/usr/bin:/bin") is None:
+        pytest.skip(f"there is no {needed} here")
     ask(page, images=4, steps=10)
     says(page, "4 images in")
     run_code(page, tmp_path, language)

@@ -44,6 +44,33 @@ def test_a_drawing_is_noised_here_as_the_service_noises_it(visit: Visit, served:
     page.locator(".pad canvas[aria-label*='the picture of this job']").wait_for()
 
 
+def test_a_file_is_dropped(visit: Visit, served: Served) -> None:
+    """As the system drops it: through the browser's own handling of input."""
+    page = visit(served.url + "#noise")
+    box = page.locator(".source .pad").bounding_box()
+    browser = page.context.new_cdp_session(page)
+
+    def drag(kind: str, *files: Path) -> None:
+        where = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        data = {"items": [], "files": [str(path) for path in files], "dragOperationsMask": 1}
+        browser.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
+
+    for kind in ("dragEnter", "dragOver"):
+        drag(kind, PICTURES / "plain.png")
+    page.wait_for_selector(".source.over")
+    drag("drop", PICTURES / "plain.png")
+    page.locator(".pad canvas[aria-label*='plain.png']").wait_for()
+    assert page.locator(".source.over").count() == 0
+    slide(page, 1000)  # t = 0: the image itself
+    there = pixels(page.get_attribute(".strip img >> nth=0", "src"))
+    with Image.open(PICTURES / "plain.png") as picture:
+        wanted = picture.convert("L").resize((8, 8), Image.Resampling.BOX)
+    assert abs(there.mean() - np.asarray(wanted).mean()) < 8
+    for kind in ("dragEnter", "dragOver", "drop"):
+        drag(kind, Path(__file__))
+    page.locator("[role=alert]").wait_for()
+
+
 @pytest.mark.slow
 def test_two_pictures_are_mixed(visit: Visit, served: Served) -> None:
     page = visit(served.url + "#noise")

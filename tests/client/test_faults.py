@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime, formatdate
 from typing import Any
 
 import httpx
@@ -13,9 +16,12 @@ import pytest
 
 import ddpm_client
 from ddpm_client import AsyncClient, Client
+from ddpm_client.errors import problem_of
 from ddpm_client.flows import Retry
 from tests.app.conftest import Worker, until
 from tests.client.conftest import Proxy
+
+_CLOSE = "\r\nConnection: close\r\n\r\n"
 
 Between = Callable[[str, list[int]], Proxy]
 
@@ -141,3 +147,53 @@ def test_pauses_grow_and_honour_what_was_asked() -> None:
     assert retry.pause(4) is None
     assert 5 < (retry.pause(1, 5) or 0) <= 5.25
     assert retry.pause(1, 61) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "least", "most"),
+    [
+        ("7", 7, 7),
+        ("-3", 0, 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        (formatdate(time.time() + 9000, usegmt=True), 5000, 9000),
+        (format_datetime(datetime.now(UTC) + timedelta(seconds=9000)), 5000, 9000),
+        ("Wed, 21 Oct 2015 07:28:00", None, None),  # of no time zone
+        ("soon", None, None),
+        ("nan", None, None),
+        ("inf", None, None),
+        ("", None, None),
+    ],
+)
+def test_retry_after_as_seconds_and_as_a_date(
+    said: str, least: float | None, most: float | None
+) -> None:
+    found = problem_of(httpx.Response(503, headers={"Retry-After": said})).retry_after
+    if least is None or most is None:
+        assert found is None
+    else:
+        assert found is not None and least <= found <= most
+
+
+def test_a_date_is_waited_for() -> None:
+    """A proxy that says when it is back, and is."""
+    back = time.time() + 2
+    date = formatdate(back, usegmt=True)  # of whole seconds, so up to one earlier
+    answers = [
+        f"HTTP/1.1 503 Away\r\nRetry-After: {date}\r\nContent-Length: 0\r\n\r\n",
+        'HTTP/1.1 200 OK\r\nContent-Length: 29\r\n\r\n{"queues": [], "workers": []} ',
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for answer in answers:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer.replace("\r\n\r\n", _CLOSE, 1).encode())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}") as ours:
+            assert ours.queues().queues == []
+        assert time.time() >= back - 1
+        thread.join()

@@ -201,11 +201,12 @@ def test_a_plane_of_the_wrong_shape_is_refused(store: JobStore, submit: Submit) 
 
 def test_workers_and_locks(store: JobStore) -> None:
     info = WorkerInfo(name="w1", queue="ddpm", models=("mnist",), active=3)
-    store.heartbeat(info, rates={"mnist": 100.0})
+    store.heartbeat(info, rates={"mnist": 100.0}, slots=64)
+    assert store.redis.hgetall(keys.SLOTS) == {b"w1": b"64"}
     assert store.workers() == [info] and info.alive(time.time())
     assert not info.alive(time.time() + 60)
     store.goodbye("w1")
-    assert store.workers() == []
+    assert store.workers() == [] and not store.redis.exists(keys.SLOTS)
     with store.lock("x") as first, store.lock("x") as second:
         assert first and not second
     with store.lock("x") as third:

@@ -67,6 +67,15 @@ function Job({ job, state }) {
     <span class=${`state ${state?.status ?? ""}`}>${wordsOf(state)}</span></a></li>`;
 }
 
+/* How many of a worker's slots are taken; images beyond them take turns. */
+const taken = ({ active, slots }) => (slots == null ? active : Math.min(active, slots));
+
+const load = (worker) => {
+  if (worker.slots == null) return `${count(worker.active, "image")} in flight`;
+  const beyond = worker.active - taken(worker);
+  return `${taken(worker)} of ${count(worker.slots, "slot")} taken${beyond ? `, ${beyond} take turns` : ""}`;
+};
+
 const Figure = ({ value, unit, words }) => html`<div class="figure"><b>${value}</b>
   ${unit && html`<span>${unit}</span>`}<small>${words}</small></div>`;
 
@@ -75,6 +84,7 @@ export function Queue() {
   const { queues, workers, models } = service;
   const sum = (name) => queues.reduce((total, queue) => total + (queue[name] ?? 0), 0);
   const rates = models.map((model) => model.image_steps_per_s).filter(Boolean);
+  const slots = workers.reduce((n, worker) => n + (worker.slots ?? 0), 0);
   const waiting = sum("queued");
   const paused = queues.filter((queue) => queue.paused);
   return html`<div class="work">
@@ -89,8 +99,8 @@ export function Queue() {
       <${Figure} value=${workers.length} words=${workers.length === 1 ? "worker" : "workers"} />
       <${Figure} value=${sum("running")} words="running" />
       <${Figure} value=${waiting} words="waiting" />
-      <${Figure} value=${workers.reduce((n, worker) => n + worker.active, 0)}
-        words="images in the batch" />
+      <${Figure} value=${workers.reduce((n, worker) => n + taken(worker), 0)}
+        unit=${slots && `/ ${slots}`} words="slots taken" />
       <${Figure} value=${rates.length ? compact(Math.max(...rates)) : "–"} words="image-steps a second" />
       <${Figure} value=${sum("image_steps") ? seconds(sum("eta_s")) : "none"} words="of work left" />
     </div>
@@ -98,8 +108,7 @@ export function Queue() {
       <section aria-labelledby="workers"><h2 id="workers">Workers</h2>
         ${workers.length === 0 ? html`<p class="hint">None.</p>` : html`<ul class="plain">
           ${workers.map((worker) => html`<li key=${worker.name}><b>${worker.name}</b><small>${[
-            worker.device, ...worker.models, `${count(worker.active, "image")} in flight`].join(" · ")
-            }</small></li>`)}</ul>`}</section>
+            worker.device, ...worker.models, load(worker)].join(" · ")}</small></li>`)}</ul>`}</section>
       <section aria-labelledby="models"><h2 id="models">Models</h2>
         <ul class="plain">${models.map((model) => html`<li key=${model.name}><b>${model.name}</b><small>${[
           model.shape.join("×"), `T = ${model.T}`, model.served ? "served" : "no worker has it",

@@ -43,7 +43,7 @@ function python({ body, files, url, key, kind }) {
 
 request = ${inPython(body)}
 with httpx.Client(headers=${headers}, timeout=90) as client:
-    job = client.post("${url}", ${sent}).json()
+    job = client.post("${url}", ${sent}).raise_for_status().json()
     print(job["status"])
     ${result}
 `;
@@ -58,10 +58,15 @@ for (const file of files) form.append("image", file);
 `;
   const sent = files.length ? "form" : "JSON.stringify(request)";
   const type = files.length ? "" : '"Content-Type": "application/json", ';
+  const result = kind === "likelihood" ? "console.log(job.result);"
+    : `const grid = await fetch("${url.slice(0, -kind.length - 1)}" + job.urls.grid, {headers: {${auth.slice(2)}}});
+const images = await grid.blob(); // a PNG; in a page, URL.createObjectURL(images) is its address`;
   return `const request = ${body};
 ${files.length ? form : ""}const headers = {${type}"Prefer": "wait=60"${auth}};
 const reply = await fetch("${url}", {method: "POST", headers, body: ${sent}});
 const job = await reply.json();
-console.log(job.status, ${kind === "likelihood" ? "job.result" : "job.urls.grid"});
+if (!reply.ok) throw new Error(job.detail);
+console.log(job.status);
+${result}
 `;
 }
