@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 from redis.exceptions import RedisError
 
+from app.credentials import CredentialsError, credentials_of
 from app.up.running import NotRunning, redis_url
 from jobs.settings import Settings, shown
 from jobs.store.connections import connect
@@ -50,6 +51,7 @@ def examine(settings: Settings, *, data: Path, port: int) -> Iterator[Finding]:
     url, where = address(settings, data)
     yield from service(settings.model_copy(update={"redis_url": url}), where)
     yield from folder(settings.models)
+    yield signing(settings)
     yield listening(port)
     yield from disks(settings, data)
 
@@ -150,6 +152,19 @@ def folder(models: Path) -> Iterator[Finding]:
     names = sorted(p.name for p in models.iterdir() if any((p / mark).is_file() for mark in marks))
     detail = f"{models.resolve()}: {', '.join(names) or 'holds no checkpoint folder'}"
     yield Finding(OK if names else WRONG, "models", detail)
+
+
+def signing(settings: Settings) -> Finding:
+    """Whether pictures are signed, and by whom."""
+    try:
+        credentials = credentials_of(settings)
+    except CredentialsError as error:
+        return Finding(WRONG, "C2PA", str(error))
+    if credentials is None:
+        return Finding(OK, "C2PA", "pictures are not signed (DDPM_C2PA_CERTIFICATE is not set)")
+    who = [str(credentials.signer.get(name)) for name in ("common_name", "issuer")]
+    told = f"pictures are signed by {', '.join(who)} ({settings.c2pa_algorithm})"
+    return Finding(OK, "C2PA", told)
 
 
 def listening(port: int) -> Finding:

@@ -30,16 +30,25 @@ def file_response(content: bytes, suffix: str, name: str | None = None) -> Respo
     return Response(content, media_type=FORMATS[suffix].media, headers=headers)
 
 
-def output_response(services: Services, record: JobRecord, content: bytes, suffix: str) -> Response:
+async def output_response(
+    services: Services, record: JobRecord, content: bytes, suffix: str
+) -> Response:
     """A picture or film of a job."""
-    return file_response(as_output(services, record, content, suffix), suffix)
+    if services.credentials is None:
+        return file_response(as_output(services, record, content, suffix), suffix)
+    pool = services.pools.encoding  # to sign takes milliseconds
+    return file_response(await pool.run(as_output, services, record, content, suffix), suffix)
 
 
 def as_output(services: Services, record: JobRecord, content: bytes, suffix: str) -> bytes:
-    """The file of an output, marked as what it is unless the settings say otherwise."""
-    if not services.settings.mark_outputs:
-        return content
-    return marked(content, suffix, GENERATED if record.spec.runs_network else PROCESSED)
+    """The file of an output, marked as what it is unless the settings say otherwise, and signed
+    where they say with what."""
+    source = GENERATED if record.spec.runs_network else PROCESSED
+    if services.settings.mark_outputs:
+        content = marked(content, suffix, source)
+    if services.credentials is not None:
+        content = services.credentials.signed(content, suffix, source, f"job {record.id}")
+    return content
 
 
 async def fetch(services: Services, record: JobRecord, fields: Sequence[str]) -> list[Float32]:
@@ -81,7 +90,7 @@ async def picture(services: Services, state: JobState, suffix: str) -> Response:
         content = await pool.run(encode_image, record, 0, planes[0], suffix=suffix)
     else:
         content = await pool.run(encode_grid, record, planes, suffix=suffix)
-    return output_response(services, record, content, suffix)
+    return await output_response(services, record, content, suffix)
 
 
 def film_frames(state: JobState, kind: str, index: int | None) -> list[list[str]]:

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from app.admitting import Admitter
 from app.auth import Keyring
+from app.credentials import credentials_of
 from app.metrics import Metrics
 from app.pools import Pools
 from app.previews import Previews
@@ -41,6 +42,7 @@ class Services:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.keyring = Keyring(settings)
+        self.credentials = credentials_of(settings)
         self.metrics = Metrics()
         self.closing = asyncio.Event()  # streams end when it is set
         self.store = JobStore.connect(settings)

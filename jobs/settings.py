@@ -111,6 +111,13 @@ class Settings(BaseSettings):
         default=True,
         description="say in each picture and film that a machine made it (IPTC, as XMP)",
     )
+    c2pa_certificate: Path | None = Field(
+        default=None, description="PEM file: the certificate that signs pictures (C2PA), its chain"
+    )
+    c2pa_key: Path | None = Field(default=None, description="PEM file: the key of that certificate")
+    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = (
+        Field(default="es256", description="of that key, as C2PA names it")
+    )
     log_format: Literal["auto", "json", "text"] = Field(
         default="auto", description="of the logs: text, json, or auto: text on a terminal"
     )

@@ -89,7 +89,7 @@ async def get_image(
     record = (await held.job(job_id)).record
     [x] = await fetch(held, record, [image_name(index)])
     encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px or 0)
-    return output_response(held, record, await encoding, suffix)
+    return await output_response(held, record, await encoding, suffix)
 
 
 @router.get(
@@ -103,7 +103,7 @@ async def get_grid(request: Request, job_id: str, suffix: PictureSuffix, px: Px 
     record = (await held.job(job_id)).record
     planes = await fetch(held, record, record.spec.grid(record.images))
     encoding = held.pools.encoding.run(encode_grid, record, planes, suffix=suffix, px=px or 0)
-    return output_response(held, record, await encoding, suffix)
+    return await output_response(held, record, await encoding, suffix)
 
 
 @router.get(
@@ -137,7 +137,7 @@ async def _statistic(
     content = await held.pools.encoding.run(
         summary.encode, planes, statistic, suffix=suffix, px=px or 0
     )
-    return output_response(held, record, content, suffix)
+    return await output_response(held, record, content, suffix)
 
 
 @router.get(
@@ -165,7 +165,7 @@ async def get_film(
     grouped = [[next(planes) for _ in fields] for fields in frames]
     columns = film_columns(state.record, len(frames[0]))
     encoding = held.pools.encoding.run(encode_film, grouped, suffix, px, columns=columns)
-    return output_response(held, state.record, await encoding, suffix)
+    return await output_response(held, state.record, await encoding, suffix)
 
 
 @router.get(
@@ -188,7 +188,7 @@ async def get_snapshot(
     record = (await held.job(job_id)).record
     [x] = await fetch(held, record, [snapshot_name(t, kind, index)])
     encoding = held.pools.encoding.run(encode_image, record, index, x, suffix=suffix, px=px or 0)
-    response = output_response(held, record, await encoding, suffix)
+    response = await output_response(held, record, await encoding, suffix)
     levels = record.levels or {}
     if str(t) in levels:
         response.headers["X-Alpha-Bar"] = repr(levels[str(t)][0])
