@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 1.0
 _MOST_AT_ONCE = 16
 _MOST_A_HOST = 2
+_MOST_AN_ADDRESS = 8  # which may serve many names, of one owner or of many
 _HOST_BUSY_S = 1.0
 _MOST_ANSWER = 4096  # bytes of an answer that are read; nothing in them matters
 _MOST_DELAY_S = 7200.0
@@ -60,8 +61,13 @@ def signed_headers(key: bytes, message_id: str, now: int, body: bytes) -> dict[s
     }
 
 
+class _AddressBusy(Exception):
+    """Enough deliveries are on their way to this address, by whatever names."""
+
+
 class Courier:
-    """Delivers what is due, several at once, few of them to one host."""
+    """Delivers what is due, several at once, few of them to one host, and to one address no more
+    than half of them: a receiver may have any number of names."""
 
     def __init__(
         self, settings: Settings, queue: WebhookQueue, reader: JobReader, metrics: Metrics
@@ -71,7 +77,8 @@ class Courier:
         self._private_too = settings.webhook_private_addresses
         self._deadline_s = settings.webhook_timeout_s
         self._lookups = Pool("lookups", 8)
-        self._hosts: Counter[str] = Counter()  # deliveries on their way
+        self._hosts: Counter[str] = Counter()  # deliveries on their way, by name
+        self._addresses: Counter[str] = Counter()  # and by address, once that is known
         self._sending: set[asyncio.Task[None]] = set()
         self._queue = queue
         self._reader = reader
@@ -128,20 +135,23 @@ class Courier:
         try:
             await self._guarded(self._attempt(claim, url, state))
         finally:
-            self._hosts[host] -= 1
-            if not self._hosts[host]:
-                del self._hosts[host]
+            _count_down(self._hosts, host)
 
     async def _attempt(self, claim: Claim, url: str, state: JobState) -> bool:
         """One attempt, and what follows from it."""
         try:
             async with asyncio.timeout(self._deadline_s):
                 answer = await self._send(url, state)
+        except _AddressBusy:
+            await self._queue.put_back(claim, _HOST_BUSY_S)
         except AddressRefused as error:
             await self._give_up(claim, str(error))
         except TimeoutError:
             await self._again(claim, f"not over after {self._deadline_s:g} s", None)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            await self._again(claim, f"{type(error).__name__}: {error}", None)
+        except Exception as error:  # a fault of ours: not for ever, then
+            log.exception("webhook of job %s, attempt %d", *claim)
             await self._again(claim, f"{type(error).__name__}: {error}", None)
         else:
             await self._judge(claim, answer)
@@ -152,8 +162,7 @@ class Courier:
             self._metrics.webhooks.labels("delivered").inc()
             await self._queue.settle(claim.job_id)
         elif answer.status_code == 429 or answer.status_code >= 500:
-            asked = answer.headers.get("retry-after", "")
-            wait = min(float(asked), _MOST_DELAY_S) if asked.isdigit() else None
+            wait = _seconds(answer.headers.get("retry-after", ""))
             await self._again(claim, f"status {answer.status_code}", wait)
         else:
             await self._give_up(claim, f"status {answer.status_code}")
@@ -175,6 +184,15 @@ class Courier:
         address = await checked_address(
             target.host, port, private_too=self._private_too, lookups=self._lookups
         )
+        if self._addresses[address] >= _MOST_AN_ADDRESS:
+            raise _AddressBusy
+        self._addresses[address] += 1
+        try:
+            return await self._send_to(address, target, state)
+        finally:
+            _count_down(self._addresses, address)
+
+    async def _send_to(self, address: str, target: httpx.URL, state: JobState) -> httpx.Response:
         body = payload(state)
         headers = signed_headers(self._key, f"msg_{state.record.id}", int(time.time()), body)
         headers["host"] = target.netloc.decode()
@@ -213,6 +231,18 @@ def payload(state: JobState) -> bytes:
         "data": view,
     }
     return json.dumps(event, separators=(",", ":")).encode()
+
+
+def _seconds(text: str) -> float | None:
+    """A Retry-After in seconds; None where it is none (`isdecimal` alone would take any script's
+    digits, `isdigit` even a superscript, which is no number)."""
+    return min(float(text), _MOST_DELAY_S) if text.isascii() and text.isdecimal() else None
+
+
+def _count_down(counter: Counter[str], name: str) -> None:
+    counter[name] -= 1
+    if not counter[name]:
+        del counter[name]
 
 
 def _host(url: str) -> str:

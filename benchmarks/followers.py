@@ -39,7 +39,7 @@ class Followers(contextlib.AbstractContextManager["Followers"]):
         """Make no more jobs, and read the last to their ends."""
         self._stop.set()
         for thread in self._threads:
-            thread.join(timeout=300)
+            thread.join(timeout=900)
 
     def _follow(self) -> None:
         body = {"model": "tiny", "steps": 1000, "snapshots": {"every": 20, "kinds": ["x_t"]}}

@@ -85,20 +85,29 @@ async def _post_all(client: httpx.AsyncClient, jobs: int) -> Counter[str]:
 
     async def post() -> None:
         for number in numbers:
-            body = {"model": "tiny", "steps": 2, "seed": number, "ttl_s": 1}
-            headers = {"Idempotency-Key": uuid.uuid4().hex}
-            reply = await client.post("/generate", json=body, headers=headers)
-            while reply.status_code == 503:  # what it says where it cannot serve now
-                await asyncio.sleep(1)
-                reply = await client.post("/generate", json=body, headers=headers)
-            job = reply.raise_for_status().json()
+            body = {"model": "tiny", "steps": 1, "seed": number, "ttl_s": 1}
+            headers = {"Idempotency-Key": uuid.uuid4().hex, "Prefer": "wait=30"}
+            job = await _ask(client, "POST", "/generate", json=body, headers=headers)
             while job["status"] in ("queued", "running"):
-                reply = await client.get(f"/jobs/{job['id']}", params={"wait": 30})
-                job = reply.raise_for_status().json()
+                job = await _ask(client, "GET", f"/jobs/{job['id']}", params={"wait": 30})
             ended["succeeded" if job["status"] == "expired" else job["status"]] += 1
 
     await asyncio.gather(*(post() for _ in range(TOGETHER)))
     return ended
+
+
+async def _ask(client: httpx.AsyncClient, method: str, path: str, **more: Any) -> Any:
+    """The job of an answer. Asked again where the service cannot serve now, and where a connection
+    that was kept is closed at the moment that it is used."""
+    while True:
+        try:
+            reply = await client.request(method, path, **more)
+        except httpx.TransportError:
+            continue
+        if reply.status_code == 503:
+            await asyncio.sleep(1)
+            continue
+        return reply.raise_for_status().json()
 
 
 async def _follow(client: httpx.AsyncClient, job_id: str) -> bool:

@@ -30,7 +30,7 @@ import diffusion
 from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE_S = 300.0  # after the last fault, for all that was accepted to end
+PATIENCE_S = 900.0  # after the last fault, for all that was accepted to end
 REQUESTS: tuple[dict[str, Any], ...] = tuple(
     {"deterministic": True, "model": "tiny", "seed": seed, "num_images": images, "steps": steps}
     for seed, images, steps in [(1, 1, 40), (2, 4, 100), (3, 2, 300), (4, 1, 1000), (5, 8, 60)]
@@ -126,7 +126,7 @@ class Stage:
     def end(self, process: subprocess.Popen[bytes], signum: int = signal.SIGKILL) -> None:
         """Signal a process and wait for its end."""
         process.send_signal(signum)
-        process.wait(timeout=120)
+        process.wait(timeout=600)
 
     def replace_worker(self, which: int, signum: int = signal.SIGKILL) -> None:
         """End a worker and start another in its place."""
@@ -172,7 +172,7 @@ def _answers(connection: redis.Redis) -> bool:
         return False
 
 
-def until(condition: Any, what: str, seconds: float = 120.0) -> None:
+def until(condition: Any, what: str, seconds: float = 600.0) -> None:
     """Wait for something to become true. Raises TimeoutError."""
     deadline = time.monotonic() + seconds
     while not condition():

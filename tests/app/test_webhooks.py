@@ -20,6 +20,7 @@ from app.addresses import AddressRefused, checked_address, is_public
 from app.webhooks import signing_key
 from jobs.store import keys
 from jobs.store.writer import JobStore
+from jobs.webhooks import DELAYS_S
 from tests.app.conftest import Worker, until
 
 KEY = b"0123456789abcdef01234567"
@@ -37,6 +38,7 @@ class Receiver:
     def __init__(self) -> None:
         self.got: list[Received] = []
         self.statuses: list[int] = []
+        self.retry_after = "0"
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,14 +46,14 @@ class Receiver:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 receiver.got.append(Received(self.headers, body))
                 self.send_response(receiver.statuses.pop(0) if receiver.statuses else 200)
-                self.send_header("retry-after", "0")
+                self.send_header("retry-after", receiver.retry_after)
                 self.send_header("content-length", "0")
                 self.end_headers()
 
             def log_message(self, *args: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
 
     def wait(self, count: int) -> None:
@@ -92,6 +94,19 @@ def test_a_signed_webhook_at_the_end(
     assert event["data"] == client.get(f"/jobs/{job_id}").json()
     settled(store)
     assert 'ddpm_webhooks_total{outcome="delivered"} 1.0' in client.get("/metrics").text
+
+
+def test_a_retry_after_that_is_no_number_counts_as_none(
+    store: JobStore, receiver: Receiver, serve: Callable[..., httpx.Client]
+) -> None:
+    client = serve(webhook_secret=SECRET, webhook_private_addresses=True)
+    receiver.statuses, receiver.retry_after = [503], "\u00b2"  # a digit to some, not to float()
+    job_id = client.post("/generate", json={"webhook_url": receiver.url}).json()["id"]
+    client.post(f"/jobs/{job_id}/cancel")
+    metric = 'ddpm_webhooks_total{outcome="postponed"} 1.0'
+    until(lambda: metric in client.get("/metrics").text)
+    due = store.redis.zscore(keys.WEBHOOKS, job_id)
+    assert due is not None and due - time.time() < DELAYS_S[0]
 
 
 def settled(store: JobStore) -> None:
@@ -254,3 +269,26 @@ def test_receivers_that_drip_hold_nobody_up(
     until(lambda: 'ddpm_webhooks_total{outcome="postponed"} 6.0' in client.get("/metrics").text)
     attempts = store.redis.hgetall(keys.WEBHOOK_ATTEMPTS)
     assert attempts == {job_id.encode(): b"1" for job_id in ids}
+
+
+def test_a_receiver_of_many_names_holds_half_of_the_couriers(
+    store: JobStore,
+    receiver: Receiver,
+    rude: Callable[..., Rude],
+    serve: Callable[..., httpx.Client],
+) -> None:
+    dripping = rude(HEAD, b"x", 0.1)
+    client = serve(webhook_secret=SECRET, webhook_private_addresses=True, webhook_timeout_s=50)
+
+    def tell(url: str) -> None:
+        job_id = client.post("/generate", json={"webhook_url": url}).json()["id"]
+        client.post(f"/jobs/{job_id}/cancel")
+
+    # All of them are 127.0.0.1, as all names of a domain may be.
+    names = ["0x7f.1", "127.1", "2130706433", "127.0.1", "0x7f.0.1", "0x7f.0.0.1", "0x7f000001"]
+    for name in 2 * [*names, "localhost"]:
+        tell(f"http://{name}:{dripping.port}/")
+    until(lambda: dripping.connections >= 8)
+    tell(receiver.url.replace("127.0.0.1", "127.0.0.2"))
+    receiver.wait(1)
+    assert dripping.most_at_once == 8
