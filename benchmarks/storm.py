@@ -204,7 +204,8 @@ class Row:
 class Load(threading.Thread):
     """Posts jobs so that some are always under way, and looks at what becomes of them.
 
-    expected: number of a request → the SHA-256 of its images, filled in where it is not known.
+    expected: a request and the digest of its model → the SHA-256 of its images, filled in where it
+    is not known.
     """
 
     def __init__(
@@ -301,7 +302,8 @@ class Load(threading.Thread):
             self.row.notes.append(f"{job['id']}: {job['status']}: {job.get('error')}")
             return
         images = tuple(image["sha256"] for image in job["images"])
-        known = self.expected.setdefault(str(self.requests[number]), {images})
+        made_by = f"{self.requests[number]} {job['manifest']['model_digest']}"
+        known = self.expected.setdefault(made_by, {images})
         self.row.different += images not in known
 
     def _count_doubles(self) -> None:

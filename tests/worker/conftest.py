@@ -236,10 +236,10 @@ class Service:
 
     def worker(self, *options: str, fault: str = "", **environment: str) -> subprocess.Popen[bytes]:
         """A worker process that has said that it lives. fault: code that breaks its device."""
-        before = len(self.store.workers())
+        before = {info.name for info in self.store.workers()}  # one that was killed may lapse
         code = f"{fault}\nfrom worker.commands import worker; worker()"
         process = self.run(sys.executable, "-c", code, "--verbose", *options, **environment)
-        self.until(lambda: len(self.store.workers()) > before, process=process)
+        self.until(lambda: {info.name for info in self.store.workers()} - before, process=process)
         return process
 
     def kill(self, process: subprocess.Popen[bytes], signum: int = signal.SIGTERM) -> int:
