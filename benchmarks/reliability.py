@@ -1,6 +1,7 @@
 """A storm of real faults on a service under load: what is lost, failed, doubled or different.
 
-    .venv/bin/python benchmarks/reliability.py [--short] [--only NAME …] [--soak JOBS STREAMS]
+    .venv/bin/python benchmarks/reliability.py [--short] [--only NAME …]
+        [--under-way JOBS] [--soak JOBS STREAMS]
 
 Each fault has a service of its own: Redis with a file on a disk, two workers, the API. While
 clients keep a dozen jobs under way it is done so many times; then all that was accepted must end,
@@ -280,8 +281,8 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def run(fault: Fault, models: Path, *, tries: int, expected: dict[str, set[Any]]) -> Row:
-    """One line of the table."""
+def run(fault: Fault, models: Path, *, tries: int, most: int, expected: dict[str, set[Any]]) -> Row:
+    """One line of the table. most: jobs under way."""
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
     own = folder / "models"
     shutil.copytree(models, own)
@@ -291,7 +292,7 @@ def run(fault: Fault, models: Path, *, tries: int, expected: dict[str, set[Any]]
         with httpx.Client(base_url=stage.url, trust_env=False) as client:
             until(lambda: _knows(client, "tiny"), "the service")
         with (fault.set_up or contextlib.nullcontext)(stage) as followers:
-            load = Load(stage, expected, requests=fault.requests)
+            load = Load(stage, expected, requests=fault.requests, most=most)
             load.start()
             time.sleep(3)
             for number in range(tries):
@@ -321,6 +322,7 @@ def main() -> None:
     )
     parser.add_argument("--short", action="store_true", help="each fault once")
     parser.add_argument("--only", nargs="+", default=[""], help="faults whose name has this")
+    parser.add_argument("--under-way", type=int, default=12, help="jobs at once")
     parser.add_argument("--soak", nargs=2, type=int, metavar=("JOBS", "STREAMS"))
     options = parser.parse_args()
     if options.soak:
@@ -335,7 +337,8 @@ def main() -> None:
             continue
         try:
             tries = 1 if options.short else fault.tries
-            row = run(fault, models, tries=tries, expected=expected)
+            most = options.under_way
+            row = run(fault, models, tries=tries, most=most, expected=expected)
         except Skipped as why:
             print(f"| {name} | skipped: {why} | | | | | | |", flush=True)
             continue
