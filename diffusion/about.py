@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion.files import CheckpointError, read_json, write_json
+from diffusion.files import CheckpointError, read_json, size_of, write_json
 
 CARD_NAME = "card.json"
 THUMBNAIL_NAME = "thumbnail.png"
@@ -44,6 +44,7 @@ def read_about(folder: str | Path) -> About:
     content = b""
     try:
         if thumbnail.exists():
+            size_of(thumbnail)
             with thumbnail.open("rb") as file:
                 content = file.read(MOST_THUMBNAIL + 1)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,18 @@ class CheckpointError(ValueError):
     """A folder that is no usable checkpoint; the message says which file and why."""
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file; CheckpointError if it is none, as a pipe, which would never end. OSError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path}: must be a file")
+    return found.st_size
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError otherwise."""
     try:
-        size = path.stat().st_size
+        size = size_of(path)
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {size} bytes; must be at most {MAX_JSON_BYTES}")
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -43,6 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file; CheckpointError otherwise."""
     try:
+        size_of(path)
         return load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error

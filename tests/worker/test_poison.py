@@ -102,6 +102,15 @@ def test_a_poisoned_configuration_is_refused_in_a_sentence(good: Path, name: str
     assert len(str(refused.value)) < 1000
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "card.json", "thumbnail.png"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(good: Path, name: str) -> None:
+    (good / name).unlink(missing_ok=True)
+    os.mkfifo(good / name)
+    folder = ModelFolder(good.parent, queue="ddpm")
+    folder.rescan()
+    assert set(folder.served) == (set() if name == "model.safetensors" else {"good"})
+
+
 def test_a_fresh_worker_serves_the_good_model_among_all_the_poison(
     service: Service, good: Path
 ) -> None:
