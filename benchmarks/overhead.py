@@ -1,10 +1,11 @@
 """What the engine costs over bare forwards, and the whole service over the engine.
 
-    .venv/bin/python benchmarks/overhead.py [--seconds 20]
+    .venv/bin/python benchmarks/overhead.py [--seconds 20] [--eager]
 
-The same model, the same compiled code, full load. Three ways to the same work take turns: a loop
-that does nothing but call the network, in the engine's mix of batch sizes; the engine, fed in its
-own process; `ddpm up` under clients that hold the queue full and fetch every picture.
+The same model, the same code (compiled, unless --eager), full load. Three ways to the same work
+take turns: a loop that does nothing but call the network, in the engine's mix of batch sizes; the
+engine, fed in its own process; `ddpm up` under clients that hold the queue full and fetch every
+picture.
 """
 
 from __future__ import annotations
@@ -163,12 +164,16 @@ def main() -> None:
     parser.add_argument("--sampler", default="ddim", help="ddim, or ddpm, which draws noise too")
     parser.add_argument("--seconds", type=float, default=20, help="a turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     arguments = parser.parse_args()
     cores.use(cores.count())
     model = arguments.model.resolve()
     os.environ["DDPM_MODELS"] = str(model.parent)
     bare = BareEngine(model.parent, model.name, arguments.sampler)
-    bare.compile()
+    if arguments.eager:
+        os.environ["DDPM_COMPILE"] = "0"
+    else:
+        bare.compile()
     data = Path(tempfile.mkdtemp(prefix="ddpm-bench-"))
     command = [sys.executable, "-m", "ddpm", "up", "--port", str(OUR_PORT), "--data", str(data)]
     turns: list[tuple[float, float, float]] = []
@@ -185,7 +190,8 @@ def main() -> None:
             turns.append((forwards, engine, service))
     dtype = str(bare.network.dtype).removeprefix("torch.")
     mix = ", ".join(f"{rows}: {n / sizes.total():.0%}" for rows, n in sizes.most_common(3))
-    print(f"{arguments.sampler}, compiled, {dtype}; steps by batch size: {mix}")
+    code = "eager" if arguments.eager else "compiled"
+    print(f"{arguments.sampler}, {code}, {dtype}; steps by batch size: {mix}")
     print(f"medians of {len(turns)}\n")
     print("| what | image-steps/s | of the row above |\n|---|---|---|")
     names = ("bare forwards", "the engine", "the whole service")

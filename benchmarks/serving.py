@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from storm import free_port
 
 import diffusion
 from diffusion.diffusers.folder import export_diffusers
 
 HERE = Path(__file__).parent
 STEPS = (10, 20, 50, 100)
-OUR_PORT, PEER_PORT = 8731, 8732
+OUR_PORT, PEER_PORT = free_port(), free_port()
 
 
 @dataclass(frozen=True)
