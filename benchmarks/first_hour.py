@@ -1,6 +1,6 @@
 """The first hour: clone, picture, a line of one's own code, a model of one's own, each timed.
 
-    python3 benchmarks/first_hour.py [--work DIR] [--until code] [--steps 2000]
+    python3 benchmarks/first_hour.py [--work DIR] [--until code] [--steps 400]
 
 Clones this repository's HEAD and does what the README and docs/own-data.md say. What
 is done is kept in DIR/hour.json: run it again to go on after an interruption (a training goes on
@@ -178,8 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, help="kept, to go on; default: a folder for this time")
     parser.add_argument("--until", choices=["code", "model"], default="model")
-    parser.add_argument("--steps", type=int, default=2000, help="of the training")
+    parser.add_argument("--steps", type=int, default=400, help="of the training")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended; run it again to go on"))
     work = args.work or Path(tempfile.mkdtemp(prefix="ddpm-hour-"))
     work.mkdir(parents=True, exist_ok=True)
     print(f"in {work}", file=sys.stderr)

@@ -106,7 +106,7 @@ def third_parties(package: str) -> set[str]:
 @pytest.mark.parametrize(
     ("package", "extra"),
     [
-        ("app", "api"),
+        ("app", "c2pa"),  # what `api` installs, and what signing needs beside it
         ("jobs", "api"),
         ("jobs", "worker"),
         ("worker", "worker"),
