@@ -58,8 +58,9 @@ for (const file of files) form.append("image", file);
 `;
   const sent = files.length ? "form" : "JSON.stringify(request)";
   const type = files.length ? "" : '"Content-Type": "application/json", ';
+  const folder = url.slice(0, -kind.length - 1);
   const result = kind === "likelihood" ? "console.log(job.result);"
-    : `const grid = await fetch("${url.slice(0, -kind.length - 1)}" + job.urls.grid, {headers: {${auth.slice(2)}}});
+    : `const grid = await fetch("${folder}" + job.urls.grid, {headers: {${auth.slice(2)}}});
 const images = await grid.blob(); // a PNG; in a page, URL.createObjectURL(images) is its address`;
   return `const request = ${body};
 ${files.length ? form : ""}const headers = {${type}"Prefer": "wait=60"${auth}};
