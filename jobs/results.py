@@ -1,4 +1,4 @@
-"""What a likelihood job answers: the numbers of its `result`. All are bits/dim, but for `rmse`."""
+"""What a likelihood job answers: its `result`. All in bits/dim, but for `rmse` and densities."""
 
 from __future__ import annotations
 
@@ -11,6 +11,29 @@ class TermValues(BaseModel):
     t: list[int]
     bits_per_dim: list[float]
     rmse: list[float] = Field(description="of x̂_0(x_t) against the image, on 0..255")
+
+
+class DensityOfImage(BaseModel):
+    """The density of one image by the flow. standard_error: over its draws, of two or more."""
+
+    index: int
+    bits_per_dim: float
+    standard_error: float | None = None
+    log_density: float = Field(description="ln p_0 where images lie in [−1, 1], nats")
+
+
+class FlowResult(BaseModel):
+    """Means over the images, of estimates of the density: no bound. standard_error: over the
+    images, where there are two or more."""
+
+    bits_per_dim: float
+    standard_error: float | None = None
+    dims: int = Field(description="D: the numbers in one image")
+    dims_unpadded: int | None = Field(None, description="without a margin, as in LikelihoodResult")
+    bits_per_unpadded_dim: float | None = Field(
+        None, description="bits_per_dim · dims / dims_unpadded"
+    )
+    images: list[DensityOfImage]
 
 
 class Bits(BaseModel):

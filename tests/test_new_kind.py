@@ -45,7 +45,7 @@ class MeanSpec(JobSpec):
 
     takes: ClassVar[frozenset[Input]] = frozenset({"pictures"})
     gives: ClassVar[frozenset[Gift]] = frozenset({"images", "numbers"})
-    result_model: ClassVar[type[BaseModel] | None] = MeanResult
+    result_models: ClassVar[tuple[type[BaseModel], ...]] = (MeanResult,)
     runs_network: ClassVar[bool] = False
 
     kind: Literal["mean"] = "mean"

@@ -141,7 +141,9 @@ WORDS: dict[str, Words] = {
         },
     ),
     "likelihood": Words(
-        "The bound on −log p of images in bits/dim, by term. The numbers are the job's `result`.",
+        "The bound on −log p of images in bits/dim, by term. The numbers are the job's `result`."
+        "\n\nWith `mode: flow` it is their density by the probability flow instead: an estimate, "
+        "with a standard error over its draws, and no bound.",
         {
             "estimate": {
                 "summary": "An unbiased estimate from 50 evaluations an image",
@@ -150,6 +152,10 @@ WORDS: dict[str, Words] = {
             "full": {
                 "summary": "All terms of the bound, and three of them told one by one",
                 "value": {"images": [_PICTURE], "mode": "full", "terms": [1, 100, 1000], "seed": 0},
+            },
+            "flow": {
+                "summary": "The density by the flow, and how sure that is",
+                "value": {"images": [_PICTURE], "mode": "flow", "draws": 8, "seed": 0},
             },
         },
     ),

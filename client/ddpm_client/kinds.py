@@ -160,14 +160,16 @@ class Interpolate(Chain, Pictures, total=False):
 
 
 class Likelihood(Common, Pictures, total=False):
-    """The bound on −log p of pictures."""
+    """The bound on −log p of pictures, or their density by the flow."""
 
-    mode: Literal["full", "monte_carlo"]
+    mode: Literal["full", "monte_carlo", "flow"]
     samples: int
     variance: Variance
     class_label: int | str
     indices: Sequence[int]
     terms: Sequence[int]
+    draws: int
+    steps: int
 
 
 KINDS: dict[str, type] = {

@@ -20,6 +20,7 @@ from jobs.formats import IMAGES, OneOf
 from jobs.outputs import image_name
 from jobs.settings import Settings
 
+PRODUCT_COST = 2  # of a product with the network's Jacobian, in network evaluations
 MAX_DEADLINE_S = 30 * 86_400
 MAX_SEED = 2**53 - 1
 
@@ -73,7 +74,7 @@ class JobSpec(Strict):
     here, by class attributes and by the properties below, with the answer that suits most.
 
     takes: what a request can bring for the job to work on: exactly one of these, none of it for
-    a kind that starts from noise. gives: what it leaves. result_model: of the numbers it gives.
+    a kind that starts from noise. gives: what it leaves. result_models: of the numbers it gives.
     runs_network: a kind that does not needs neither a prepared network nor the engine.
     work_field, bytes_field, count_field: pointers of the fields that make a job large. film_rises:
     its film goes from the image to the noise. summarized: its images are samples of one thing, so
@@ -83,7 +84,7 @@ class JobSpec(Strict):
     takes: ClassVar[frozenset[Input]] = frozenset()
     most_pictures: ClassVar[int | None] = None  # None: as many as a job may have images
     gives: ClassVar[frozenset[Gift]] = frozenset({"images", "snapshots"})
-    result_model: ClassVar[type[BaseModel] | None] = None
+    result_models: ClassVar[tuple[type[BaseModel], ...]] = ()
     runs_network: ClassVar[bool] = True
     film_rises: ClassVar[bool] = False
     summarized: ClassVar[bool] = False

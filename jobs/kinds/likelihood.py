@@ -1,4 +1,4 @@
-"""The bound on −log p of uploaded images."""
+"""The bound on −log p of uploaded images, or their density by the flow."""
 
 from __future__ import annotations
 
@@ -8,24 +8,42 @@ from pydantic import BaseModel, Field
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
-from jobs.kinds.common import Gift, Input, JobSpec, Label, Plan, Timestep, check_timestep, label_of
-from jobs.results import LikelihoodResult
+from jobs.kinds.common import (
+    PRODUCT_COST,
+    Gift,
+    Input,
+    JobSpec,
+    Label,
+    Plan,
+    Timestep,
+    check_timestep,
+    label_of,
+)
+from jobs.results import FlowResult, LikelihoodResult
 from jobs.settings import Settings
 
 DEFAULT_SAMPLES = 20
+DEFAULT_DRAWS = 4
+FLOW_STEPS = 100
 NUMBERS_A_TERM = 2  # nats and squared error, float64 each
+STATE_BYTES = 16  # of a strand of the flow, beside its x
+
+_MODE_OF = {"samples": "monte_carlo", "terms": "full", "draws": "flow", "steps": "flow"}
 
 
 class LikelihoodSpec(JobSpec):
-    """The bound on −log p_θ(x_0) of uploaded images in bits/dim, by term."""
+    """The bound on −log p_θ(x_0) of uploaded images in bits/dim, by term; or their density by the
+    probability flow, which is an estimate and no bound."""
 
     takes: ClassVar[frozenset[Input]] = frozenset({"pictures"})
     gives: ClassVar[frozenset[Gift]] = frozenset({"numbers"})
-    result_model: ClassVar[type[BaseModel] | None] = LikelihoodResult
+    result_models: ClassVar[tuple[type[BaseModel], ...]] = (LikelihoodResult, FlowResult)
 
     kind: Literal["likelihood"] = "likelihood"
-    mode: Literal["full", "monte_carlo"] = Field(
-        "monte_carlo", description="full: all T terms; monte_carlo: an unbiased estimate"
+    mode: Literal["full", "monte_carlo", "flow"] = Field(
+        "monte_carlo",
+        description="full: all T terms of the bound; monte_carlo: an unbiased estimate of it; "
+        "flow: an estimate of the density itself",
     )
     samples: int | None = Field(
         None,
@@ -50,10 +68,25 @@ class LikelihoodSpec(JobSpec):
         None, min_length=1, max_length=10_000, description="full only: tell the terms at these t"
     )
 
+    draws: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="flow only: of a probe of the divergence and of noise within a grey level; the "
+        f"standard error of an image is over them; default {DEFAULT_DRAWS}",
+    )
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="flow only: timesteps that a draw visits, in steps + 1 rows of two evaluations "
+        "and a product with the network's Jacobian; "
+        f"default {FLOW_STEPS}, or all where there are fewer",
+    )
+
     @property
     def work_field(self) -> str:
         """Pointer of the field that makes the work large, and with it the saved numbers."""
-        return "/mode" if self.mode == "full" else "/samples"
+        return {"full": "/mode", "monte_carlo": "/samples", "flow": "/draws"}[self.mode]
 
     @property
     def bytes_field(self) -> str:
@@ -64,10 +97,13 @@ class LikelihoodSpec(JobSpec):
         """Raise SpecError for what this model or these limits do not allow."""
         super().check(card, settings)
         label_of(self.class_label, card)
-        if self.mode == "full" and self.samples is not None:
-            raise SpecError("/samples", "is for mode monte_carlo, not full")
-        if self.mode == "monte_carlo" and self.terms is not None:
-            raise SpecError("/terms", "is for mode full, not monte_carlo")
+        for field, mode in _MODE_OF.items():
+            if self.mode != mode and getattr(self, field) is not None:
+                raise SpecError(f"/{field}", f"is for mode {mode}, not {self.mode}")
+        if self.mode == "flow" and self.variance is not None:
+            raise SpecError("/variance", "is of the bound: the flow has none")
+        if self.steps is not None and self.steps > card.T:
+            raise SpecError("/steps", f"{self.steps}: model {card.name} has T = {card.T}")
         if self.mode == "monte_carlo" and card.T < 2:
             raise SpecError(
                 "/mode", f"monte_carlo: model {card.name} has T = {card.T}; ask for full"
@@ -88,6 +124,10 @@ class LikelihoodSpec(JobSpec):
         """Values for the fields that were left out."""
         defaults = super().defaults(card, settings)
         defaults["class_label"] = label_of(self.class_label, card)
+        if self.mode == "flow":
+            defaults["draws"] = self.draws or DEFAULT_DRAWS
+            defaults["steps"] = self.steps or min(FLOW_STEPS, card.T)
+            return defaults
         defaults["variance"] = self.variance or ("learned" if card.learned_variance else "small")
         if self.mode == "monte_carlo":
             defaults["samples"] = self.samples or DEFAULT_SAMPLES
@@ -95,6 +135,14 @@ class LikelihoodSpec(JobSpec):
 
     def plan(self, card: ModelCard, num_inputs: int) -> Plan:
         """Cost of a filled spec for so many images; the bytes are those of its saved numbers."""
+        if self.mode == "flow":
+            assert self.draws is not None and self.steps is not None
+            strands, a_row = num_inputs * self.draws, 2 + PRODUCT_COST
+            return Plan(
+                images=num_inputs,
+                evaluations=strands * (self.steps + 1) * a_row,
+                output_bytes=strands * (card.plane_bytes + STATE_BYTES),
+            )
         each = self.samples or card.T
         return Plan(
             images=num_inputs,

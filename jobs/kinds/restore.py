@@ -11,7 +11,7 @@ from pydantic import Field
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
 from jobs.kinds.chain import ChainSpec
-from jobs.kinds.common import Input, Shape
+from jobs.kinds.common import PRODUCT_COST, Input, Shape
 from jobs.kinds.operators import OperatorSpec
 from jobs.pictures import GREY_LEVELS
 from jobs.settings import Settings
@@ -19,7 +19,6 @@ from jobs.settings import Settings
 STEPS = 50
 TRAVEL = 5
 SOLVER_STEPS = 1
-PRODUCT_COST = 2  # of a product with the Jacobian, in network evaluations
 SAMPLER = "ddim"
 _ROUNDING = 0.3  # grey levels: what rounding to 8 bits does to a value, 1/√12
 _MOST_DEVIATIONS = 6.0  # a value of y further from what A can give is no noise

@@ -35,7 +35,7 @@ KINDS: dict[str, type[JobSpec]] = {
 
 def result_models() -> list[type[BaseModel]]:
     """What the results of the kinds that give numbers look like."""
-    return [kind.result_model for kind in KINDS.values() if kind.result_model is not None]
+    return [model for kind in KINDS.values() for model in kind.result_models]
 
 
 def parse(text: str | bytes) -> JobSpec:

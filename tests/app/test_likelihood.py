@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from jobs.kinds.common import PRODUCT_COST
 from jobs.store.writer import JobStore
 from tests.app.conftest import Worker, png
 
@@ -32,6 +33,11 @@ def test_cost_and_defaults_are_known_at_once(client: httpx.Client, worker: Worke
     assert started.record.work == 60 and started.record.images == 3
     full = client.post("/likelihood", json={"images": [PICTURE], "mode": "full"}).json()
     assert worker.start(full["id"]).record.work == 1000
+    flow = client.post("/likelihood", json={"images": [PICTURE] * 2, "mode": "flow"}).json()
+    asked = flow["request"]
+    assert (asked["draws"], asked["steps"]) == (4, 100)
+    assert not {"samples", "variance"} & set(asked)
+    assert worker.start(flow["id"]).record.work == 2 * 4 * 101 * (2 + PRODUCT_COST)
 
 
 def test_the_numbers_are_in_the_job_but_not_in_listings(
@@ -51,7 +57,7 @@ def test_the_numbers_are_in_the_job_but_not_in_listings(
     [
         ({"images": []}, "/images", "at least one picture"),
         ({"images": [PICTURE] * 65}, "/images", "at most 64"),
-        ({"mode": "exact"}, "/mode", "'full' or 'monte_carlo'"),
+        ({"mode": "exact"}, "/mode", "'full', 'monte_carlo' or 'flow'"),
         ({"samples": 1}, "/samples", "greater than or equal to 2"),
         ({"mode": "full", "samples": 10}, "/samples", "monte_carlo"),
         ({"terms": [1]}, "/terms", "full"),
@@ -61,7 +67,12 @@ def test_the_numbers_are_in_the_job_but_not_in_listings(
         ({"indices": [0, 1]}, "/indices", "2 for 1 pictures"),
         ({"indices": [-1]}, "/indices/0", "greater than or equal to 0"),
         ({"sigma": "small"}, "/sigma", "no such field"),
-        ({"steps": 10}, "/steps", "no such field"),
+        ({"steps": 10}, "/steps", "is for mode flow, not monte_carlo"),
+        ({"mode": "full", "draws": 2}, "/draws", "is for mode flow, not full"),
+        ({"mode": "flow", "samples": 10}, "/samples", "is for mode monte_carlo, not flow"),
+        ({"mode": "flow", "variance": "small"}, "/variance", "the flow has none"),
+        ({"mode": "flow", "draws": 0}, "/draws", "greater than or equal to 1"),
+        ({"mode": "flow", "steps": 1001}, "/steps", "1001: model tiny has T = 1000"),
     ],
 )
 def test_what_is_refused(

@@ -37,7 +37,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     },
     "encode": {"images": GREY, "steps": 3},
     "interpolate": {"images": [GREY, GREY], "t": 5, "lambdas": [0, 0.5, 1]},
-    "likelihood": {"images": GREY, "samples": 12},
+    "likelihood": {"images": GREY, "mode": "flow", "draws": 2, "steps": 5},
 }
 
 

@@ -22,6 +22,7 @@ import torch
 from diffusion import cores
 from worker.engine.chain_pool import ChainPool
 from worker.engine.fairness import Turns, pool_weights
+from worker.engine.flow_pool import FlowPool
 from worker.engine.lane import EngineOptions, Lane
 from worker.engine.pool import Batch, Pool, Step
 from worker.engine.product_pool import ProductPool
@@ -259,8 +260,8 @@ class Engine:
         self._finish_if_done(lane, run)  # a resumed task may have nothing left to do
 
     def _pool_for(self, task: Work, network: Network) -> Pool:
-        if task.mode == "terms":
-            return TermPool(network)
+        if task.mode in ("terms", "flow"):
+            return TermPool(network) if task.mode == "terms" else FlowPool(network)
         kind = ProductPool if task.mode == "products" else ChainPool
         return kind(network, self.options.capacity)
 

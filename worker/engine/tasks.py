@@ -187,12 +187,15 @@ class States:
     """Chains of one task in flight, each between two rows: all that a resume needs.
 
     indices, rows: int64 [N], image index and next row; x_t, x_start_prev: float32 [N, C, H, W].
+    Of a likelihood by the flow: strand and row; x̃, no x_start_prev, and nats, float64 [N], what of
+    ln p_0 is there.
     """
 
     indices: NDArray[np.int64]
     rows: NDArray[np.int64]
     x_t: Tensor
     x_start_prev: Tensor
+    nats: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,15 @@ class Terms:
     places: NDArray[np.int64]
     nats: NDArray[np.float64]
     squared_error: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Densities:
+    """Strands [M] of a likelihood by the flow that ended: ln p_0, float64 [M], nats."""
+
+    task_id: str
+    strands: NDArray[np.int64]
+    nats: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,4 +283,4 @@ class Canceled:
     states: States | None
 
 
-Event = Advanced | Snapshot | Terms | Images | Checkpoint | Finished | Failed | Canceled
+Event = Advanced | Snapshot | Terms | Densities | Images | Checkpoint | Finished | Failed | Canceled

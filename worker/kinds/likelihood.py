@@ -1,4 +1,7 @@
-"""Likelihood jobs: the numbers of one as they come in, and the result that they make."""
+"""Likelihood jobs: the terms of the bound as they come in, and the result that they make.
+
+Those by the flow are in `worker.kinds.flow`.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,11 @@ from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.results import Bits, ImageBits, LikelihoodResult, TermValues
 from jobs.store.batch import WriteBatch
 from jobs.store.writer import Started
+from worker.engine.flows import FlowTask
 from worker.engine.tasks import Event, Terms
 from worker.engine.terms import TermTask
 from worker.flights import Flight
+from worker.kinds.flow import Strands
 from worker.kinds.inputs import uploaded
 from worker.models import Served
 from worker.network.networks import Mode
@@ -32,7 +37,7 @@ _MAGIC = b"terms-2\0"  # of the saved numbers: those of another plan are of othe
 
 
 class LikelihoodFlight(Flight[LikelihoodSpec]):
-    """The terms of the bound of uploaded images."""
+    """The terms of the bound of uploaded images, or their density by the flow."""
 
     def __init__(
         self,
@@ -44,28 +49,28 @@ class LikelihoodFlight(Flight[LikelihoodSpec]):
         deadline: float,
     ) -> None:
         super().__init__(started, execution, served, spec=spec, deadline=deadline)
-        self._numbers = Numbers(served, started, spec)
+        kind = Strands if spec.mode == "flow" else Numbers
+        self._numbers: Strands | Numbers = kind(served, started, spec)
         self._task = self._numbers.task(execution)
         self.done_before = self.record.work - self._task.evaluations
 
     @classmethod
     def mode(cls, spec: LikelihoodSpec) -> Mode:
-        """Terms."""
-        return "terms"
+        """Terms, or the flow."""
+        return "flow" if spec.mode == "flow" else "terms"
 
     @classmethod
     def provenance(cls, served: Served, spec: LikelihoodSpec) -> dict[str, Any]:
-        """The bound is taken with the clipped x̂_0."""
-        return {"clip": True}
+        """The bound is taken with the clipped x̂_0, and the flow is not clipped."""
+        return {"clip": spec.mode != "flow"}
 
-    def task(self) -> TermTask:
-        """The terms that are missing."""
+    def task(self) -> TermTask | FlowTask:
+        """What is missing."""
         return self._task
 
     def write(self, event: Event, batch: WriteBatch) -> None:
         """Nothing yet: `save` writes what was found, at its own pace."""
-        if isinstance(event, Terms):
-            self._numbers.take(event)
+        self._numbers.take(event)
 
     def save(self, batch: WriteBatch, *, every: float) -> Callable[[], None] | None:
         """The numbers found since they were last saved."""
@@ -118,8 +123,10 @@ class Numbers:
             client=self._client,
         )
 
-    def take(self, event: Terms) -> None:
+    def take(self, event: Event) -> None:
         """Write down what was found."""
+        if not isinstance(event, Terms):
+            return
         image, draw = np.divmod(event.places, self._found.shape[2])
         self._found[0, image, draw] = event.nats
         self._found[1, image, draw] = event.squared_error

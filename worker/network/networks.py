@@ -12,8 +12,8 @@ from diffusion.model import Model
 from worker.network.network import Network, worker_dtype
 
 # What a network is used for: chains; the terms of likelihoods; chains that need products with its
-# Jacobian.
-Mode = Literal["chains", "terms", "products"]
+# Jacobian; likelihoods by the flow, which need them too.
+Mode = Literal["chains", "terms", "products", "flow"]
 
 
 class LaneKey(NamedTuple):

@@ -123,7 +123,7 @@ function means(steps) {
 function Bits({ run, result, model, picture }) {
   const [image] = result.images;
   const steps = image.terms ? ratesOf(image.terms) : [];
-  const parts = [
+  const parts = image.L_0 == null ? [] : [  // a density by the flow has none
     [bound("0"), image.L_0, "noise", "the last step, to 8 bits"],
     [html`${bound("1")} … ${bound("T−1")}`, image.L_t, "signal", "the chain"],
     [bound("T"), image.L_T, "dim", "the noise it starts from"]];
@@ -135,10 +135,11 @@ function Bits({ run, result, model, picture }) {
       ${parts.map(([sign, value, colour, words]) => html`<div class=${`figure ${colour}`} key=${words}>
         <b>${compact(value)}</b><small>${sign} ${words}</small></div>`)}
     </div>
-    <div class="stack" role="img" aria-label=${`Of it L_0 ${compact(image.L_0)}, the terms between ${
+    ${parts.length > 0 && html`<div class="stack" role="img" aria-label=${`Of it L_0 ${
+      compact(image.L_0)}, the terms between ${
       compact(image.L_t)}, L_T ${compact(image.L_T)} bits/dim`}>
       ${parts.map(([, value, colour]) => html`<i key=${colour} class=${colour}
-        style=${{ flexGrow: value / image.bits_per_dim }}></i>`)}</div>
+        style=${{ flexGrow: value / image.bits_per_dim }}></i>`)}</div>`}
     ${steps.length > 2 && html`
       <div class="columns">
         <${Plot} title=${html`The term of each step, bits/dim`} colour="signal"

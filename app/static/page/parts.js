@@ -47,7 +47,7 @@ function wordsOf(run, job, progress, t, service) {
     if (service.idle) return "No worker is running: the job goes on when one is there.";
     const left = progress?.eta_s == null ? "" : ` · ${seconds(progress.eta_s)} left`;
     if (job.kind === "likelihood" && progress) {
-      return `${progress.step} of ${count(progress.total, "term")}${left}`;
+      return `${progress.step} of ${count(progress.total, pieces(job))}${left}`;
     }
     const done = run.images.filter(Boolean).length;
     if (done) return `${done} of ${count(run.count, "image")}${left}`;
@@ -56,13 +56,16 @@ function wordsOf(run, job, progress, t, service) {
   if (job.status === "succeeded") {
     const took = (new Date(job.completed_at) - new Date(job.started_at)) / 1000;
     const time = Number.isFinite(took) ? ` in ${seconds(took)}` : "";
-    const what = job.kind === "likelihood" ? count(progress?.total ?? 0, "term") : count(run.count, "image");
+    const what = job.kind === "likelihood" ? count(progress?.total ?? 0, pieces(job)) : count(run.count, "image");
     return `${what}${time} · seed ${job.request.seed}`;
   }
   if (job.status === "expired") return "Its pictures have been deleted; the settings are still here.";
   if (job.status === "canceled") return "Canceled. What there was is kept.";
   return job.error?.detail ?? "It failed.";
 }
+
+/* What a likelihood is counted in. */
+const pieces = (job) => job.request.mode === "flow" ? "evaluation" : "term";
 
 /* A modal window of the browser's own, which keeps the focus and closes with Escape. */
 export function Dialog({ title, onClose, children }) {
