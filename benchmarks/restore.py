@@ -166,18 +166,17 @@ class Drawn:
 def go_on(
     model: diffusion.Model, kept: Drawn, truth: Tensor, *, evaluations: int, deep: int
 ) -> None:
-    """Draw what is missing, round by round."""
+    """Draw what is missing, round by round, and of each round a batch by each way in turn."""
     for task, digits, samples in rounds(len(truth), deep):
-        for name, way in ways(evaluations).items():
-            pairs = [(digit, sample) for digit in digits for sample in samples]
-            left = kept.missing(task, name, pairs)
-            for at in tqdm(range(0, len(left), BATCH), desc=f"{task}: {name}"):
-                some = left[at : at + BATCH]
-                numbers, sample = torch.tensor(some).T
-                y = measured(task, truth[numbers], numbers)
-                x = drawn(model, task, way, y=y, keys=numbers + APART * sample)
-                kept.add(task, name, some, x)
-        print(f"drawn: {task}, digits {digits}, samples {samples}", flush=True)
+        pairs = [(digit, sample) for digit in digits for sample in samples]
+        for at in tqdm(range(0, len(pairs), BATCH), desc=f"{task}, {digits}, {samples}"):
+            for name, way in ways(evaluations).items():
+                left = kept.missing(task, name, pairs[at : at + BATCH])
+                if left:
+                    numbers, sample = torch.tensor(left).T
+                    y = measured(task, truth[numbers], numbers)
+                    x = drawn(model, task, way, y=y, keys=numbers + APART * sample)
+                    kept.add(task, name, left, x)
 
 
 @dataclass(frozen=True)
