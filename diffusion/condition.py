@@ -23,7 +23,7 @@ from diffusion.operators import Operator
 
 METHODS = ("projection", "moment")
 FLOOR = 1e-4  # share of r² below which moment takes no σ_y²: no Jacobian is known any better
-PRODUCT_COST = 2  # of a product with the Jacobian, in network evaluations
+PRODUCT_COST = 1  # of a product with the Jacobian, in evaluations: `benchmarks/products.py`
 
 Evaluate = Callable[[Tensor], Estimate]
 Clip = Callable[[Tensor], Tensor]

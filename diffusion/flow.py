@@ -195,7 +195,8 @@ def log_prior(schedule: Schedule, table: FlowTable, x: Tensor) -> Tensor:
     x_T = (math.sqrt(alpha_bar) * x).flatten(1).double().cpu()
     dims = x_T.shape[1]
     normal = -0.5 * (x_T.square().sum(1) + dims * math.log(2 * math.pi))
-    return normal + dims / 2 * math.log(alpha_bar)
+    density: Tensor = normal + dims / 2 * math.log(alpha_bar)
+    return density
 
 
 def dequantised(x_start: Tensor, *, seeds: Tensor, indices: Tensor, draws: Tensor) -> Tensor:

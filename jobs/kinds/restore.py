@@ -59,7 +59,7 @@ class RestoreSpec(ChainSpec):
         ge=0,
         le=5,
         description="moment only: steps of conjugate gradients, each a product that costs as much "
-        f"as {PRODUCT_COST} evaluations; default {SOLVER_STEPS}, and 0 is ΠGDM",
+        f"as an evaluation; default {SOLVER_STEPS}, and 0 is ΠGDM",
     )
     travel: int | None = Field(
         None,
