@@ -195,14 +195,14 @@ def log_prior(schedule: Schedule, table: FlowTable, x: Tensor) -> Tensor:
     x_T = (math.sqrt(alpha_bar) * x).flatten(1).double().cpu()
     dims = x_T.shape[1]
     normal = -0.5 * (x_T.square().sum(1) + dims * math.log(2 * math.pi))
-    density: Tensor = normal + dims / 2 * math.log(alpha_bar)
-    return density
+    return normal + dims / 2 * math.log(alpha_bar)
 
 
 def dequantised(x_start: Tensor, *, seeds: Tensor, indices: Tensor, draws: Tensor) -> Tensor:
     """Images [N, ...] with uniform noise within a grey level, keyed by int64 [N] each."""
     z = _normals(x_start, Purpose.DEQUANTISE, seeds=seeds, indices=indices, draws=draws)
-    return x_start + (torch.special.ndtr(z) - 0.5) * BIN
+    uniform: Tensor = torch.special.ndtr(z)
+    return x_start + (uniform - 0.5) * BIN
 
 
 def probes(like: Tensor, *, seeds: Tensor, indices: Tensor, draws: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def test_the_numbers_are_in_the_job_but_not_in_listings(
         ({"mode": "flow", "samples": 10}, "/samples", "is for mode monte_carlo, not flow"),
         ({"mode": "flow", "variance": "small"}, "/variance", "the flow has none"),
         ({"mode": "flow", "draws": 0}, "/draws", "greater than or equal to 1"),
-        ({"mode": "flow", "steps": 1001}, "/steps", "1001: model tiny has T = 1000"),
+        ({"mode": "flow", "steps": 1001}, "/steps", "1001: model mnist has T = 1000"),
     ],
 )
 def test_what_is_refused(
