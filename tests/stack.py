@@ -65,10 +65,10 @@ class Stack:
         self._processes.append(process)
         return process
 
-    def api(self, version: Version = TODAY) -> httpx.Client:
+    def api(self, version: Version = TODAY, **environment: str) -> httpx.Client:
         """A client of an API that answers."""
         before = len(self.log.read_bytes()) if self.log.exists() else 0
-        process = self.run(version, "api", "--port", "0")
+        process = self.run(version, "api", "--port", "0", **environment)
 
         def address() -> str | None:
             found = re.search(rb"ddpm api: (http://[^,\s]+)", self.log.read_bytes()[before:])

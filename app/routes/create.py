@@ -19,6 +19,7 @@ from app.routes.words import WORDS, Words
 from app.services import Services, services
 from app.streams import EventStream, job_frames
 from app.waiting import until_ended
+from jobs.errors import JobNotFound
 from jobs.kinds.common import ARRAYS, JobSpec
 from jobs.kinds.table import KINDS, admit
 from jobs.states import ACTIVE, Status
@@ -141,15 +142,19 @@ async def answer(
     headers = {"Location": f"/jobs/{job_id}"}
     if admitted.replayed:
         headers["Idempotency-Replayed"] = "true"
-    if asked.media == "events":
-        return await stream(held, job_id, headers=headers, cancel=cancel, inline=inline)
-    state = await until_ended(
-        held,
-        request,
-        await held.admitted(admitted),
-        seconds=asked.wait_s,
-        cancel_on_disconnect=cancel,
-    )
+    try:
+        if asked.media == "events":
+            return await stream(held, job_id, headers=headers, cancel=cancel, inline=inline)
+        state = await until_ended(
+            held,
+            request,
+            await held.admitted(admitted),
+            seconds=asked.wait_s,
+            cancel_on_disconnect=cancel,
+        )
+    except JobNotFound as error:  # not 404: the job was made
+        detail = f"job {job_id} is gone: it was deleted, or its time was over before this answer"
+        raise Problem("expired", detail, headers=headers) from error
     if asked.applied is not None:
         headers["Preference-Applied"] = asked.applied
     return await finished(held, state, asked, headers)

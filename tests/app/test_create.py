@@ -189,6 +189,17 @@ def test_concurrent_requests_with_one_key_make_one_job(client: httpx.Client) -> 
     assert len(ids) == 8 and len(set(ids)) == 1
 
 
+def test_a_job_that_is_deleted_while_its_request_waits_is_gone(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.waiting._LOOK_S", 0.1)
+    thread = when_queued(client, lambda job_id: client.delete(f"/jobs/{job_id}"))
+    reply = client.post("/generate", json={}, headers={"Prefer": "wait=60"})
+    thread.join()
+    assert (reply.status_code, reply.json()["code"]) == (410, "expired")
+    assert client.get(reply.headers["location"]).status_code == 404
+
+
 def test_prefer_wait(client: httpx.Client, worker: Worker) -> None:
     thread = when_queued(client, worker.finish)
     reply = client.post("/generate", json={"num_images": 2}, headers={"Prefer": "wait=60"})

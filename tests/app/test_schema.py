@@ -9,6 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.older import save_model
+from tests.stack import TODAY, Stack
+
 RUN = "import sys; from schemathesis.cli import schemathesis; sys.exit(schemathesis())"
 # What is asked: no error of ours, no answer that is not documented, no deleted thing that answers.
 # A stream of events is documented as the text that it is; schemathesis reads it event by event.
@@ -37,7 +40,7 @@ def conforms(client: httpx.Client, folder: Path, *options: str) -> None:
     command = [sys.executable, "-c", RUN, "run", f"{client.base_url}/openapi.json"]
     common = [
         "--seed", "1", "--generation-database", "none",
-        "--request-timeout", "60", "--warnings", "off", "--no-color",
+        "--request-timeout", "90", "--warnings", "off", "--no-color",
     ]  # fmt: skip
     done = subprocess.run(
         [*command, *common, *options], cwd=folder, capture_output=True, text=True, check=False
@@ -46,12 +49,31 @@ def conforms(client: httpx.Client, folder: Path, *options: str) -> None:
 
 
 def test_no_answer_is_undocumented(client: httpx.Client, working: None, tmp_path: Path) -> None:
-    conforms(client, tmp_path, "--phases", "examples,fuzzing", "--max-examples", "3")
+    conforms(client, tmp_path, "--phases", "examples,fuzzing,stateful", "--max-examples", "3")
+
+
+ALL = ("--phases", "examples,coverage,fuzzing,stateful", "--max-examples", "40")
 
 
 @pytest.mark.slow
 def test_no_answer_is_undocumented_in_any_phase(
     client: httpx.Client, working: None, tmp_path: Path
 ) -> None:
-    phases = "examples,coverage,fuzzing,stateful"
-    conforms(client, tmp_path, "--phases", phases, "--max-examples", "40", "--max-time", "150")
+    conforms(client, tmp_path, *ALL, "--max-time", "150")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_answer_of_the_whole_service_is_undocumented(redis_url: str, tmp_path: Path) -> None:
+    """With a worker that really runs what is asked for, and fails what takes it too long."""
+    save_model(TODAY, tmp_path / "models" / "tiny")
+    stack = Stack(redis_url, tmp_path / "models", tmp_path / "log")
+    limits = {"DDPM_MAX_JOB_EVALUATIONS": "5000", "DDPM_JOB_DEADLINE_S": "5"}
+    try:
+        client = stack.api(**limits)
+        stack.worker(**limits)
+        stack.until(lambda: client.get("/readyz").status_code == 200)
+        conforms(client, tmp_path, *ALL, "--max-time", "240")
+        assert client.get("/readyz").status_code == 200
+    finally:
+        stack.close()

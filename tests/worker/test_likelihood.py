@@ -244,7 +244,7 @@ import time
 from worker.engine.term_pool import TermPool
 step = TermPool.step
 def slow(self, batch, shape):
-    time.sleep(0.1)
+    time.sleep(0.3)
     return step(self, batch, shape)
 TermPool.step = slow
 """
