@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 SOCKET_S = 5.0  # for an answer: a connection that was dropped without a word hangs nobody longer
 _RETRIES = 3
+_MOST = 64  # connections of a process
+_IN_LINE_S = 30.0  # for one of them
 _PROBE_S = 60
 
 
@@ -31,10 +33,17 @@ def connect(settings: Settings) -> redis.Redis:
 
 
 def connect_async(settings: Settings, **options: Any) -> aioredis.Redis:
-    """An asynchronous connection with the protocol of the synchronous one."""
+    """Asynchronous connections with the protocol of the synchronous one.
+
+    Who finds all of them in use waits for one: a thousand requests at once are no reason to say
+    that Redis is away, which the pool that redis-py takes by itself would.
+    """
     backoff = ExponentialWithJitterBackoff(base=0.05, cap=1.0)
     made = {"protocol": 2, "retry": redis.asyncio.retry.Retry(backoff, _RETRIES)}
-    return aioredis.Redis.from_url(settings.redis_url, **{**made, **_sockets(settings), **options})
+    limits = {"max_connections": _MOST, "timeout": _IN_LINE_S}
+    options = {**made, **limits, **_sockets(settings), **options}
+    pool = aioredis.BlockingConnectionPool.from_url(settings.redis_url, **options)
+    return aioredis.Redis.from_pool(pool)
 
 
 def _sockets(settings: Settings) -> dict[str, Any]:
