@@ -70,8 +70,8 @@ def test_no_answer_of_the_whole_service_is_undocumented(redis_url: str, tmp_path
     stack = Stack(redis_url, tmp_path / "models", tmp_path / "log")
     limits = {"DDPM_MAX_JOB_EVALUATIONS": "5000", "DDPM_JOB_DEADLINE_S": "5"}
     try:
-        client = stack.api(**limits)
-        stack.worker(**limits)
+        client = stack.api(TODAY, **limits)
+        stack.worker(TODAY, **limits)
         stack.until(lambda: client.get("/readyz").status_code == 200)
         conforms(client, tmp_path, *ALL, "--max-time", "240")
         assert client.get("/readyz").status_code == 200
