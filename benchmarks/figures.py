@@ -29,8 +29,9 @@ from diffusion.decoder import density_nats
 from diffusion.forward import q_trajectory
 from diffusion.langevin import annealed_langevin, with_correctors
 from diffusion.learned_schedule import LearnedSchedule
+from diffusion.multistep import dpmpp_2m
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import ancestral, ddim, dpmpp_2m
+from diffusion.samplers import ancestral, ddim
 from diffusion.schedule import Schedule, linear_schedule
 from diffusion.spacings import spaced_timesteps
 from diffusion.table import SamplerTable

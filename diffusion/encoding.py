@@ -22,8 +22,9 @@ from torch import Tensor
 
 from diffusion.checks import check_images, check_range, check_real, check_whole
 from diffusion.model import Model, check_model
+from diffusion.multistep import dpmpp_2m
 from diffusion.noise import Purpose
-from diffusion.samplers import ddim, dpmpp_2m
+from diffusion.samplers import ddim
 from diffusion.sampling import ClassLabel, Step, chain, class_labels
 from diffusion.schedule import Schedule
 from diffusion.spacings import spaced_timesteps
@@ -80,7 +81,7 @@ def _flow_step(schedule: Schedule, t: int, s: int) -> tuple[float, float]:
 
 
 def _second_order(schedule: Schedule, ts: list[int]) -> SamplerTable:
-    """As `samplers.dpmpp_2m`, with h < 0; the first two rows of first order."""
+    """As `multistep.dpmpp_2m`, with h < 0; the first two rows of first order."""
     rows = empty_rows(len(ts), clip=False)
     scale, along = _flow_step(schedule, -1, ts[0])
     put(rows, 0, b=scale, e=along)

@@ -37,6 +37,27 @@ def _on_device(table: Float64, device: torch.device) -> Tensor:
     return found
 
 
+def alpha_bars(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """ᾱ_t and 1 − ᾱ_t in the dtype of `like`, [N]. t: [N], indices, or float64 for any times."""
+    tables = (schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod)
+    below = t if not t.is_floating_point() else t.long()
+    found = [_on_device(table, t.device)[below] for table in tables]
+    if t.is_floating_point():
+        levels = between(schedule.half_log_snr, t)
+        sides = (torch.sigmoid(2 * levels), torch.sigmoid(-2 * levels))
+        found = [torch.where(below == t, a, b) for a, b in zip(found, sides, strict=True)]
+    alpha_bar, rest = (values.to(like.dtype) for values in found)
+    return alpha_bar, rest
+
+
+def between(table: Float64, t: Tensor) -> Tensor:
+    """The table at times t, float64 [N], linear from index to index; table: [..., T]."""
+    values, below = _on_device(table, t.device), t.long()
+    above = (below + 1).clamp(max=table.shape[-1] - 1)
+    exact = values[..., below]
+    return torch.where(below == t, exact, torch.lerp(exact, values[..., above], t - below))
+
+
 def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε ~ q(x_t | x_0), equation 4.
 

@@ -19,11 +19,19 @@ from torch import Tensor
 from diffusion.forward import gather
 from diffusion.noise import Purpose
 from diffusion.schedule import Float64, Schedule
-from diffusion.table import COLUMNS, SamplerError, SamplerTable, checked_timesteps, empty_rows
+from diffusion.table import (
+    COLUMNS,
+    SamplerError,
+    SamplerTable,
+    checked_timesteps,
+    empty_rows,
+    first_order,
+    own_indices,
+)
 
 LEVEL_STEP = 0.4  # c of annealed Langevin: its only means to follow the levels, so it must stride
 CORRECTOR_STEP = 0.1  # c of a corrector: a = 4(r‖z‖/‖s‖)² of Song et al. with r = 0.16
-_A, _B, _D, _C = (COLUMNS.index(name) for name in ("a", "b", "d", "c"))
+_A, _B, _C = (COLUMNS.index(name) for name in "abc")
 
 
 def score(schedule: Schedule, eps: Tensor, t: Tensor) -> Tensor:
@@ -53,8 +61,8 @@ def reverse_step_as_langevin(schedule: Schedule, t: int, s: int, sigma2: float) 
     return np.array([level[0] - level[1], math.sqrt(sigma2 / schedule.alpha_bar(s))])
 
 
-def langevin_row(schedule: Schedule, t: int, c: float) -> Float64:
-    """A row of a sampler table, [6]: one Langevin step of size c(1−ᾱ_t) at t, no clipping.
+def langevin_row(schedule: Schedule, t: float, c: float) -> Float64:
+    """A row of a sampler table, [7]: one Langevin step of size c(1−ᾱ_t) at t, no clipping.
 
     With s = (√ᾱ x̂_0 − x)/(1−ᾱ) the step is (c/2)√ᾱ x̂_0 + (1 − c/2) x + √(c(1−ᾱ)) z.
     Raises SamplerError unless 0 < c < 4, beyond which the steps diverge.
@@ -70,7 +78,7 @@ def langevin_row(schedule: Schedule, t: int, c: float) -> Float64:
 
 def annealed_langevin(
     schedule: Schedule,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     *,
     corrector_steps: int = 1,
     c: float = LEVEL_STEP,
@@ -89,8 +97,9 @@ def annealed_langevin(
     if steps < 1:
         raise SamplerError(f"corrector_steps = {steps}: langevin needs 1 or more a level")
     ts = checked_timesteps(schedule.T, timesteps)
-    t = np.repeat(np.array(ts, dtype=np.int64), steps)
-    rows = np.stack([langevin_row(schedule, level, c) for level in t.tolist()])
+    t = np.repeat(np.array(own_indices(ts), dtype=np.int64), steps)
+    time = np.repeat(np.array(ts), steps)
+    rows = np.stack([langevin_row(schedule, level, c) for level in time.tolist()])
     for i, (high, low) in enumerate(pairwise(ts)):
         if schedule.alpha_bar(high):
             scale = math.sqrt(schedule.alpha_bar(low) / schedule.alpha_bar(high))
@@ -101,7 +110,7 @@ def annealed_langevin(
     if branch:
         purpose[:steps] = Purpose.BRANCH
     number = np.tile(np.arange(steps), len(ts))
-    return SamplerTable(t, rows, purpose, noise=t + schedule.T * number)
+    return SamplerTable(t, rows, purpose, noise=t + schedule.T * number, time=time)
 
 
 def with_correctors(
@@ -116,16 +125,14 @@ def with_correctors(
         raise SamplerError(f"corrector_steps = {steps}: must be 0 or more")
     if steps == 0:
         return table
-    predictors = table.coefficients.copy()
-    predictors[:, _A] += predictors[:, _D]
-    predictors[:, _D] = 0.0
+    predictors = first_order(table.coefficients)
     # A corrector works at the level where its predictor lands: the t of the row after it.
     row = np.append(0, np.repeat(np.arange(1, len(table)), steps + 1))
     is_corrector = np.append(False, np.tile([True] * steps + [False], len(table) - 1))
     number = np.append(0, np.tile([*range(steps), 0], len(table) - 1))
     coefficients = predictors[row]
     for i in np.flatnonzero(is_corrector):
-        coefficients[i] = langevin_row(schedule, int(table.t[row[i]]), c)
+        coefficients[i] = langevin_row(schedule, float(table.time[row[i]]), c)
     return replace(
         table,
         t=table.t[row],
@@ -134,4 +141,5 @@ def with_correctors(
         spread=np.where(is_corrector, 0.0, table.spread[row]),
         noise=table.noise[row] + schedule.T * number,
         memory=table.memory[row],
+        time=table.time[row],
     )

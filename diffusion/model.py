@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion import cores
 from diffusion.files import CheckpointError
-from diffusion.parameterization import eps_coefficients, x_start_coefficients
+from diffusion.parameterization import coefficients_at, reading_table, x_start_coefficients
 from diffusion.samplers import SamplingDefaults
 from diffusion.schedule import Schedule, ScheduleConfig
 from diffusion.unet import UNet, UNetConfig
@@ -131,15 +130,7 @@ class Model:
         self.network = network
         self.schedule: Schedule = config.schedule.build()
         self.digest = digest
-        # [4, T], float64: x̂_0 = r_x·x_t + r_out·out and ε̂ = e_x·x_t + e_out·out.
-        self._reading = torch.from_numpy(
-            np.stack(
-                [
-                    *x_start_coefficients(self.schedule, config.prediction),
-                    *eps_coefficients(self.schedule, config.prediction),
-                ]
-            )
-        )
+        self._reading = torch.tensor(reading_table(self.schedule, config.prediction))  # [4, T]
 
     def __repr__(self) -> str:
         network, schedule = self.config.network, self.config.schedule
@@ -174,9 +165,9 @@ class Model:
     def estimate(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Estimate:
         """What the network finds in x_t, float32.
 
-        x_t: [N, C, H, W]; t: [N] int64, index 0..T−1; class_label: [N] int64, or None for no
-        label. Raises ValueError for labels that an unconditional network gets, or that one
-        without a null label lacks.
+        x_t: [N, C, H, W]; t: [N] int64, index 0..T−1, or float64, any time between;
+        class_label: [N] int64, or None for no label. Raises ValueError for labels that an
+        unconditional network gets, or that one without a null label lacks.
         """
         return self.read(self.output(x_t, t, class_label), x_t, t)
 
@@ -192,9 +183,13 @@ class Model:
         x̂_0 and ε̂ each come straight from the output: by way of the other x̂_0 would lose what a
         division by √ᾱ_t loses, which is everything where ᾱ_T = 0.
         """
-        if self._reading.device != x_t.device:
-            self._reading = self._reading.to(x_t.device)
-        r_x, r_out, e_x, e_out = self._reading[:, t].to(x_t.dtype).view(4, -1, 1, 1, 1)
+        if t.is_floating_point():
+            reading = coefficients_at(self.schedule, self.config.prediction, t)
+        else:
+            if self._reading.device != x_t.device:
+                self._reading = self._reading.to(x_t.device)
+            reading = self._reading[:, t]
+        r_x, r_out, e_x, e_out = reading.to(x_t.dtype).view(4, -1, 1, 1, 1)
         channels = x_t.shape[1]
         v = out[:, channels:] if out.shape[1] > channels else None
         out = out[:, :channels]

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from diffusion.forward import gather
+from diffusion.forward import alpha_bars, between, gather
 from diffusion.schedule import Float64, Schedule, read_only
 
 Coefficients = tuple[Float64, Float64]
@@ -83,6 +84,34 @@ def eps_coefficients(schedule: Schedule, prediction: str) -> Coefficients:
     if prediction == "epsilon":  # exactly (0, 1), without rounding
         return read_only(np.zeros(schedule.T)), read_only(np.ones(schedule.T))
     return read_only((1 - signal * r_x) / noise), read_only(-signal * r_out / noise)
+
+
+def coefficients_at(schedule: Schedule, prediction: str, t: Tensor) -> Tensor:
+    """r_x, r_out, e_x and e_out at times t, float64 [N] → [4, N]; at indices those of the tables.
+
+    Between them they follow from ᾱ_t; those of `mean`, which belong to steps, are linear.
+    """
+    table = reading_table(schedule, prediction)
+    found = between(table, t)
+    if prediction == "mean":
+        return found
+    alpha_bar, rest = alpha_bars(schedule, t, t)
+    signal, noise = alpha_bar.sqrt(), rest.sqrt()
+    one, zero = torch.ones_like(t), torch.zeros_like(t)
+    r_x, r_out = {
+        "epsilon": (1 / signal, -noise / signal),
+        "sample": (zero, one),
+        "v": (signal, -noise),
+    }[prediction]
+    e_x, e_out = (1 - signal * r_x) / noise, -signal * r_out / noise
+    return torch.where(t.long() == t, found, torch.stack([r_x, r_out, e_x, e_out]))
+
+
+@lru_cache(maxsize=64)
+def reading_table(schedule: Schedule, prediction: str) -> Float64:
+    """[4, T]: x̂_0 = r_x·x_t + r_out·out and ε̂ = e_x·x_t + e_out·out."""
+    rows = x_start_coefficients(schedule, prediction), eps_coefficients(schedule, prediction)
+    return read_only(np.stack([*rows[0], *rows[1]]))
 
 
 def to_x_start(

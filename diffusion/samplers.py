@@ -1,7 +1,7 @@
 """The samplers: each a function that makes a table, and an entry in SAMPLERS.
 
 Ancestral sampling: Ho et al. 2020, algorithm 2; over a sub-sequence, with the posterior of each
-jump. DDIM: Song et al. 2021, eq. 12. DPM-Solver++(2M): Lu et al. 2022, algorithm 2. Annealed
+jump. DDIM: Song et al. 2021, eq. 12. DPM-Solver++ and UniPC: `diffusion.multistep`. Annealed
 Langevin dynamics and correctors: `diffusion.langevin`.
 """
 
@@ -16,8 +16,9 @@ import numpy as np
 
 from diffusion.checks import check_real, check_whole
 from diffusion.langevin import annealed_langevin, with_correctors
+from diffusion.multistep import dpmpp_2m, dpmpp_3m, unipc
 from diffusion.schedule import Schedule
-from diffusion.spacings import SPACINGS, spaced_timesteps
+from diffusion.spacings import SPACINGS, spaced_times
 from diffusion.table import (
     SamplerError,
     SamplerTable,
@@ -35,7 +36,7 @@ DEFAULT_STEPS = 100
 
 
 def ancestral(
-    schedule: Schedule, timesteps: Sequence[int], *, variance: str = "large", clip: bool = True
+    schedule: Schedule, timesteps: Sequence[float], *, variance: str = "large", clip: bool = True
 ) -> SamplerTable:
     """DDPM over any descending sub-sequence; the last row lands on the image, without noise.
 
@@ -59,7 +60,7 @@ def ancestral(
 
 def ddim(
     schedule: Schedule,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     *,
     eta: float = 0.0,
     clip: bool = True,
@@ -77,7 +78,7 @@ def ddim(
     check_real("eta", eta, least=0, most=1, error=SamplerError)
     ts = checked_timesteps(schedule.T, timesteps)
     rows = empty_rows(len(ts), clip)
-    strides = [max(t - stride, -1) for t in ts]
+    strides = [t - stride if t >= stride else -1 for t in ts]
     landings = strides if landing == "stride" else [*ts[1:], -1]
     for i, (t, s) in enumerate(zip(ts, landings, strict=True)):
         sigma2 = eta**2 * schedule.jump(t, s).variance
@@ -90,32 +91,6 @@ def ddim(
         else:
             put(rows, i, a=a, c=math.sqrt(sigma2), e=direction)
     return stepping(ts, rows)
-
-
-def dpmpp_2m(schedule: Schedule, timesteps: Sequence[int], *, clip: bool = True) -> SamplerTable:
-    """DPM-Solver++(2M), second order through x̂_0 of the row before; first and last row first order.
-
-    With λ = ln(√ᾱ/√(1−ᾱ)), h = λ_s − λ_t and r = h_prev/h:
-    x_s = √((1−ᾱ_s)/(1−ᾱ_t)) x_t − √ᾱ_s (e^{−h} − 1) ((1 + 1/2r) x̂_0 − x̂_0,prev/2r).
-    """
-    ts = checked_timesteps(schedule.T, timesteps)
-    rows = empty_rows(len(ts), clip)
-    h_prev = 0.0
-    for i, (t, s) in enumerate(zip(ts, [*ts[1:], -1], strict=True)):
-        if s == -1:  # λ = ∞: the step lands on x̂_0 itself
-            put(rows, i, a=1.0)
-            continue
-        h = _half_log_snr(schedule, s) - _half_log_snr(schedule, t)
-        gain = -math.sqrt(schedule.alpha_bar(s)) * math.expm1(-h)
-        half = h / (2 * h_prev) if i else 0.0  # 1/2r; 0 also after a row without signal, h = ∞
-        b = math.sqrt(schedule.one_minus_alpha_bar(s) / schedule.one_minus_alpha_bar(t))
-        put(rows, i, a=gain * (1 + half), b=b, d=-gain * half)
-        h_prev = h
-    return stepping(ts, rows)
-
-
-def _half_log_snr(schedule: Schedule, t: int) -> float:
-    return 0.5 * math.log(schedule.snr[t]) if schedule.snr[t] else -math.inf
 
 
 @dataclass(frozen=True)
@@ -141,6 +116,8 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ancestral, ("variance",)),
     "ddim": Sampler(ddim, ("eta", "rederive_eps", "landing", "stride")),
     "dpmpp_2m": Sampler(dpmpp_2m),
+    "dpmpp_3m": Sampler(dpmpp_3m),
+    "unipc": Sampler(unipc),
     "langevin": Sampler(annealed_langevin, ("corrector_steps", "branch"), corrector_only=True),
 }
 
@@ -216,9 +193,9 @@ def build_table(
     `diffusion.travel`. Not with Langevin steps.
     """
     if start is None:
-        timesteps = spaced_timesteps(schedule.T, steps, spacing)
+        timesteps = spaced_times(schedule, steps, spacing)
     elif 0 <= start < schedule.T:
-        timesteps = [start, *spaced_timesteps(start + 1, steps, spacing)[1:]]
+        timesteps = [start, *spaced_times(schedule, steps, spacing, T=start + 1)[1:]]
     else:
         raise SamplerError(f"start = {start}: must be 0..{schedule.T - 1}")
     check_name("sampler", sampler, SAMPLERS)

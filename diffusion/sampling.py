@@ -11,11 +11,10 @@ from torch import Tensor
 
 from diffusion.checks import check_real, check_whole
 from diffusion.condition import Condition
-from diffusion.forward import gather
+from diffusion.forward import alpha_bars
 from diffusion.model import Estimate, Model, check_model
 from diffusion.noise import Purpose, check_seed, image_normals, normals
 from diffusion.samplers import build_table
-from diffusion.schedule import Schedule
 from diffusion.speed import fast_dtype, prepare
 from diffusion.table import (
     COLUMNS,
@@ -100,18 +99,19 @@ def chain(
     seeds = torch.full_like(indices, check_seed(seed))
     on_device = DeviceTable.of([table], x_t.device)
     noisy = on_device.coefficients[:, COLUMNS.index("c")] != 0
-    x, x_start_prev = x_t, torch.zeros_like(x_t)
+    x, x_start_prev, x_start_older = x_t, torch.zeros_like(x_t), torch.zeros_like(x_t)
+    deep, between = table.depth > 1, table.between
     finite: list[Tensor] = []
     for row, noisy_row in enumerate(noisy.tolist()):
         rows = on_device.coefficients[row].expand(n, -1)
-        t = on_device.t[row].expand(n)
+        t = (on_device.time if between[row] else on_device.t)[row].expand(n)
         evaluate = partial(guided_estimate, model, t=t, class_label=class_label, guidance=guidance)
         clip = partial(clip_x_start, rows)
         if condition is None:
             found = evaluate(x)
             x_start = clip(found.x_start)
         else:
-            alpha_bar, r2 = _levels(model.schedule, t, x)
+            alpha_bar, r2 = alpha_bars(model.schedule, t, x)
             found, x_start = condition.estimate(evaluate, x, alpha_bar=alpha_bar, r2=r2, clip=clip)
         finite.append(found.finite.all())
         z = torch.zeros_like(x)
@@ -125,9 +125,18 @@ def chain(
             )
         if table.spread[row] and found.v is not None:
             z = scale_noise(on_device.spread[row].expand(n), found.v, z)
-        x_next = update(rows, x, x_start=x_start, eps=found.eps, x_start_prev=x_start_prev, z=z)
+        x_next = update(
+            rows,
+            x,
+            x_start=x_start,
+            eps=found.eps,
+            x_start_prev=x_start_prev,
+            z=z,
+            x_start_older=x_start_older if deep else None,
+        )
         yield Step(row, len(table), int(table.t[row]), x, x_start, found.eps, x_next)
         memory = on_device.memory[row].expand(n)
+        x_start_older = x_start_prev
         x_start_prev = remember(memory, x_start=x_start, x=x, x_start_prev=x_start_prev)
         x = x_next
     # Asked once, at the end, so that a GPU need not wait for the host in each step.
@@ -135,13 +144,6 @@ def chain(
     if not all(was_finite):
         first = int(table.t[was_finite.index(False)]) + 1
         raise NotFiniteError(f"t = {first}: the network's output is not finite (NaN or infinity)")
-
-
-def _levels(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """ᾱ_t and 1 − ᾱ_t, [N]."""
-    tables = (schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod)
-    alpha_bar, r2 = (gather(table, t, like).flatten() for table in tables)
-    return alpha_bar, r2
 
 
 def sample(

@@ -6,8 +6,11 @@ Glossary (arrays of length T; index i holds the paper's t = i + 1):
     alphas           α_t = 1 − β_t
     alphas_cumprod   ᾱ_t = ∏ α_s    (and ᾱ_0 = 1, the image: `alpha_bar(-1)`)
     snr              ᾱ_t / (1 − ᾱ_t)
+    half_log_snr     λ_t = ½ ln SNR_t
     posterior_variance   β̃_t = β_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t), variance of q(x_{t−1} | x_t, x_0)
     x_start, x_t     the image x_0 and its noised form; eps is the noise ε
+
+Between two indices λ is linear: so ᾱ, 1 − ᾱ and jumps are defined at every real t in 0..T−1.
 
 Source: Ho, Jain, Abbeel 2020, sections 2 and 3; cosine: Nichol, Dhariwal 2021, eq. 17.
 """
@@ -114,6 +117,12 @@ class Schedule:
         return self.alphas_cumprod / self.one_minus_alphas_cumprod
 
     @cached_property
+    def half_log_snr(self) -> Float64:
+        """λ_t = ½ ln SNR_t = ln(√ᾱ_t/√(1−ᾱ_t)), descending; −∞ where no signal is left."""
+        with np.errstate(divide="ignore"):
+            return read_only(0.5 * np.log(self.snr))
+
+    @cached_property
     def posterior_variance(self) -> Float64:
         """β̃_t; β̃_1 = 0."""
         one_minus_prev = np.append(0.0, self.one_minus_alphas_cumprod[:-1])
@@ -127,32 +136,52 @@ class Schedule:
         clipped: Float64 = np.log(np.append(first, self.posterior_variance[1:]))
         return clipped
 
-    def alpha_bar(self, t: int) -> float:
+    def alpha_bar(self, t: float) -> float:
         """ᾱ at index t, where t = −1 is the image (ᾱ_0 = 1)."""
-        if not -1 <= t < self.T:
-            raise ScheduleError(f"t = {t}: must be an index −1..{self.T - 1} (−1 is the image)")
-        return 1.0 if t == -1 else float(self.alphas_cumprod[t])
+        if (at := self._index(t)) is None:
+            return 1 / (1 + math.exp(-2 * self.lambda_at(t)))
+        return 1.0 if at == -1 else float(self.alphas_cumprod[at])
 
-    def one_minus_alpha_bar(self, t: int) -> float:
+    def one_minus_alpha_bar(self, t: float) -> float:
         """1 − ᾱ at index t, to full relative accuracy."""
-        if not -1 <= t < self.T:
-            raise ScheduleError(f"t = {t}: must be an index −1..{self.T - 1} (−1 is the image)")
-        return 0.0 if t == -1 else float(self.one_minus_alphas_cumprod[t])
+        if (at := self._index(t)) is None:
+            return 1 / (1 + math.exp(2 * self.lambda_at(t)))
+        return 0.0 if at == -1 else float(self.one_minus_alphas_cumprod[at])
 
-    def jump(self, t: int, s: int) -> Jump:
+    def lambda_at(self, t: float) -> float:
+        """λ at index t: ∞ at the image, −∞ where no signal is left."""
+        if self._index(t) == -1:
+            return math.inf
+        return float(np.interp(t, np.arange(self.T), self.half_log_snr))
+
+    def _index(self, t: float) -> int | None:
+        """t as an index, −1 for the image; None between two indices. Raises ScheduleError."""
+        if not (0 <= t <= self.T - 1 or t == -1):
+            raise ScheduleError(f"t = {t}: must be an index −1..{self.T - 1} (−1 is the image)")
+        return int(t) if t == int(t) else None
+
+    def jump(self, t: float, s: float) -> Jump:
         """The posterior q(x_s | x_t, x_0) for any −1 ≤ s < t < T; s = t − 1 is one step."""
         if not s < t:
             raise ScheduleError(f"jump from t = {t} to s = {s}: s must be smaller than t")
         alpha_bar_t, alpha_bar_s = self.alpha_bar(t), self.alpha_bar(s)
         rest_t, rest_s = self.one_minus_alpha_bar(t), self.one_minus_alpha_bar(s)
         alpha = alpha_bar_t / alpha_bar_s
-        beta = float(-np.expm1(np.log1p(-self.betas[s + 1 : t + 1]).sum())) if alpha else 1.0
+        beta = self._forward_variance(t, s) if alpha else 1.0
         return Jump(
             beta=beta,
             coef_x_start=math.sqrt(alpha_bar_s) * beta / rest_t,
             coef_x_t=math.sqrt(alpha) * rest_s / rest_t,
             variance=beta * rest_s / rest_t,
         )
+
+    def _forward_variance(self, t: float, s: float) -> float:
+        """1 − ᾱ_t/ᾱ_s, to full relative accuracy, where x_t has a signal."""
+        at, to = self._index(t), self._index(s)
+        if at is not None and to is not None:
+            return float(-np.expm1(np.log1p(-self.betas[to + 1 : at + 1]).sum()))
+        high, low = (np.logaddexp(0.0, -2 * self.lambda_at(k)) for k in (t, s))  # −ln ᾱ
+        return float(-np.expm1(low - high))
 
 
 @dataclass(frozen=True)

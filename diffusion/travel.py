@@ -14,10 +14,10 @@ import numpy as np
 from diffusion.checks import check_whole
 from diffusion.noise import Purpose
 from diffusion.schedule import Schedule
-from diffusion.table import COLUMNS, SamplerError, SamplerTable
+from diffusion.table import COLUMNS, SamplerError, SamplerTable, first_order
 
 MOST_TRAVEL = 100
-_A, _B, _D, _C, _E = (COLUMNS.index(name) for name in "abdce")
+_A, _B, _C, _E = (COLUMNS.index(name) for name in "abce")
 
 
 def with_travel(table: SamplerTable, schedule: Schedule, *, times: int) -> SamplerTable:
@@ -37,12 +37,9 @@ def with_travel(table: SamplerTable, schedule: Schedule, *, times: int) -> Sampl
     last = len(table) - 1
     row = np.append(np.repeat(np.arange(last), times), last)
     number = np.append(np.tile(np.arange(times)[::-1], last), 0)  # 0 goes down for good
-    rows = table.coefficients.copy()
-    rows[:, _A] += rows[:, _D]
-    rows[:, _D] = 0.0
-    rows = rows[row]
+    rows = first_order(table.coefficients)[row]
     for i in np.flatnonzero(number):
-        t, s = int(table.t[row[i]]), int(table.t[row[i] + 1])
+        t, s = (float(table.time[row[i] + k]) for k in (0, 1))
         up = schedule.alpha_bar(t) / schedule.alpha_bar(s)
         rows[i, [_A, _B, _E]] *= math.sqrt(up)
         rows[i, _C] = math.sqrt(up * rows[i, _C] ** 2 + schedule.jump(t, s).beta)
@@ -54,4 +51,5 @@ def with_travel(table: SamplerTable, schedule: Schedule, *, times: int) -> Sampl
         spread=table.spread[row],
         noise=table.noise[row] + schedule.T * number,
         memory=table.memory[row],
+        time=table.time[row],
     )

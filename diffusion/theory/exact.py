@@ -76,15 +76,16 @@ def prior_gap(schedule: Schedule, v: float) -> float:
 def output_variance(table: SamplerTable, schedule: Schedule, v: float) -> float:
     """Variance of what a sampler puts out from x_T ~ N(0, 1), for data N(0, v), no clipping.
 
-    The covariance of (x, x̂_0,prev) goes through the rows; ε̂ = gain·x, x̂_0 = (x − √(1−ᾱ) ε̂)/√ᾱ.
+    The covariance of (x, x̂_0,prev, x̂_0,older) goes through the rows; ε̂ = gain·x, x̂_0 =
+    (x − √(1−ᾱ) ε̂)/√ᾱ.
     """
-    covariance = np.diag([1.0, 0.0])
-    gain = eps_gain(schedule, v)
-    noise, signal = np.sqrt(schedule.one_minus_alphas_cumprod), np.sqrt(schedule.alphas_cumprod)
-    for t, row in zip(table.t, table.coefficients, strict=True):
-        a, b, d, c, e = (row[COLUMNS.index(name)] for name in "abdce")
-        x_start = (1 - noise[t] * gain[t]) / signal[t]
-        step = np.array([[a * x_start + b + e * gain[t], d], [x_start, 0.0]])
+    covariance = np.diag([1.0, 0.0, 0.0])
+    for t, row in zip(table.time, table.coefficients, strict=True):
+        a, b, d, c, e, f = (row[COLUMNS.index(name)] for name in "abdcef")
+        alpha_bar, rest = schedule.alpha_bar(t), schedule.one_minus_alpha_bar(t)
+        gain = math.sqrt(rest) / (alpha_bar * v + rest)
+        x_start = (1 - math.sqrt(rest) * gain) / math.sqrt(alpha_bar)
+        step = np.array([[a * x_start + b + e * gain, d, f], [x_start, 0.0, 0.0], [0.0, 1.0, 0.0]])
         covariance = step @ covariance @ step.T
         covariance[0, 0] += c**2
     return float(covariance[0, 0])

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.forward import gather
+from diffusion.forward import alpha_bars, gather
 from diffusion.model import Estimate
 from diffusion.noise import Purpose, image_normals
-from diffusion.parameterization import to_x_start
+from diffusion.parameterization import coefficients_at
 from diffusion.sampling import chain
 from diffusion.schedule import Schedule
 from diffusion.table import SamplerTable
@@ -29,32 +29,35 @@ class GaussianDenoiser:
 
     def eps(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
         """√(1−ᾱ)(x_t − √ᾱ m)/(ᾱ v + 1 − ᾱ)."""
-        alpha_bar, rest = self.schedule.alphas_cumprod, self.schedule.one_minus_alphas_cumprod
-        gain = np.sqrt(rest) / (alpha_bar * self.variance + rest)
-        return gather(gain, t, x_t) * (x_t - gather(np.sqrt(alpha_bar) * self.mean, t, x_t))
+        alpha_bar, rest = (v.view(-1, 1, 1, 1) for v in alpha_bars(self.schedule, t, t.double()))
+        gain = rest.sqrt() / (alpha_bar * self.variance + rest)
+        return gain.to(x_t.dtype) * (x_t - (alpha_bar.sqrt() * self.mean).to(x_t.dtype))
 
     def estimate(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Estimate:
         """ε̂ and the x̂_0 that goes with it."""
         eps = self.eps(x_t, t)
-        return Estimate(to_x_start(self.schedule, "epsilon", x_t=x_t, t=t, out=eps), eps)
+        r_x, r_out, *_ = coefficients_at(self.schedule, "epsilon", t.double())[
+            ..., None, None, None
+        ]
+        return Estimate(r_x.to(x_t.dtype) * x_t + r_out.to(x_t.dtype) * eps, eps)
 
 
 def output_moments(table: SamplerTable, denoiser: GaussianDenoiser) -> tuple[float, float]:
     """Mean and variance of what an unclipped table makes of x_T ~ N(0, 1), in float64.
 
-    The pair (x, x̂_0 of the row before) is a linear-Gaussian Markov chain.
+    (x, x̂_0 of the row before, and of the one before that) is a linear-Gaussian Markov chain.
     """
-    mean, covariance = np.zeros(2), np.diag([1.0, 0.0])
-    for t, (_, a, b, d, c, e) in zip(table.t, table.coefficients, strict=True):
-        alpha_bar = denoiser.schedule.alphas_cumprod[t]
-        rest = denoiser.schedule.one_minus_alphas_cumprod[t]
+    mean, covariance = np.zeros(3), np.diag([1.0, 0.0, 0.0])
+    for t, (_, a, b, d, c, e, f) in zip(table.time, table.coefficients, strict=True):
+        alpha_bar = denoiser.schedule.alpha_bar(t)
+        rest = denoiser.schedule.one_minus_alpha_bar(t)
         slope = math.sqrt(rest) / (alpha_bar * denoiser.variance + rest)  # of ε̂ in x
         shift = -slope * math.sqrt(alpha_bar) * denoiser.mean  # ε̂ = slope x + shift
         k = (1 - math.sqrt(rest) * slope) / math.sqrt(alpha_bar)  # x̂_0 = k x + offset
         offset = -math.sqrt(rest / alpha_bar) * shift
-        step = np.array([[a * k + b + e * slope, d], [k, 0.0]])
-        mean = step @ mean + np.array([a * offset + e * shift, offset])
-        covariance = step @ covariance @ step.T + np.diag([c**2, 0.0])
+        step = np.array([[a * k + b + e * slope, d, f], [k, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        mean = step @ mean + np.array([a * offset + e * shift, offset, 0.0])
+        covariance = step @ covariance @ step.T + np.diag([c**2, 0.0, 0.0])
     return float(mean[0]), float(covariance[0, 0])
 
 

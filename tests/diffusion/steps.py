@@ -19,6 +19,7 @@ def one_step(
     *,
     z: Tensor | None = None,
     x_start_prev: Tensor | None = None,
+    x_start_older: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x̂_0 as clipped, the next x) after a row for all samples, or one a sample ([N])."""
     at = torch.as_tensor(row).expand(len(x))
@@ -33,5 +34,6 @@ def one_step(
         eps=eps,
         x_start_prev=zero if x_start_prev is None else x_start_prev,
         z=zero if z is None else z,
+        x_start_older=x_start_older,
     )
     return x_start, x_next

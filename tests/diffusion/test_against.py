@@ -5,6 +5,7 @@ Each line of the table is measured here, by the function of its name.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -25,9 +26,13 @@ from diffusion.decoder import decoder_nats
 from diffusion.diffusers.scheduler import read_scheduler
 from diffusion.likelihood import likelihood, likelihood_x_t
 from diffusion.noise import normal_table, philox
+from diffusion.parameterization import coefficients_at
+from diffusion.samplers import build_table
 from diffusion.schedule import linear_schedule
+from diffusion.table import update
+from tests.diffusion.gaussian import GaussianDenoiser
 from tests.diffusion.networks import build_model
-from tests.diffusion.test_diffusers_chains import model_of, our_chain, their_chain
+from tests.diffusion.test_diffusers_chains import draw, model_of, our_chain, their_chain
 from tests.diffusion.test_diffusers_networks import build, inputs, save_pipeline
 from tests.diffusion.test_noise import KNOWN
 from training.frechet import frechet_distance
@@ -68,6 +73,65 @@ def ancestral_chain(folder: Path) -> float:
 
 def ddim_chain(folder: Path) -> float:
     return scheduler_chain("DDIMScheduler", timestep_spacing="trailing", set_alpha_to_one=True)
+
+
+def solver_chain(
+    kind: str, sampler: str, spacings: dict[str, dict[str, Any]], **said: Any
+) -> float:
+    """Whole chains, the same network asked at the same real times: theirs rounds those it tells.
+
+    Its σ are in float32.
+    """
+    schedule, found = linear_schedule(), []
+    denoiser = GaussianDenoiser(schedule, variance=0.25)
+
+    def bent(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """A smooth ε̂ that is no line."""
+        return denoiser.eps(x, t) * (1 + 0.05 * torch.cos(2 * x))
+
+    def read(x: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        r_x, r_out, *_ = coefficients_at(schedule, "epsilon", t)[..., None, None, None]
+        return r_x * x + r_out * eps
+
+    for (spacing, theirs), steps in itertools.product(spacings.items(), (7, 20, 50)):
+        scheduler = getattr(hugging_face(), kind)(**said, **theirs)
+        scheduler.alphas_cumprod = torch.tensor(schedule.alphas_cumprod)
+        scheduler.set_timesteps(steps)
+        scheduler.set_begin_index(0)
+        table = build_table(schedule, sampler=sampler, spacing=spacing, steps=steps, clip=False)
+        x = wanted = draw(-1)
+        prev = older = torch.zeros_like(x)
+        for row, time in enumerate(table.time.tolist()):
+            t = torch.full((len(x),), time, dtype=torch.float64)
+            x_start = read(x, bent(x, t), t)
+            rows = torch.from_numpy(table.coefficients)[row].expand(len(x), -1)
+            x = update(rows, x, x_start=x_start, eps=x, x_start_prev=prev, z=x, x_start_older=older)
+            prev, older = x_start, prev
+            their_t = scheduler.timesteps[row]
+            wanted = scheduler.step(bent(wanted, t), their_t, wanted).prev_sample
+        found.append(float((x - wanted).abs().max()))
+    return max(found)
+
+
+def dpmpp_3m_chain(folder: Path) -> float:
+    return solver_chain(
+        "DPMSolverMultistepScheduler",
+        "dpmpp_3m",
+        {
+            "trailing": {"timestep_spacing": "trailing"},
+            "karras": {"use_karras_sigmas": True},
+            "lambda": {"use_lu_lambdas": True},
+        },
+        solver_order=3,
+    )
+
+
+def unipc_chain(folder: Path) -> float:
+    spacings: dict[str, dict[str, Any]] = {
+        "trailing": {"timestep_spacing": "trailing"},
+        "karras": {"use_karras_sigmas": True},
+    }
+    return solver_chain("UniPCMultistepScheduler", "unipc", spacings, final_sigmas_type="zero")
 
 
 @torch.inference_mode()
@@ -191,8 +255,8 @@ def frechet(folder: Path) -> float:
 MEASURED: dict[str, Callable[[Path], float]] = {
     f.__name__: f
     for f in (
-        ancestral_chain, ddim_chain, network, gradient, transition, decoder, bits,
-        schedule_tables, normals, counters, frechet,
+        ancestral_chain, ddim_chain, dpmpp_3m_chain, unipc_chain, network, gradient, transition,
+        decoder, bits, schedule_tables, normals, counters, frechet,
     )
 }  # fmt: skip
 

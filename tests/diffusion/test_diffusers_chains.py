@@ -124,7 +124,7 @@ def all_defaults() -> Iterator[SamplingDefaults]:
             yield SamplingDefaults("ddpm", variance, clip, spacing)
         for rederive, landing in itertools.product((True, False), ("next", "stride")):
             yield SamplingDefaults("ddim", "large", clip, spacing, rederive, landing)
-        for sampler in ("dpmpp_2m", "langevin"):
+        for sampler in ("unipc", "langevin"):
             yield SamplingDefaults(sampler, "large", clip, spacing)
 
 
@@ -132,7 +132,7 @@ def refused_field(sampling: SamplingDefaults) -> str | None:
     """The field that diffusers lacks, if any."""
     if sampling.sampler not in ("ddpm", "ddim"):
         return "sampler"
-    if sampling.spacing == "quadratic":
+    if sampling.spacing not in ("uniform", "leading", "trailing"):
         return "spacing"
     if sampling.sampler == "ddpm":
         both = sampling.spacing == "trailing" and sampling.variance == "large"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from diffusion.forward import q_sample
-from diffusion.samplers import ancestral, ddim, dpmpp_2m
+from diffusion.multistep import dpmpp_2m
+from diffusion.samplers import ancestral, ddim
 from diffusion.schedule import linear_schedule
 from diffusion.table import SamplerTable, scale_noise
 from tests.diffusion.steps import one_step

@@ -5,7 +5,9 @@ The closed form is not the data's own variance: a finite chain misses it, by a k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from diffusion.multistep import dpmpp_2m, dpmpp_3m, unipc
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import build_table
+from diffusion.samplers import build_table, ddim
 from diffusion.sampling import chain
 from diffusion.schedule import Schedule, linear_schedule
 from diffusion.table import SamplerTable
@@ -27,6 +30,10 @@ SAMPLERS = {
     "ddim": {"sampler": "ddim"},
     "ddim-eta-1": {"sampler": "ddim", "eta": 1.0},
     "dpmpp_2m": {"sampler": "dpmpp_2m"},
+    "dpmpp_3m": {"sampler": "dpmpp_3m"},
+    "unipc": {"sampler": "unipc"},
+    "dpmpp_3m-lambda": {"sampler": "dpmpp_3m", "spacing": "lambda"},
+    "unipc-karras": {"sampler": "unipc", "spacing": "karras"},
 }
 
 
@@ -70,6 +77,37 @@ def test_the_second_order_sampler_is_far_closer() -> None:
         assert variance_error("dpmpp_2m", T) < 0.05 * variance_error("ddim", T)
 
 
+@pytest.mark.parametrize(("solver", "order"), [(ddim, 1), (dpmpp_2m, 2), (unipc, 3), (dpmpp_3m, 3)])
+def test_the_order_of_a_solver(solver: Callable[..., SamplerTable], order: int) -> None:
+    """How the error along the flow falls, from t = 900 to t = 100, begun with what is exact there.
+
+    The corrector lifts UniPC's predictor of order 2 to order 3 (Zhao et al. 2023, theorem 3.1).
+    """
+    errors = [flow_error(solver, steps) for steps in (40, 80, 160)]
+    for coarse, fine in pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.3)
+
+
+def flow_error(solver: Callable[..., SamplerTable], steps: int) -> float:
+    """Of x at t = 100, relative, for N(0, 0.25): the flow scales x as the marginal's deviation."""
+    first, last = PAPER.lambda_at(900), PAPER.lambda_at(100)
+    levels, indices = PAPER.half_log_snr[::-1], np.arange(PAPER.T)[::-1]
+    ts = np.interp(np.linspace(first, last, steps + 1), levels, indices).tolist()
+    table = solver(PAPER, ts, clip=False)
+    signal = np.sqrt([PAPER.alpha_bar(t) for t in ts])
+    deviation = np.sqrt(1 - 0.75 * signal**2)
+    gain = 0.25 * signal / deviation**2  # x̂_0 = gain·x
+    older, prev = gain[:2] * deviation[:2]
+    x = deviation[2]
+    for i in range(2, steps):
+        _, a, b, d, _, e, f = table.coefficients[i]
+        x_start = gain[i] * x
+        eps = (x - signal[i] * x_start) / math.sqrt(1 - signal[i] ** 2)
+        x = a * x_start + b * x + d * prev + f * older + e * eps
+        older, prev = prev, x_start
+    return abs(float(x) / float(deviation[-1]) - 1)
+
+
 @pytest.mark.parametrize(("name", "other"), [("small", "large"), ("large", "small")])
 def test_the_1000_step_chain_returns_its_closed_form(name: str, other: str) -> None:
     denoiser = GaussianDenoiser(PAPER, variance=0.04, mean=0.3)
@@ -101,12 +139,13 @@ def test_a_chain_is_replayed_element_for_element(name: str) -> None:
     def noise(row: int, purpose: Purpose) -> Tensor:
         return image_normals(3, indices, row=row, purpose=purpose, shape=denoiser.shape).double()
 
-    x, x_start_prev = noise(0, Purpose.X_T), torch.zeros(2, *denoiser.shape, dtype=torch.float64)
-    for t, columns in zip(table.t.tolist(), table.coefficients, strict=True):
-        _, a, b, d, c, e = columns
-        found = denoiser.estimate(x, torch.tensor([t, t]))
-        x = a * found.x_start + b * x + d * x_start_prev + c * noise(t, Purpose.STEP)
-        x, x_start_prev = x + e * found.eps, found.x_start
+    x, prev = noise(0, Purpose.X_T), torch.zeros(2, *denoiser.shape, dtype=torch.float64)
+    older = prev
+    for t, time, columns in zip(table.t, table.time, table.coefficients, strict=True):
+        _, a, b, d, c, e, f = columns
+        found = denoiser.estimate(x, torch.tensor([time, time]))
+        x = a * found.x_start + b * x + d * prev + f * older + c * noise(int(t), Purpose.STEP)
+        x, prev, older = x + e * found.eps, found.x_start, prev
     drawn = run_chain(denoiser, table, images=2, seed=3)
     torch.testing.assert_close(drawn.double(), x, rtol=0, atol=2e-5)
 

@@ -21,8 +21,9 @@ from diffusion.langevin import (
     score_matching_loss,
     with_correctors,
 )
+from diffusion.multistep import dpmpp_2m
 from diffusion.noise import Purpose
-from diffusion.samplers import ancestral, build_table, ddim, dpmpp_2m
+from diffusion.samplers import ancestral, build_table, ddim
 from diffusion.schedule import Schedule, linear_schedule
 from diffusion.spacings import spaced_timesteps
 from diffusion.table import COLUMNS, SamplerError, SamplerTable
@@ -206,9 +207,9 @@ def test_corrector_rows_stand_where_the_predictor_lands() -> None:
 def test_memory_ends_where_a_corrector_moves_x() -> None:
     ts = spaced_timesteps(1000, 10)
     base = dpmpp_2m(PAPER, ts, clip=False)
-    assert base.has_memory
+    assert base.depth == 1
     table = with_correctors(base, PAPER, steps=1)
-    assert not table.has_memory
+    assert table.depth == 0
     predictors = table.coefficients[table.purpose == Purpose.STEP]
     np.testing.assert_allclose(  # first order is DDIM
         predictors[:, 1:], ddim(PAPER, ts, clip=False).coefficients[:, 1:], rtol=1e-7, atol=1e-9

@@ -8,7 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from diffusion.samplers import ancestral, ddim, dpmpp_2m
+from diffusion.multistep import dpmpp_2m
+from diffusion.samplers import ancestral, ddim
 from diffusion.schedule import linear_schedule
 from diffusion.theory.exact import (
     Mixture,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.multistep import dpmpp_2m, dpmpp_3m, unipc
 from diffusion.noise import Purpose, image_normals, normals
-from diffusion.samplers import SamplingDefaults, ancestral, ddim, dpmpp_2m
+from diffusion.samplers import SamplingDefaults, ancestral, ddim
 from diffusion.sampling import chain
 from diffusion.schedule import Schedule, cosine_schedule, linear_schedule
-from diffusion.spacings import SPACINGS, spaced_timesteps
+from diffusion.spacings import INDEX_SPACINGS, LEVEL_SPACINGS, spaced_times, spaced_timesteps
 from diffusion.table import (
     COLUMNS,
     DeviceTable,
@@ -20,6 +22,7 @@ from diffusion.table import (
     SamplerTable,
     checked_timesteps,
     clip_x_start,
+    own_indices,
     update,
 )
 from tests.diffusion.gaussian import GaussianDenoiser
@@ -27,8 +30,10 @@ from tests.diffusion.steps import one_step
 
 SCHEDULE = linear_schedule()
 SHORT = linear_schedule(40, 0.002, 0.3)
+ENDS_IN_NOISE = Schedule(np.append(SHORT.betas[:-1], 1.0))
 SUBSEQUENCES = [list(range(999, -1, -1)), spaced_timesteps(1000, 10), [900, 420, 30, 3], [999]]
-DETERMINISTIC = [lambda s, ts: ddim(s, ts, clip=False), lambda s, ts: dpmpp_2m(s, ts, clip=False)]
+MULTISTEP = (dpmpp_2m, dpmpp_3m, unipc)
+DETERMINISTIC = [partial(build, clip=False) for build in (ddim, *MULTISTEP)]
 
 
 def column(table: SamplerTable, name: str) -> np.ndarray:
@@ -38,7 +43,7 @@ def column(table: SamplerTable, name: str) -> np.ndarray:
 # Which timesteps
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", INDEX_SPACINGS)
 @pytest.mark.parametrize("T", [1, 7, 100])
 def test_spaced_timesteps_descend_within_the_schedule(T: int, spacing: str) -> None:
     for steps in range(1, T + 1):
@@ -52,7 +57,7 @@ def test_spaced_timesteps_descend_within_the_schedule(T: int, spacing: str) -> N
 
 
 def test_all_steps_are_the_papers_chain() -> None:
-    for spacing in SPACINGS:
+    for spacing in INDEX_SPACINGS:
         assert spaced_timesteps(1000, 1000, spacing) == list(range(999, -1, -1))
 
 
@@ -63,6 +68,44 @@ def test_spacings_by_hand() -> None:
     assert spaced_timesteps(1000, 5, "trailing") == [999, 799, 599, 399, 199]
 
 
+@pytest.mark.parametrize("spacing", LEVEL_SPACINGS)
+@pytest.mark.parametrize("schedule", [SCHEDULE, SHORT, ENDS_IN_NOISE], ids=["paper", "40", "lost"])
+def test_spacings_by_level_are_real_numbers_with_both_ends(
+    schedule: Schedule, spacing: str
+) -> None:
+    for steps in range(1, schedule.T + 1, 1 + schedule.T // 50):
+        times = spaced_times(schedule, steps, spacing)
+        assert len(times) == steps
+        assert checked_timesteps(schedule.T, times) == times
+        assert times[0] == schedule.T - 1
+        assert steps == 1 or times[-1] == 0
+        indices = own_indices(times)
+        assert checked_timesteps(schedule.T, indices) == indices
+
+
+def test_spacings_by_level_are_even_in_what_they_say() -> None:
+    levels = [SCHEDULE.lambda_at(t) for t in spaced_times(SCHEDULE, 12, "lambda")]
+    np.testing.assert_allclose(np.diff(levels), np.diff(levels)[0], rtol=1e-9)
+    roots = np.exp([-SCHEDULE.lambda_at(t) / 7 for t in spaced_times(SCHEDULE, 12, "karras")])
+    np.testing.assert_allclose(np.diff(roots), np.diff(roots)[0], rtol=1e-9)
+    # Below the t of another chain's state the rule is the same.
+    assert spaced_times(SCHEDULE, 5, "lambda", T=400)[0] == 399
+    # From no signal at all there is no way by equal parts.
+    lost = spaced_times(ENDS_IN_NOISE, 5, "lambda")
+    assert lost[:2] == [39, 38]
+    levels = [ENDS_IN_NOISE.lambda_at(t) for t in lost[1:]]
+    np.testing.assert_allclose(np.diff(levels, 2), 0, atol=1e-9)
+
+
+def test_each_time_has_an_index_of_its_own_the_nearest_if_it_is_free() -> None:
+    assert own_indices([999.0, 30.2, 0.0]) == [999, 30, 0]
+    assert own_indices([7.4, 6.6, 6.5, 0.9, 0.6, 0.1]) == [7, 6, 5, 2, 1, 0]
+    table = dpmpp_2m(SCHEDULE, [7.5, 3.0, 2.8])
+    assert table.t.tolist() == [8, 3, 2]
+    assert table.time.tolist() == [7.5, 3.0, 2.8]
+    assert table.between.tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("steps", [0, -3, 1001])
 def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
     with pytest.raises(SamplerError, match=rf"steps = {steps}: must be 1\.\.1000"):
@@ -71,7 +114,7 @@ def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
 
 @pytest.mark.parametrize("ts", [[], [3, 3], [1, 2], [1000], [5, -1]])
 def test_timesteps_that_do_not_descend_within_the_schedule_are_refused(ts: list[int]) -> None:
-    for build in (ancestral, ddim, dpmpp_2m):
+    for build in (ancestral, ddim, *MULTISTEP):
         with pytest.raises(SamplerError, match=r"strictly descending within 0\.\.999"):
             build(SCHEDULE, ts)
 
@@ -107,18 +150,19 @@ def test_ancestral_rows_are_posteriors_of_the_jumps(ts: list[int]) -> None:
 
 @pytest.mark.parametrize("ts", SUBSEQUENCES, ids=len)
 def test_every_last_row_lands_on_the_image_without_noise(ts: list[int]) -> None:
-    tables = [ancestral(SCHEDULE, ts), ddim(SCHEDULE, ts, eta=1.0), dpmpp_2m(SCHEDULE, ts)]
+    tables = [ancestral(SCHEDULE, ts), ddim(SCHEDULE, ts, eta=1.0)]
+    tables += [build(SCHEDULE, ts) for build in MULTISTEP]
     for table in tables:
         a, *others = table.coefficients[-1, 1:]
         assert a == pytest.approx(1, abs=1e-12)
-        assert others == pytest.approx([0, 0, 0, 0], abs=1e-12)
+        assert others == pytest.approx([0, 0, 0, 0, 0], abs=1e-12)
 
 
-def test_only_the_second_order_sampler_has_memory() -> None:
+def test_how_far_back_the_samplers_look() -> None:
     ts = spaced_timesteps(1000, 10)
-    assert not ancestral(SCHEDULE, ts).has_memory
-    assert not ddim(SCHEDULE, ts).has_memory
-    assert dpmpp_2m(SCHEDULE, ts).has_memory
+    assert ancestral(SCHEDULE, ts).depth == ddim(SCHEDULE, ts).depth == 0
+    assert dpmpp_2m(SCHEDULE, ts).depth == 1
+    assert dpmpp_3m(SCHEDULE, ts).depth == unipc(SCHEDULE, ts).depth == 2
 
 
 # DDIM and DPM-Solver++
@@ -152,16 +196,16 @@ def test_dpm_solver_extrapolates_in_log_snr() -> None:
     lam = [math.log(math.sqrt(b) / math.sqrt(1 - b)) for b in bars]
     h, r = lam[2] - lam[1], (lam[1] - lam[0]) / (lam[2] - lam[1])
     gain = -math.sqrt(bars[2]) * (math.exp(-h) - 1)
-    a, b, d, c, e = dpmpp_2m(SCHEDULE, ts).coefficients[1, 1:]
+    a, b, d, c, e, f = dpmpp_2m(SCHEDULE, ts).coefficients[1, 1:]
     assert a == pytest.approx(gain * (1 + 1 / (2 * r)), rel=1e-9)
     assert d == pytest.approx(-gain / (2 * r), rel=1e-9)
     assert b == pytest.approx(math.sqrt((1 - bars[2]) / (1 - bars[1])), rel=1e-9)
-    assert c == e == 0
+    assert c == e == f == 0
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, cosine_schedule()], ids=["linear", "cosine"])
 @pytest.mark.parametrize("ts", SUBSEQUENCES, ids=len)
-@pytest.mark.parametrize("build", DETERMINISTIC, ids=["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("build", DETERMINISTIC, ids=["ddim", "dpmpp_2m", "dpmpp_3m", "unipc"])
 def test_deterministic_samplers_are_exact_for_a_single_image(
     build: object, ts: list[int], schedule: Schedule
 ) -> None:
@@ -175,9 +219,11 @@ def test_deterministic_samplers_are_exact_for_a_single_image(
             + math.sqrt(schedule.one_minus_alpha_bar(t)) * eps
         )
 
-    x, x_start_prev = on_path(ts[0]), torch.zeros_like(x_0)
+    x, found = on_path(ts[0]), [torch.zeros_like(x_0)] * 2
     for i, s in enumerate([*ts[1:], -1]):
-        x_start_prev, x = one_step(schedule, table, i, x, eps, x_start_prev=x_start_prev)
+        earlier = {"x_start_prev": found[-1], "x_start_older": found[-2]}
+        x_start, x = one_step(schedule, table, i, x, eps, **earlier)
+        found.append(x_start)
         torch.testing.assert_close(x, on_path(s), rtol=1e-7, atol=1e-7)
 
 

@@ -106,6 +106,7 @@ def crowd(model: Model, n: int = 60, **options: Any) -> list[Task]:
                 {"sampler": "ddpm", "variance": "small"},
                 {"sampler": "ddim", "eta": 0.5},
                 {"sampler": "dpmpp_2m"},
+                {"sampler": "unipc", "spacing": "lambda"},
             ]
         )
         steps = rng.choice([2, 5, 11, 20])
@@ -124,6 +125,9 @@ SAMPLERS: list[dict[str, Any]] = [
     {"sampler": "ddim", "eta": 0.0},
     {"sampler": "ddim", "eta": 1.0},
     {"sampler": "dpmpp_2m"},
+    {"sampler": "dpmpp_3m", "spacing": "lambda"},
+    {"sampler": "unipc", "spacing": "karras"},
+    {"sampler": "ddpm", "spacing": "karras"},
     {"sampler": "ddpm", "corrector_steps": 1},
     {"sampler": "langevin", "corrector_steps": 2},
 ]
@@ -331,6 +335,7 @@ def resumed(task_: Task, states: States, finished: set[int]) -> Task:
                 row=int(states.rows[k]),
                 x_t=states.x_t[k],
                 x_start_prev=states.x_start_prev[k],
+                x_start_older=None if states.x_start_older is None else states.x_start_older[k],
             )
         )
     return replace(task_, starts=tuple(starts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,12 +34,16 @@ SHAPE = (3, 8, 8)
 
 
 def test_a_chains_state_survives_as_bytes() -> None:
-    x, memory = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    row, x_again, memory_again = unpack(pack(17, x, memory), SHAPE)
-    assert row == 17 and torch.equal(x, x_again)
-    assert memory_again is not None and torch.equal(memory, memory_again)
-    assert unpack(pack(3, x, None), SHAPE)[2] is None
-    assert len(pack(3, x, None)) < 4 * x.numel() + 16
+    planes = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)).unbind()
+    for held in (1, 2, 3):
+        row, found = unpack(pack(17, *planes[:held]), SHAPE)
+        assert row == 17
+        assert found[held:] == (None,) * (3 - held)
+        for plane, wanted in zip(found, planes[:held], strict=False):
+            assert plane is not None and torch.equal(plane, wanted)
+    assert len(pack(3, planes[0])) < 4 * planes[0].numel() + 16
+    # As the release before wrote it.
+    assert pack(3, *planes[:2])[:9] == struct.pack("<4sI?", b"xt2\0", 3, True)
 
 
 OTHER_BYTES = {"none": b"", "magic": bytes(9 + 4 * 192), "length": bytes(100)}

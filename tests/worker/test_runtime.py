@@ -138,7 +138,7 @@ def test_states_of_another_model_do_not_count(
         batch = service.store.batch()
         record = service.record(second)
         x = diffusion.sample(make_model(), 1, steps=2)[0]
-        batch.checkpoint(record, "old", index=0, state=pack(3, x, None))
+        batch.checkpoint(record, "old", index=0, state=pack(3, x))
         batch.image(record, "old", index=1, x=np.zeros((1, 8, 8), np.float32))
         batch.send()
         assert run(runtime, second, "new") is Ending.SUCCEEDED

@@ -1,8 +1,8 @@
 """The slots of one model: the state of its samples on the device, and one step of some of them.
 
-A sample's whole state is (x_t, x̂_0 of the row before) on the device and (table row, seed, image
-index, label, guidance) on the host. Nothing is read back from the device to choose a batch, so a
-GPU never waits for the host.
+A sample's whole state is x_t and x̂_0 of the row before (of the last two rows, where a table reads
+them) on the device, and (table row, seed, image index, label, guidance) on the host. Nothing is
+read back from the device to choose a batch, so a GPU never waits for the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.condition import Condition, Projection
-from diffusion.forward import gather
+from diffusion.forward import alpha_bars
 from diffusion.model import Estimate
 from diffusion.noise import Purpose, image_normals, normals
 from diffusion.table import (
@@ -47,6 +47,8 @@ class TableBank:
         self.noisy: NDArray[np.bool_] = np.zeros(0, bool)
         self.learned: NDArray[np.bool_] = np.zeros(0, bool)
         self.remembers: NDArray[np.bool_] = np.zeros(0, bool)  # something else than x̂_0
+        self.deep: NDArray[np.bool_] = np.zeros(0, bool)  # of a table that looks two rows back
+        self.between: NDArray[np.bool_] = np.zeros(0, bool)  # at a time that is no index
 
     def __contains__(self, table: SamplerTable) -> bool:
         return table in self._offsets
@@ -62,6 +64,8 @@ class TableBank:
         self.noisy = np.concatenate([table.coefficients[:, noise] != 0 for table in distinct])
         self.learned = np.concatenate([table.spread != 0 for table in distinct])
         self.remembers = np.concatenate([table.memory != Memory.X_START for table in distinct])
+        self.deep = np.concatenate([np.full(len(table), table.depth > 1) for table in distinct])
+        self.between = np.concatenate([table.between for table in distinct])
 
     def offset(self, table: SamplerTable) -> int:
         """Where the rows of a table begin."""
@@ -119,6 +123,7 @@ class ChainPool:
         self.bank = TableBank(self.device)
         self.x = torch.zeros(capacity, *network.model.shape, device=self.device)
         self.x_start = torch.zeros_like(self.x)
+        self.older: Tensor | None = None  # made for the first table that looks two rows back
         self.resident: list[Sample | None] = [None] * capacity
         self._free = list(range(capacity))[::-1]
         self._offset = np.zeros(capacity, np.int64)
@@ -139,6 +144,8 @@ class ChainPool:
         if all(table in self.bank for table in tables):
             return
         self.bank.hold(tables)
+        if self.older is None and self.bank.deep.any():
+            self.older = torch.zeros_like(self.x)
         for sample in self.resident:
             if sample is not None:
                 self._offset[sample.slot] = self.bank.offset(task_of(sample).table)
@@ -164,7 +171,8 @@ class ChainPool:
         """Take a sample out of its slot; its state goes with it."""
         slot = sample.slot
         sample.row = int(self._row[slot])
-        sample.parked = (self.x[slot].clone(), self.x_start[slot].clone())
+        older = None if self.older is None else self.older[slot].clone()
+        sample.parked = (self.x[slot].clone(), self.x_start[slot].clone(), older)
         self.release(sample)
 
     def release(self, sample: Sample) -> None:
@@ -186,9 +194,11 @@ class ChainPool:
         self._image[slot] = sample.noise_index
         self._due[slot] = sample.run.next_due(sample.row)
         if sample.parked is not None:
-            x, x_start = sample.parked
+            x, *planes = sample.parked
             self.x[slot] = x.to(self.device)
-            self.x_start[slot] = 0.0 if x_start is None else x_start.to(self.device)
+            for held, plane in zip((self.x_start, self.older), planes, strict=True):
+                if held is not None:
+                    held[slot] = 0.0 if plane is None else plane.to(self.device)
             sample.parked = None
 
     def _draw(self, samples: list[Sample]) -> None:
@@ -202,6 +212,8 @@ class ChainPool:
             shape = self.network.model.shape
             self.x[slots] = image_normals(seed, indices, row=0, purpose=Purpose.X_T, shape=shape)
             self.x_start[slots] = 0.0
+            if self.older is not None:
+                self.older[slots] = 0.0
 
     # Steps
 
@@ -245,13 +257,22 @@ class ChainPool:
         ).to(self.device, non_blocking=True)
         assert self.bank.rows is not None
         x, x_start_prev = self.x[packed[0]], self.x_start[packed[0]]
-        t, coefficients = self.bank.rows.t[packed[1]], self.bank.rows.coefficients[packed[1]]
+        deep = self.older is not None and bool(self.bank.deep[table_rows].any())
+        older = self.older[packed[0]] if self.older is not None and deep else None
+        times = self.bank.rows.time if self.bank.between[table_rows].any() else self.bank.rows.t
+        t, coefficients = times[packed[1]], self.bank.rows.coefficients[packed[1]]
         found, x_start = self._estimate(batch, x, t, rows=coefficients, shape=shape)
         z = self._noise(packed, self.bank.noisy[table_rows], like=x)
         if found.v is not None and self.bank.learned[table_rows].any():
             z = scale_noise(self.bank.rows.spread[packed[1]], found.v, z)
         x_next = update(
-            coefficients, x, x_start=x_start, eps=found.eps, x_start_prev=x_start_prev, z=z
+            coefficients,
+            x,
+            x_start=x_start,
+            eps=found.eps,
+            x_start_prev=x_start_prev,
+            z=z,
+            x_start_older=older,
         )
         # Of ε̂ as well, since clipping hides an infinite x̂_0.
         finite = found.finite & torch.isfinite(x_next).flatten(1).all(dim=1)
@@ -261,6 +282,8 @@ class ChainPool:
             memory = self.bank.rows.memory[packed[1]]
             kept = remember(memory, x_start=x_start, x=x, x_start_prev=x_start_prev)
         self.x_start.index_copy_(0, packed[0], kept)
+        if self.older is not None and older is not None:
+            self.older.index_copy_(0, packed[0], x_start_prev)
         self._row[slots] += 1
         due = np.flatnonzero(self._due[slots] == rows).tolist()
         for i in due:
@@ -278,8 +301,7 @@ class ChainPool:
         x_start = clip_x_start(rows, found.x_start)
         if not batch.corrections:
             return found, x_start
-        variances = self.network.model.schedule.one_minus_alphas_cumprod
-        r2 = gather(variances, t, x_start).flatten()
+        _, r2 = alpha_bars(self.network.model.schedule, t, x_start)
         for correction, at in batch.corrections:
             assert isinstance(correction, Projection)
             x_start[at] = correction.correct(x_start[at], r2[at])
@@ -310,13 +332,22 @@ class ChainPool:
         begun = [s for s in samples if s.slot >= 0 or s.parked is not None]
         if not begun:
             return None
-        pairs = [
-            (self.x[s.slot], self.x_start[s.slot]) if s.parked is None else s.parked for s in begun
-        ]
         blank = torch.zeros(self.network.model.shape, device=self.device)
+        held = (self.x, self.x_start, self.older)
+        planes = [
+            torch.stack([blank if x is None else x.to(self.device) for x in column])
+            for column in zip(
+                *(
+                    [None if plane is None else plane[s.slot] for plane in held]
+                    if s.parked is None
+                    else s.parked
+                    for s in begun
+                ),
+                strict=True,
+            )
+        ]
         return States(
-            indices=np.array([s.index for s in begun], np.int64),
-            rows=np.array([self.row_of(s) for s in begun], np.int64),
-            x_t=torch.stack([x.to(self.device) for x, _ in pairs]),
-            x_start_prev=torch.stack([blank if m is None else m.to(self.device) for _, m in pairs]),
+            np.array([s.index for s in begun], np.int64),
+            np.array([self.row_of(s) for s in begun], np.int64),
+            *planes,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion import cores
-from diffusion.forward import gather
+from diffusion.forward import alpha_bars
 from diffusion.model import Estimate
 from diffusion.table import clip_x_start
 from worker.engine.chain_pool import ChainPool
@@ -27,9 +27,7 @@ class ProductPool(ChainPool):
     def _estimate(
         self, batch: Batch, x: Tensor, t: Tensor, *, rows: Tensor, shape: Shape
     ) -> tuple[Estimate, Tensor]:
-        schedule = self.network.model.schedule
-        tables = (schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod)
-        alpha_bar, r2 = (gather(table, t, x).flatten() for table in tables)
+        alpha_bar, r2 = alpha_bars(self.network.model.schedule, t, x)
         eps, x_start, corrected = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
         v: Tensor | None = None
         for correction, at in batch.corrections:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 
 import numpy as np
+from torch import Tensor
 
 from worker.engine.tasks import Start, Work
 
@@ -71,4 +72,7 @@ class Sample:
         self.evaluations = self.cost * run.task.price
         self.row = start.row  # kept up to date only outside a slot; see Pool.row_of
         self.slot = -1
-        self.parked = None if start.x_t is None else (start.x_t, start.x_start_prev)
+        # x_t and what of earlier rows goes with it.
+        self.parked: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        if start.x_t is not None:
+            self.parked = (start.x_t, start.x_start_prev, start.x_start_older)

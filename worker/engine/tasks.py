@@ -51,13 +51,15 @@ class Start:
     index: of its image; it keys the noise too, unless noise_index does (chains with one
     noise_index share their noise). row: the first row of the table to evaluate.
     x_t: float32 [C, H, W] that enters this row; None draws x_T ~ N(0, I) from the seed.
-    x_start_prev: x̂_0 of the row before, for a table with memory. class_label: None for none.
+    x_start_prev, x_start_older: x̂_0 of the row before, and of the one before that, for a table that
+    reads them. class_label: None for none.
     """
 
     index: int
     row: int = 0
     x_t: Tensor | None = None
     x_start_prev: Tensor | None = None
+    x_start_older: Tensor | None = None
     class_label: int | None = None
     noise_index: int | None = None
 
@@ -186,15 +188,16 @@ def check_label(model: Model, label: int | None) -> None:
 class States:
     """Chains of one task in flight, each between two rows: all that a resume needs.
 
-    indices, rows: int64 [N], image index and next row; x_t, x_start_prev: float32 [N, C, H, W].
-    Of a likelihood by the flow: strand and row; x̃, no x_start_prev, and nats, float64 [N], what of
-    ln p_0 is there.
+    indices, rows: int64 [N], image index and next row; x_t, x_start_prev, x_start_older: float32
+    [N, C, H, W], the last where a table looks so far back. Of a likelihood by the flow: strand and
+    row; x̃, no x_start_prev, and nats, float64 [N], what of ln p_0 is there.
     """
 
     indices: NDArray[np.int64]
     rows: NDArray[np.int64]
     x_t: Tensor
     x_start_prev: Tensor
+    x_start_older: Tensor | None = None
     nats: NDArray[np.float64] | None = None
 
 

@@ -126,10 +126,10 @@ class ChainFlight(Flight[ChainT]):
         return [round(value, 4) for value in (distance * GREY_LEVELS).tolist()]
 
     def _save_states(self, states: States, batch: WriteBatch) -> None:
-        memory = self.table.has_memory
-        x_t, x_start = states.x_t.cpu(), states.x_start_prev.cpu()
+        planes = (states.x_t, states.x_start_prev, states.x_start_older)[: 1 + self.table.depth]
+        held = [plane.cpu() for plane in planes if plane is not None]
         for i, (index, row) in enumerate(zip(states.indices, states.rows, strict=True)):
-            state = pack(int(row), x_t[i], x_start[i] if memory else None)
+            state = pack(int(row), *(plane[i] for plane in held))
             batch.checkpoint(self.record, self.execution, index=int(index), state=state)
 
     def _show_states(self, states: States, batch: WriteBatch) -> None:
@@ -149,11 +149,11 @@ class ChainFlight(Flight[ChainT]):
 
 def _resumed(fresh: Start, state: bytes, shape: tuple[int, int, int]) -> Start:
     try:
-        row, x_t, x_start_prev = unpack(state, shape)
+        row, (x_t, x_start_prev, x_start_older) = unpack(state, shape)
     except StateError as error:  # of another version: the chain begins again, and ends alike
         log.warning("image %d starts over: %s", fresh.index, error)
         return fresh
-    return replace(fresh, row=row, x_t=x_t, x_start_prev=x_start_prev)
+    return replace(fresh, row=row, x_t=x_t, x_start_prev=x_start_prev, x_start_older=x_start_older)
 
 
 def noised(schedule: Schedule, x_start: Tensor, *, t: int, seed: int) -> Tensor:

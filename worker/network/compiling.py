@@ -197,9 +197,9 @@ def example(model: diffusion.Model, rows: int) -> tuple[Tensor, Tensor, Tensor |
     """A batch of noise at all sorts of timesteps and labels."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, *model.shape, generator=generator).to(model.device)
-    t = torch.linspace(0, model.schedule.T - 1, rows, device=model.device).long()
+    t = torch.linspace(0, model.schedule.T - 1, rows, device=model.device)
     classes = model.config.network.num_classes
-    return x, t, t % classes if classes else None
+    return x, t, t.long() % classes if classes else None
 
 
 def _uses(network: Network) -> dict[Tile, int]:
@@ -215,7 +215,7 @@ def _key(served: Compilable, network: Network, tile: Tile) -> str:
     parts = (
         served.model.digest,
         _source(),
-        str((network.dtype, network.model.device, *tile)),
+        str((network.dtype, network.model.device, *tile, "t in float32")),
         torch.__version__,
         _processor(),
     )

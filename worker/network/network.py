@@ -51,8 +51,9 @@ class BatchError(ValueError):
 class Inputs:
     """One network call for M samples, G of them guided: M + G rows of the batch.
 
-    x: float32 [M, C, H, W]; t: int64 [M]; labels: int64 [M + G] or None, the last G the null
-    label; guided: int64 [G], the samples that have a second row; guidance: float32 [G].
+    x: float32 [M, C, H, W]; t: int64 [M], or float64 for times between; labels: int64 [M + G] or
+    None, the last G the null label; guided: int64 [G], the samples that have a second row;
+    guidance: float32 [G].
     """
 
     x: Tensor
@@ -140,7 +141,7 @@ class Network:
 
     def output(self, x: Tensor, t: Tensor, labels: Tensor | None, shape: Shape) -> Tensor:
         """The raw output, float32 [N, C or 2C, H, W], of a batch padded to the shape."""
-        rows = x.shape[0]
+        rows, t = x.shape[0], t.to(torch.float32)  # one type, for compiled code
         self.uses[rows] += 1
         if rows > shape.rows:
             raise BatchError(f"{rows} rows do not fit a batch of {shape.rows}")
