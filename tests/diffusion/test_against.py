@@ -272,6 +272,7 @@ def test_every_line_has_a_measurement() -> None:
     assert told().keys() == MEASURED.keys()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_difference_is_no_more_than_the_page_says(name: str, tmp_path: Path) -> None:
     assert MEASURED[name](tmp_path) <= told()[name]
