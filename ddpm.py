@@ -45,6 +45,9 @@ COMMANDS: dict[str, Entry] = {
     "evaluate": Entry(
         "training.evaluate_command:evaluate", "train", "Measure bits/dim and image quality."
     ),
+    "tune": Entry(
+        "training.tune_command:tune", "train", "Learn tables of few evaluations for a model."
+    ),
     "convert": Entry("training.commands:convert", "train", "Convert from and to diffusers."),
     "serve-model": Entry(
         "training.commands:serve_model", "train", "Put a run's checkpoint under a name in models/."

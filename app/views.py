@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from jobs.kinds.common import SpecWarning
 from jobs.kinds.table import result_models
 from jobs.states import Status
 from jobs.store.events import JobFault, image_url, snapshot_url
@@ -116,6 +117,9 @@ class JobView(BaseModel):
         json_schema_extra=lambda schema: schema.update(anyOf=_results()),
     )
     error: JobFault | None = None
+    warnings: list[SpecWarning] | None = Field(
+        None, description="what the request is unlikely to want, such as too few steps"
+    )
     request_id: str | None = Field(
         None, description="X-Request-ID of the request that made the job, as logs have it"
     )
@@ -217,6 +221,7 @@ def job_view(state: JobState, *, full: bool = True) -> JobView:
         snapshots=_snapshots(state) if full else None,
         result=record.result if full else None,
         error=record.fault,
+        warnings=list(record.warnings) or None,
         request_id=record.request_id or None,
         manifest=manifest(record) if full and record.run_digest else None,
         urls=urls(record),

@@ -1,4 +1,4 @@
-"""What people want to know of a model, beside its weights: a description and a small picture.
+"""What people want to know of a model, beside its weights: a description, a small picture, presets.
 
 `card.json` and `thumbnail.png` in its folder. Neither is part of the model's digest: a better
 description makes no other model.
@@ -6,10 +6,14 @@ description makes no other model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusion.files import CheckpointError, read_json, size_of, write_json
+from diffusion.presets import Preset, read_presets
+from diffusion.table import SamplerError
 
 CARD_NAME = "card.json"
 THUMBNAIL_NAME = "thumbnail.png"
@@ -20,10 +24,11 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class About:
-    """description: plain text. thumbnail: a PNG file, or b"" for none."""
+    """description: plain text. thumbnail: a PNG file, or b"" for none. presets: its own."""
 
     description: str = ""
     thumbnail: bytes = b""
+    presets: Mapping[str, Preset] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.description, str) or len(self.description) > MOST_DESCRIPTION:
@@ -49,11 +54,36 @@ def read_about(folder: str | Path) -> About:
                 content = file.read(MOST_THUMBNAIL + 1)
     except OSError as error:
         raise CheckpointError(f"{thumbnail}: cannot be read: {error}") from error
-    return About(raw.get("description", ""), content)
+    return About(raw.get("description", ""), content, presets_in(raw, card))
+
+
+def presets_in(raw: Mapping[str, Any], card: Path) -> dict[str, Preset]:
+    """The presets of a card. Raises CheckpointError."""
+    try:
+        return read_presets(raw.get("presets", {}))
+    except SamplerError as error:
+        raise CheckpointError(f"{card}: {error}") from error
+
+
+def own_presets(folder: Path, T: int) -> dict[str, Preset]:
+    """The presets that a model's folder says, of at most T steps.
+
+    None where something is wrong with its card, which keeps no model from being used: what that is
+    `read_about` says.
+    """
+    card = folder / CARD_NAME
+    try:
+        found = presets_in(read_json(card), card) if card.exists() else {}
+    except CheckpointError:
+        return {}
+    return {name: preset for name, preset in found.items() if preset.steps <= T}
 
 
 def write_about(about: About, folder: str | Path) -> None:
     """Write what there is to say into a model's folder."""
-    write_json({"description": about.description}, Path(folder) / CARD_NAME)
+    said: dict[str, Any] = {"description": about.description}
+    if about.presets:
+        said["presets"] = {name: asdict(preset) for name, preset in about.presets.items()}
+    write_json(said, Path(folder) / CARD_NAME)
     if about.thumbnail:
         (Path(folder) / THUMBNAIL_NAME).write_bytes(about.thumbnail)

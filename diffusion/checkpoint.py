@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffusion.about import own_presets
 from diffusion.diffusers.folder import export_diffusers, is_diffusers_folder, load_diffusers
 from diffusion.files import (
     CheckpointError,
@@ -25,7 +26,8 @@ from diffusion.files import (
 )
 from diffusion.model import Model, ModelConfig, build_network
 from diffusion.size import check_memory
-from diffusion.table import SamplerError
+from diffusion.table import SamplerError, SamplerTable
+from diffusion.tuned import TUNED_NAME, read_tuned
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -51,7 +53,24 @@ def load(
     weights = read_weights(files[1])
     with naming(files[1]):
         network = build_network(config, weights, device)
-    return Model(config, network, digest_of(files))
+    try:
+        return Model(
+            config,
+            network,
+            digest_of(files),
+            presets=own_presets(folder, config.schedule.T),
+            tuned=_tables(folder, config.schedule.T),
+        )
+    except SamplerError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _tables(folder: Path, T: int) -> dict[int, SamplerTable]:
+    """What was tuned for these weights."""
+    if not (folder / TUNED_NAME).exists():
+        return {}
+    found = read_tuned(folder, weights=digest_of([folder / WEIGHTS_NAME]))
+    return {rows: tuned.table(T) for rows, tuned in found.items()}
 
 
 def save(model: Model, folder: str | Path) -> None:

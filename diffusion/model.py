@@ -15,8 +15,11 @@ from torch import Tensor
 from diffusion import cores
 from diffusion.files import CheckpointError
 from diffusion.parameterization import coefficients_at, reading_table, x_start_coefficients
-from diffusion.samplers import SamplingDefaults
+from diffusion.presets import Preset, presets_of
+from diffusion.samplers import SamplingDefaults, build_table
 from diffusion.schedule import Schedule, ScheduleConfig
+from diffusion.table import SamplerError, SamplerTable
+from diffusion.tuned import TUNED, tuned_table
 from diffusion.unet import UNet, UNetConfig
 
 FORMAT = 1
@@ -125,11 +128,22 @@ class Estimate:
 class Model:
     """ε_θ with its schedule. Tensors are [N, C, H, W] in [−1, 1]; t is [N], an index 0..T−1."""
 
-    def __init__(self, config: ModelConfig, network: UNet, digest: str = "") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        network: UNet,
+        digest: str = "",
+        *,
+        presets: Mapping[str, Preset] | None = None,
+        tuned: Mapping[int, SamplerTable] | None = None,
+    ) -> None:
+        """presets: its own, beside those that every model has. tuned: rows → a learned table."""
         self.config = config
         self.network = network
         self.schedule: Schedule = config.schedule.build()
         self.digest = digest
+        self.presets = presets_of(config.sampling, self.schedule.T, presets)
+        self.tuned = dict(tuned or {})
         self._reading = torch.tensor(reading_table(self.schedule, config.prediction))  # [4, T]
 
     def __repr__(self) -> str:
@@ -157,6 +171,29 @@ class Model:
         """(C, H, W) of an image."""
         network = self.config.network
         return network.in_channels, network.image_size, network.image_size
+
+    def table(
+        self,
+        *,
+        sampler: str,
+        steps: int,
+        start: int | None = None,
+        corrector_steps: int | None = None,
+        travel: int = 1,
+        **options: Any,
+    ) -> SamplerTable:
+        """The table of a named sampler: see `build_table`; `tuned` is that of the model's own.
+
+        Raises SamplerError naming the option.
+        """
+        if sampler != TUNED:
+            options |= {"start": start, "corrector_steps": corrector_steps, "travel": travel}
+            return build_table(self.schedule, sampler=sampler, steps=steps, **options)
+        if start is not None:
+            raise SamplerError("sampler = 'tuned': is for chains from noise")
+        if corrector_steps or travel != 1:
+            raise SamplerError("sampler = 'tuned': takes neither Langevin steps nor travel")
+        return tuned_table(self.tuned, steps)
 
     def eps(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
         """ε̂ = ε_θ(x_t, t), float32, whatever the network predicts; arguments as of `estimate`."""

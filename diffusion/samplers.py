@@ -99,27 +99,51 @@ class Sampler:
 
     table: (schedule, timesteps, clip=…, …) → SamplerTable. takes: which of `build_table`'s options
     it is told besides. corrector_only: it is made of Langevin steps, `corrector_steps` at each
-    level; after the rows of any other, correctors can follow.
+    level; after the rows of any other, correctors can follow. least: evaluations from pure noise,
+    of a T of 1000, below which what comes out is clearly worse.
     """
 
     table: Callable[..., SamplerTable]
     takes: tuple[str, ...] = ()
     corrector_only: bool = False
+    least: int = 1
 
     @property
     def options(self) -> tuple[str, ...]:
         """What a request may tell it: which of eta and variance."""
         return tuple(name for name in self.takes if name in ("eta", "variance"))
 
+    def needs(self, length: int, T: int) -> int:
+        """Evaluations that a chain over `length` of T timesteps should have, in proportion.
+
+        One that visits them all can do no more, unless it is made of Langevin steps alone.
+        """
+        needed = math.ceil(self.least * length / T)
+        return needed if self.corrector_only else min(needed, length)
+
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(ancestral, ("variance",)),
-    "ddim": Sampler(ddim, ("eta", "rederive_eps", "landing", "stride")),
-    "dpmpp_2m": Sampler(dpmpp_2m),
-    "dpmpp_3m": Sampler(dpmpp_3m),
-    "unipc": Sampler(unipc),
-    "langevin": Sampler(annealed_langevin, ("corrector_steps", "branch"), corrector_only=True),
+    "ddpm": Sampler(ancestral, ("variance",), least=20),
+    "ddim": Sampler(ddim, ("eta", "rederive_eps", "landing", "stride"), least=10),
+    "dpmpp_2m": Sampler(dpmpp_2m, least=8),
+    "dpmpp_3m": Sampler(dpmpp_3m, least=8),
+    "unipc": Sampler(unipc, least=6),
+    "langevin": Sampler(
+        annealed_langevin, ("corrector_steps", "branch"), corrector_only=True, least=200
+    ),
 }
+
+
+class FewStepsWarning(UserWarning):
+    """A sampler has so few steps that its images are clearly worse than the model's."""
+
+
+def few_steps(sampler: str, evaluations: int, length: int, T: int) -> str | None:
+    """What to warn of where a chain over `length` of T timesteps has too few evaluations."""
+    needed = SAMPLERS[sampler].needs(length, T)
+    if evaluations >= needed:
+        return None
+    return f"{evaluations} evaluations are few for {sampler}, which wants {needed} or more here"
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 
 import torch
@@ -14,18 +15,21 @@ from diffusion.condition import Condition
 from diffusion.forward import alpha_bars
 from diffusion.model import Estimate, Model, check_model
 from diffusion.noise import Purpose, check_seed, image_normals, normals
-from diffusion.samplers import build_table
+from diffusion.presets import Preset
+from diffusion.samplers import FewStepsWarning, few_steps
 from diffusion.speed import fast_dtype, prepare
 from diffusion.table import (
     COLUMNS,
     DeviceTable,
     SamplerError,
     SamplerTable,
+    check_name,
     clip_x_start,
     remember,
     scale_noise,
     update,
 )
+from diffusion.tuned import TUNED
 
 ClassLabel = int | Sequence[int] | Tensor | None
 
@@ -150,6 +154,7 @@ def sample(
     model: Model,
     num_images: int = 1,
     *,
+    preset: str | None = None,
     sampler: str | None = None,
     steps: int | None = None,
     seed: int = 0,
@@ -171,20 +176,27 @@ def sample(
 ) -> Tensor:
     """Images [num_images, C, H, W] in [−1, 1], float32.
 
+    preset: fast, balanced or faithful, for sampler, steps and spacing (`diffusion.presets`).
     sampler, steps, spacing, variance, clip, rederive_eps, landing: by default as the model's config
     says (`SamplingDefaults`). class_label: one label for all, or one an image. Image i depends on
     (seed, i) and not on `batch_size`. travel, condition: of `diffusion.restore`. dtype: of the
     network (default: bfloat16 where a probe finds it faster, else float32). compile: through
     torch.compile (about a minute at first).
     on_step(first image of the batch, rows done, Step) is called after every evaluation.
-    Raises SamplerError or ValueError naming the bad argument, NotFiniteError.
+    Raises SamplerError or ValueError naming the bad argument, NotFiniteError. Warns with
+    FewStepsWarning where the sampler has too few steps.
     """
     check_model(model)
+    if preset is not None:
+        given = {"sampler": sampler, "steps": steps, "spacing": spacing}
+        sampler, steps, spacing = astuple(chosen_preset(model, preset, given))
     check_whole("num_images", num_images, least=1, error=SamplerError)
     check_whole("batch_size", batch_size, least=1, error=SamplerError)
     check_real("guidance", guidance, error=SamplerError)
     if guidance != 1.0 and class_label is None:
         raise SamplerError(f"guidance = {guidance}: needs a class_label to guide towards")
+    if sampler == TUNED and steps is None:
+        steps = max(model.tuned, default=1)
     chosen = model.config.sampling.options(
         model.schedule.T,
         sampler=sampler,
@@ -195,11 +207,12 @@ def sample(
         rederive_eps=rederive_eps,
         landing=landing,
     )
-    table = build_table(
-        model.schedule, eta=eta, corrector_steps=corrector_steps, travel=travel, **chosen
-    )
+    table = model.table(eta=eta, corrector_steps=corrector_steps, travel=travel, **chosen)
     if table.learned_variance and not model.config.network.learned_variance:
         raise SamplerError("variance = 'learned': this model has no learned variance")
+    T = model.schedule.T
+    if sampler != TUNED and (few := few_steps(chosen["sampler"], len(table), T, T)):
+        warnings.warn(few, FewStepsWarning, stacklevel=2)
     labels = class_labels(model, class_label, num_images)
     fast = prepare(model, dtype=dtype or fast_dtype(model), compile=compile)
     batches = []
@@ -222,6 +235,15 @@ def sample(
                 on_step(first, step.row + 1, step)
         batches.append(x.clamp(-1, 1))
     return torch.cat(batches)
+
+
+def chosen_preset(model: Model, name: str, given: Mapping[str, object]) -> Preset:
+    """A preset of the model. Raises SamplerError for what is `given` beside it, which it says."""
+    check_name("preset", name, model.presets)
+    for field, value in given.items():
+        if value is not None:
+            raise SamplerError(f"{field} = {value!r}: not beside a preset, which says it")
+    return model.presets[name]
 
 
 def class_labels(model: Model, class_label: ClassLabel, n: int) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,12 +15,34 @@ Float64 = NDArray[np.float64]
 
 class SamplerTraits(BaseModel):
     """What a sampler can be told. options: which of eta and variance. corrector_only: it is made
-    of Langevin steps, `corrector_steps` a level, and of nothing else."""
+    of Langevin steps, `corrector_steps` a level, and of nothing else. least: evaluations from pure
+    noise, of a T of 1000, below which what comes out is clearly worse. steps: the only numbers of
+    them that there are, of tables made for chains from noise; empty: any."""
 
     model_config = ConfigDict(frozen=True)
 
     options: tuple[str, ...] = ()
     corrector_only: bool = False
+    least: int = 1
+    steps: tuple[int, ...] = ()
+
+    def needs(self, length: int, T: int) -> int:
+        """Evaluations that a chain over `length` of T timesteps should have, in proportion.
+
+        One that visits them all can do no more, unless it is made of Langevin steps alone.
+        """
+        needed = math.ceil(self.least * length / T)
+        return needed if self.corrector_only else min(needed, length)
+
+
+class Preset(BaseModel):
+    """A sampler with its steps, for a chain from noise, and its spacing."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sampler: str
+    steps: int
+    spacing: str
 
 
 class Sampling(BaseModel):
@@ -93,6 +116,9 @@ class ModelCard(BaseModel):
     sampling: Sampling = Sampling(sampler="ddpm", variance="large", spacing="uniform")
     steps: int | None = Field(
         None, description="of its own sampler where a request says nothing; none: 100, or all"
+    )
+    presets: dict[str, Preset] = Field(
+        default={}, description="ways to sample it by name; none on the card of an older worker"
     )
     noise: int = Field(1, description="version of what a seed draws")
     parameters: int | None = None

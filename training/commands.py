@@ -144,6 +144,7 @@ def find_model(name: str | Path) -> Path:
 @click.option("--num-images", "-n", default=1, show_default=True, type=click.IntRange(min=1))
 @click.option("--class-label", help="A label or class name; several with commas, used in turn.")
 @click.option("--guidance", default=1.0, show_default=True, help="ε_u + g(ε_c − ε_u); 1 is off.")
+@click.option("--preset", help="fast, balanced or faithful: sampler, steps and spacing in a word.")
 @click.option("--sampler", help="By name (a wrong one lists all); default: the model's.")
 @click.option("--steps", type=int, help="Evaluations an image; default: the model's, or 100.")
 @click.option("--spacing", help="By name (a wrong one lists all); default: the model's.")
@@ -170,6 +171,7 @@ def sample(threads: int | None, **options: object) -> None:
     """
     from diffusion import cores
     from diffusion.files import CheckpointError
+    from diffusion.samplers import FewStepsWarning
     from diffusion.sampling import NotFiniteError
     from training.sample import SampleOptions, draw
 
@@ -179,7 +181,11 @@ def sample(threads: int | None, **options: object) -> None:
     options["out"] = Path(out)
     options["folder"] = out.endswith("/") or Path(out).is_dir() or not Path(out).suffix
     try:
-        written, seed = draw(SampleOptions(**options))  # type: ignore[arg-type]
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", FewStepsWarning)
+            written, seed = draw(SampleOptions(**options))  # type: ignore[arg-type]
+        for warning in found:
+            click.echo(f"warning: {warning.message}", err=True)
     except (CheckpointError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm sample: {error}")
     click.echo(f"{written} (seed {seed})")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion.samplers import build_table
 from training.bits import Chosen
 from training.features import Draw, Features, Looked, distance, real, sampled
 from training.quality import Quality, Real, table, ways
@@ -34,7 +33,7 @@ def frechet(run: Run, split: str, echo: Callable[[str], None]) -> dict[str, Any]
     )
     samples = sampled(
         features,
-        Draw(run.model, build_table(run.model.schedule, **way), len(first), options.seed, labels),
+        Draw(run.model, run.model.table(**way), len(first), options.seed, labels),
         width=found[split].shape[1],
         path=options.out / "partial" / "frechet.npz",
         key=run.key

@@ -16,6 +16,7 @@ from diffusion.about import MOST_THUMBNAIL, About, read_about, write_about
 from diffusion.diffusers.folder import is_diffusers_folder
 from diffusion.model import Model
 from diffusion.sampling import sample
+from diffusion.tuned import TUNED_NAME
 from training.pictures import encoded, grid
 from training.sample import enlarge
 from training.state import CONFIG_FILE
@@ -53,8 +54,8 @@ def publish(
         raise PublishError(f"{target}: is there already; --replace puts this one in its place")
     model = checkpoint.load(source)
     known = read_about(source)
-    about = About(known.description if description is None else description, known.thumbnail)
-    about = About(about.description or describe(source, model), about.thumbnail or draw(model))
+    said = known.description if description is None else description
+    about = About(said or describe(source, model), known.thumbnail or draw(model), known.presets)
     models.mkdir(parents=True, exist_ok=True)
     # A name with a dot is no model's: no worker looks into it before it is whole.
     with tempfile.TemporaryDirectory(prefix=".", dir=models) as work:
@@ -65,6 +66,8 @@ def publish(
             made.mkdir()
             for file in (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME):
                 shutil.copyfile(source / file, made / file)
+            if (source / TUNED_NAME).is_file():
+                shutil.copyfile(source / TUNED_NAME, made / TUNED_NAME)
         write_about(about, made)
         if target.exists():
             target.rename(Path(work) / "replaced")

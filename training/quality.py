@@ -16,7 +16,6 @@ import numpy as np
 from torch import Tensor
 
 from diffusion.model import Model
-from diffusion.samplers import build_table
 from diffusion.schedule import Float64
 from diffusion.table import SamplerTable
 from training.features import Draw, FeatureError, Features, Looked, distance, sampled
@@ -126,9 +125,9 @@ class Quality:
         return Cell(sampler, spacing, steps, n, ratio, error, *share)
 
     def _table(self, sampler: str, spacing: str, steps: int) -> SamplerTable:
-        schedule, own = self.model.schedule, self.model.config.sampling
-        way = own.options(schedule.T, sampler=sampler, spacing=spacing, steps=steps)
-        return build_table(schedule, **way)
+        own = self.model.config.sampling
+        way = own.options(self.model.schedule.T, sampler=sampler, spacing=spacing, steps=steps)
+        return self.model.table(**way)
 
     def _share(self, looked: Looked) -> tuple[float | None, float | None]:
         if self.labels is None or looked.labels is None:

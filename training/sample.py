@@ -32,6 +32,7 @@ class SampleOptions:
     num_images: int
     class_label: str | None
     guidance: float
+    preset: str | None
     sampler: str | None
     steps: int | None
     spacing: str | None
@@ -85,6 +86,7 @@ def draw(options: SampleOptions) -> tuple[Path, int]:
         images = sample(
             model,
             options.num_images,
+            preset=options.preset,
             sampler=options.sampler,
             steps=options.steps,
             seed=seed,
@@ -121,6 +123,8 @@ class Snapshots:
 
     def __init__(self, options: SampleOptions, model: Model) -> None:
         way = {"sampler": options.sampler, "steps": options.steps}
+        if options.preset in model.presets:
+            way["steps"] = model.presets[options.preset].steps
         steps = model.config.sampling.options(model.schedule.T, **way)["steps"]
         film_every = max(1, steps // 100) if options.film else None
         self.every = options.every or film_every

@@ -10,7 +10,7 @@ import base64
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ from diffusion import CheckpointError, Model, noise
 from diffusion.about import About, read_about
 from diffusion.samplers import SAMPLERS
 from diffusion.spacings import SPACINGS
-from jobs.cards import ModelCard, SamplerTraits, Sampling
+from diffusion.tuned import TUNED
+from jobs.cards import ModelCard, Preset, SamplerTraits, Sampling
 from worker.memory import free_bytes
 
 log = logging.getLogger("ddpm.worker")
@@ -167,9 +168,14 @@ def card_of(model: Model, name: str, queue: str, about: About | None = None) -> 
         prediction=config.prediction,
         learned_variance=network.learned_variance,
         samplers={
-            name: SamplerTraits(options=sampler.options, corrector_only=sampler.corrector_only)
+            name: SamplerTraits(
+                options=sampler.options,
+                corrector_only=sampler.corrector_only,
+                least=sampler.least,
+            )
             for name, sampler in SAMPLERS.items()
-        },
+        }
+        | ({TUNED: SamplerTraits(steps=tuple(sorted(model.tuned)))} if model.tuned else {}),
         spacings=tuple(SPACINGS),
         sampling=Sampling(
             sampler=config.sampling.sampler,
@@ -177,6 +183,7 @@ def card_of(model: Model, name: str, queue: str, about: About | None = None) -> 
             spacing=config.sampling.spacing,
         ),
         steps=config.sampling.steps,
+        presets={name: Preset(**asdict(its)) for name, its in model.presets.items()},
         noise=noise.VERSION,
         parameters=_parameters(model),
         schedule_kind=config.schedule.kind,

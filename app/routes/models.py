@@ -14,7 +14,7 @@ from app.outputs import file_response
 from app.problems import Problem, documented
 from app.routes.jobs import json_response
 from app.services import services
-from jobs.cards import ModelCard, Sampling, schedule_tables
+from jobs.cards import ModelCard, Preset, Sampling, schedule_tables
 from jobs.kinds.chain import DEFAULT_STEPS
 
 router = APIRouter(tags=["models"])
@@ -35,6 +35,7 @@ EXAMPLE: dict[str, Any] = {
     "spacings": ["uniform", "quadratic", "leading", "trailing", "lambda", "karras"],
     "sampling": {"sampler": "ddpm", "variance": "small", "spacing": "uniform"},
     "steps": 100,
+    "presets": {"fast": {"sampler": "ddim", "steps": 20, "spacing": "uniform", "evaluations": 20}},
     "parameters": 1623169,
     "queue": "ddpm",
     "image_steps_per_s": 390.5,
@@ -42,6 +43,12 @@ EXAMPLE: dict[str, Any] = {
     "description": "handwritten digits",
     "thumbnail": "/models/mnist/thumbnail.png",
 }
+
+
+class PresetView(Preset):
+    """A way to sample by name. evaluations: of the network, an image from noise."""
+
+    evaluations: int
 
 
 class ModelView(BaseModel):
@@ -62,6 +69,9 @@ class ModelView(BaseModel):
     spacings: tuple[str, ...]
     sampling: Sampling = Field(description="what holds where a request says nothing")
     steps: int = Field(description="the same of its own sampler")
+    presets: dict[str, PresetView] = Field(
+        {}, description="what `preset` in a request may say, and what it stands for"
+    )
     parameters: int | None
     queue: str
     image_steps_per_s: float | None
@@ -165,6 +175,10 @@ async def _view(request: Request, card: ModelCard) -> ModelView:
         spacings=card.spacings,
         sampling=card.sampling,
         steps=min(card.steps or DEFAULT_STEPS, card.T),
+        presets={
+            name: PresetView(**preset.model_dump(), evaluations=preset.steps)
+            for name, preset in card.presets.items()
+        },
         parameters=card.parameters,
         queue=card.queue,
         image_steps_per_s=None if rate is None else round(rate, 2),

@@ -56,6 +56,7 @@ class Snapshots(TypedDict, total=False):
 class Chain(Common, total=False):
     """How to walk the reverse chain."""
 
+    preset: Literal["fast", "balanced", "faithful"]
     sampler: str
     steps: int
     spacing: str

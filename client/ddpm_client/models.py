@@ -92,6 +92,7 @@ class JobData(Model):
     snapshots: list[SnapshotData] | None = None
     result: dict[str, Any] | None = None
     error: Fault | None = None
+    warnings: list[FieldError] | None = None
     request_id: str | None = None
     manifest: dict[str, Any] | None = None
     urls: Urls
@@ -117,6 +118,15 @@ class Sampling(Model):
     spacing: str
 
 
+class Preset(Model):
+    """A way to sample by name. evaluations: of the network, an image from noise."""
+
+    sampler: str
+    steps: int
+    spacing: str
+    evaluations: int
+
+
 class ModelInfo(Model):
     """A model that jobs can ask for. shape: C, H, W."""
 
@@ -133,6 +143,7 @@ class ModelInfo(Model):
     spacings: tuple[str, ...]
     sampling: Sampling
     steps: int
+    presets: dict[str, Preset] = {}
     parameters: int | None = None
     queue: str
     image_steps_per_s: float | None = None

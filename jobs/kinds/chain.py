@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,6 +14,7 @@ from jobs.kinds.common import (
     Label,
     Plan,
     SnapshotKind,
+    SpecWarning,
     Strict,
     Timestep,
     check_timestep,
@@ -147,14 +149,22 @@ class PathSpec(JobSpec):
 class ChainSpec(PathSpec):
     """How to walk the reverse chain, from wherever it starts, and what to keep of it.
 
-    table_fields: those that say which table of a sampler it is.
+    table_fields: those that say which table of a sampler it is. whole: its chains begin with noise
+    and are held to nothing.
     """
+
+    whole: ClassVar[bool] = False
 
     count_field: ClassVar[str] = "/num_images"
     table_fields: ClassVar[tuple[str, ...]] = (
         "sampler", "steps", "spacing", "eta", "variance", "corrector_steps", "clip",
     )  # fmt: skip
 
+    preset: Literal["fast", "balanced", "faithful"] | None = Field(
+        None,
+        description="sampler, steps and spacing in a word: one of the model's `presets`; none of "
+        "the three may stand beside it, and the answer's `request` has them in its place",
+    )
     sampler: str | None = Field(
         None,
         max_length=100,
@@ -206,6 +216,35 @@ class ChainSpec(PathSpec):
         """With clip = False."""
         return self.model_copy(update={"clip": False})
 
+    def plain(self, card: ModelCard) -> Self:
+        """With sampler, steps and spacing for the preset: fewer steps from lower down."""
+        if self.preset is None:
+            return self
+        for name in ("sampler", "steps", "spacing"):
+            if getattr(self, name) is not None:
+                raise SpecError(
+                    f"/{name}", f"is what preset = {self.preset} says: give one of them"
+                )
+        if self.preset not in card.presets:
+            known = ", ".join(card.presets) or "none"
+            raise SpecError("/preset", f"{self.preset}: model {card.name} has {known}")
+        found = card.presets[self.preset]
+        steps = math.ceil(found.steps * self.first_t(card) / card.T)
+        said = {"sampler": found.sampler, "steps": steps}
+        if not (its := card.samplers.get(found.sampler)) or not its.steps:
+            said["spacing"] = found.spacing
+        return self.model_copy(update={"preset": None, **said})
+
+    def warnings(self, card: ModelCard) -> tuple[SpecWarning, ...]:
+        """Fewer steps than the sampler needs."""
+        assert self.sampler is not None
+        rows = self.rows(card)
+        needed = card.samplers[self.sampler].needs(self.first_t(card), card.T)
+        if rows >= needed:
+            return ()
+        detail = f"{rows} evaluations are few for {self.sampler}, which wants {needed} or more here"
+        return (SpecWarning(pointer="/steps", detail=detail),)
+
     def own_sampler(self, card: ModelCard) -> str:
         """The sampler where a request names none."""
         return card.sampling.sampler
@@ -238,6 +277,8 @@ class ChainSpec(PathSpec):
             if getattr(self, option) is not None and option not in sampler.options:
                 takers = [other for other, its in card.samplers.items() if option in its.options]
                 raise SpecError(f"/{option}", f"is for sampler {' or '.join(takers)}, not {name}")
+        if sampler.steps:
+            self._check_made(name, sampler.steps)
         if self.spacing is not None and self.spacing not in card.spacings:
             raise SpecError("/spacing", f"{self.spacing}: must be {', '.join(card.spacings)}")
         if self.variance == "learned" and not card.learned_variance:
@@ -247,15 +288,29 @@ class ChainSpec(PathSpec):
         if self.corrector_steps == 0 and sampler.corrector_only:
             raise SpecError("/corrector_steps", f"0: {name} needs 1 or more")
 
+    def _check_made(self, name: str, allowed: tuple[int, ...]) -> None:
+        """A sampler whose tables are made for a model is asked for nothing else."""
+        if not self.whole:
+            raise SpecError("/sampler", f"{name}: is for images from noise alone, POST /generate")
+        if self.steps is not None and self.steps not in allowed:
+            known = ", ".join(map(str, allowed))
+            raise SpecError("/steps", f"{self.steps}: {name} is made for {known}")
+        for field in ("spacing", "clip", "corrector_steps"):
+            if getattr(self, field) not in (None, 0):
+                raise SpecError(f"/{field}", f"is no choice with sampler {name}")
+
     def defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
         """Values for the fields that were left out."""
         defaults = super().defaults(card, settings)
         name = self.sampler or self.own_sampler(card)
         sampler = card.samplers[name]
         defaults["sampler"] = name
-        defaults["spacing"] = self.spacing or card.sampling.spacing
-        own = card.steps if name == card.sampling.sampler else None
-        defaults["steps"] = self.steps or min(own or DEFAULT_STEPS, self.first_t(card))
+        if sampler.steps:
+            defaults["steps"] = self.steps or max(sampler.steps)
+        else:
+            defaults["spacing"] = self.spacing or card.sampling.spacing
+            own = card.steps if name == card.sampling.sampler else None
+            defaults["steps"] = self.steps or min(own or DEFAULT_STEPS, self.first_t(card))
         if "eta" in sampler.options and self.eta is None:
             defaults["eta"] = 0.0
         if "variance" in sampler.options and self.variance is None:

@@ -61,6 +61,15 @@ class Plan:
     output_bytes: int
 
 
+class SpecWarning(BaseModel):
+    """What is unlikely to be wanted, of one field of a request that was taken in."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pointer: str
+    detail: str
+
+
 class Strict(BaseModel):
     """Unknown fields are errors, and a number is a number."""
 
@@ -209,6 +218,14 @@ class JobSpec(Strict):
 
     def check_content(self, content: NDArray[Any]) -> None:
         """Raise SpecError for what came in: uint8 [H, W, C], or of an array float32 [C, H, W]."""
+
+    def plain(self, card: ModelCard) -> Self:
+        """The same request without what stands for other fields. Raises SpecError."""
+        return self
+
+    def warnings(self, card: ModelCard) -> tuple[SpecWarning, ...]:
+        """What a filled request is unlikely to want."""
+        return ()
 
     def fill(self, card: ModelCard, settings: Settings) -> Self:
         """The same request with every default written out."""

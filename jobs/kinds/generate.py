@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from jobs.kinds.chain import ChainSpec
 
 class GenerateSpec(ChainSpec):
     """The reverse chain: `num_images` images from noise."""
+
+    whole: ClassVar[bool] = True
 
     kind: Literal["generate"] = "generate"
     num_images: int = Field(1, ge=1)

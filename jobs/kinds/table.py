@@ -54,6 +54,7 @@ def admit(
     spec: JobSpec, card: ModelCard, settings: Settings, num_inputs: int = 0
 ) -> tuple[JobSpec, Plan]:
     """Check, fill and cost a spec. Raises SpecError: all or nothing, never silently less."""
+    spec = spec.plain(card)
     spec.check(card, settings)
     spec.check_inputs(num_inputs)
     filled = spec.fill(card, settings)

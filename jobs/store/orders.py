@@ -95,12 +95,15 @@ def new_record(order: Order, position: int, settings: Settings) -> JobRecord:
         client=order.client,
         request_id=order.request_id,
         levels=_levels(card, spec.level_ts) if spec.level_ts else None,
+        warnings=spec.warnings(card),
     )
 
 
 def to_hash(record: JobRecord, order: Order, settings: Settings) -> dict[str, Any]:
     """The hash that `parse_record` reads back, with what only the scripts need."""
     said = {"request_id": record.request_id} if record.request_id else {}
+    if record.warnings:
+        said["warnings"] = json.dumps([warning.model_dump() for warning in record.warnings])
     return {
         **said,
         "id": record.id,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.errors import JobNotFound
-from jobs.kinds.common import JobSpec
+from jobs.kinds.common import JobSpec, SpecWarning
 from jobs.kinds.stored import Unread, read
 from jobs.states import Status
 from jobs.store.events import JobFault
@@ -92,6 +92,7 @@ class JobRecord:
     result: dict[str, Any] | None = None
     levels: dict[str, tuple[float, float]] | None = None
     request_id: str = ""
+    warnings: tuple[SpecWarning, ...] = ()
     unread: Unread | None = None
 
     def as_of(self, now: float) -> JobRecord:
@@ -160,6 +161,7 @@ def parse_record(job_id: str, raw: Mapping[bytes, bytes]) -> JobRecord:
         result=f.find("result", json_object, None),
         levels=f.find("levels", _levels, None),
         request_id=f.find("request_id", str, ""),
+        warnings=f.find("warnings", _warnings, ()),
     )
     if version > FORMAT:
         why = f"its format is {version}, and this version reads up to {FORMAT}"
@@ -201,6 +203,10 @@ def _images(raw: str) -> int:
     if not 0 <= int(raw) <= _MOST_IMAGES:
         raise ValueError(raw)
     return int(raw)
+
+
+def _warnings(raw: str) -> tuple[SpecWarning, ...]:
+    return tuple(SpecWarning.model_validate(item) for item in json.loads(raw))
 
 
 def _levels(raw: str) -> dict[str, tuple[float, float]]:

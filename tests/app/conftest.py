@@ -20,7 +20,7 @@ from PIL import Image
 
 from app.main import create_app
 from app.server import configured
-from jobs.cards import ModelCard
+from jobs.cards import ModelCard, Preset, SamplerTraits
 from jobs.settings import Settings
 from jobs.store import keys
 from jobs.store.writer import JobStore, Started
@@ -36,6 +36,13 @@ CARD = ModelCard(
     betas=tuple(np.linspace(1e-4, 0.02, 1000).tolist()),
     class_names=tuple("0123456789"),
     null_label=10,
+    samplers={
+        "ddpm": SamplerTraits(options=("variance",)),
+        "ddim": SamplerTraits(options=("eta",)),
+        "dpmpp_2m": SamplerTraits(),
+        "langevin": SamplerTraits(corrector_only=True, least=200),
+    },
+    presets={"fast": Preset(sampler="ddim", steps=20, spacing="uniform")},
     parameters=1_000,
 )
 

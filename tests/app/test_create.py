@@ -37,6 +37,27 @@ def test_generate_is_taken_in_at_once(client: httpx.Client, store: JobStore) -> 
     assert client.get(job["urls"]["self"]).json()["request"] == request
 
 
+def test_too_few_steps_are_taken_in_and_warned_of(client: httpx.Client) -> None:
+    asked = {"sampler": "langevin", "steps": 20}
+    made = client.post("/generate", json=asked).json()
+    detail = "20 evaluations are few for langevin, which wants 200 or more here"
+    assert made["warnings"] == [{"pointer": "/steps", "detail": detail}]
+    assert client.get(f"/jobs/{made['id']}").json()["warnings"] == made["warnings"]
+    assert "warnings" not in client.post("/generate", json={}).json()
+
+
+def test_a_preset_is_asked_for_by_name(client: httpx.Client) -> None:
+    [model] = client.get("/models").json()["data"]
+    fast = model["presets"]["fast"]
+    made = client.post("/generate", json={"preset": "fast", "num_images": 2}).json()
+    assert made["request"]["preset"] is None
+    for field in ("sampler", "steps", "spacing"):
+        assert made["request"][field] == fast[field]
+    assert fast["evaluations"] == fast["steps"]
+    refused = client.post("/generate", json={"preset": "fast", "steps": 3})
+    assert refused.status_code == 422 and "/steps" in refused.text
+
+
 def test_high_priority_goes_to_the_front(client: httpx.Client, store: JobStore) -> None:
     ids = [client.post("/generate", json={}).json()["id"] for _ in range(2)]
     first = client.post("/generate", json={"priority": "high"}).json()["id"]

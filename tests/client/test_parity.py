@@ -22,6 +22,7 @@ from ddpm_client.asynchronous import AsyncClient
 from ddpm_client.client import Client
 from ddpm_client.jobs import AsyncJob, Job
 from jobs.kinds.chain import Snapshots
+from jobs.kinds.common import SpecWarning
 from jobs.kinds.table import KINDS
 from jobs.states import ENDED
 from jobs.store.events import EVENTS
@@ -82,6 +83,8 @@ def test_events_have_the_same_fields(name: str) -> None:
         (models.SnapshotData, views.SnapshotView),
         (models.Urls, views.Urls),
         (models.FieldError, problems.FieldError),
+        (models.FieldError, SpecWarning),
+        (models.Preset, model_routes.PresetView),
         (models.ModelInfo, model_routes.ModelView),
         (models.Schedule, model_routes.ScheduleView),
         (models.QueueInfo, system.QueueView),

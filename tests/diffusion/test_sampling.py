@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from diffusion import CheckpointError, Model, load, sample, save
+from diffusion.about import About, read_about, write_about
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import SamplingDefaults, build_table
+from diffusion.presets import Preset
+from diffusion.samplers import SAMPLERS, FewStepsWarning, SamplingDefaults, build_table
 from diffusion.sampling import Step, chain, guided_estimate
 from diffusion.speed import prepare
 from diffusion.table import SamplerError
+from jobs.cards import SamplerTraits
 from tests.diffusion.networks import TINY, build_model
 
 FAST: dict[str, Any] = {"steps": 6, "dtype": torch.float32}
@@ -35,6 +39,60 @@ def test_an_image_depends_on_seed_and_index_only(model: Model, sampler: str) -> 
     assert close(sample(model, 2, sampler=sampler, seed=3, **FAST), whole[:2])
     assert not close(sample(model, 5, sampler=sampler, seed=4, **FAST), whole)
     assert not close(whole[:1], whole[1:2])
+
+
+def test_a_preset_stands_for_sampler_steps_and_spacing(model: Model, tmp_path: Path) -> None:
+    presets = {name: dataclasses.astuple(its) for name, its in model.presets.items()}
+    T = model.schedule.T
+    assert presets["fast"] == ("ddim", min(20, T), "uniform")
+    assert presets["faithful"] == ("ddpm", T, "uniform")
+    # A model says its own beside its weights, and is the same model.
+    save(model, tmp_path)
+    own = {"fast": Preset("unipc", 6, "trailing")}
+    before = load(tmp_path).digest
+    write_about(About(presets=own), tmp_path)
+    found = load(tmp_path)
+    assert found.presets["fast"] == own["fast"] and found.digest == before
+    options: dict[str, Any] = {"seed": 1, "dtype": torch.float32}
+    fast = sample(found, 2, preset="fast", **options)
+    wanted = sample(found, 2, sampler="unipc", steps=6, spacing="trailing", **options)
+    assert torch.equal(fast, wanted)
+    with pytest.raises(SamplerError, match="steps = 3: not beside a preset"):
+        sample(found, 2, preset="fast", steps=3)
+    with pytest.raises(SamplerError, match="preset = 'quick': must be one of fast, balanced"):
+        sample(found, 2, preset="quick")
+
+
+@pytest.mark.parametrize(
+    ("presets", "message"),
+    [
+        ({"quick": {}}, "presets = 'quick': must be one of fast, balanced, faithful"),
+        ({"fast": {"sampler": "euler", "steps": 3}}, "presets: fast: sampler = 'euler'"),
+        ({"fast": {"sampler": "ddim"}}, "presets: fast: must be sampler, steps and spacing"),
+        ({"fast": {"sampler": "ddim", "steps": 0}}, "presets: fast: steps = 0: must be an integer"),
+        ([], r"presets = \[\]: must be an object"),
+    ],
+)
+def test_presets_that_are_none_are_named(
+    model: Model, tmp_path: Path, presets: object, message: str
+) -> None:
+    save(model, tmp_path)
+    (tmp_path / "card.json").write_text(json.dumps({"presets": presets}))
+    with pytest.raises(CheckpointError, match=message):
+        read_about(tmp_path)
+    assert load(tmp_path).presets == model.presets  # which is none the worse
+
+
+def test_too_few_steps_are_warned_of(model: Model) -> None:
+    with pytest.warns(FewStepsWarning, match="4 evaluations are few for langevin, which wants 200"):
+        sample(model, 1, sampler="langevin", steps=4)
+    traits = {
+        name: SamplerTraits(least=its.least, corrector_only=its.corrector_only)
+        for name, its in SAMPLERS.items()
+    }
+    for name, its in SAMPLERS.items():  # the service's rule is the same
+        for length in (1, 7, 400, 1000):
+            assert its.needs(length, 1000) == traits[name].needs(length, 1000)
 
 
 def test_the_same_call_gives_the_same_bits(model: Model) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from jobs.cards import ModelCard, Sampling, schedule_tables
+from jobs.cards import ModelCard, Preset, SamplerTraits, Sampling, schedule_tables
 from jobs.errors import SpecError
 from jobs.kinds.chain import Snapshots
 from jobs.kinds.common import JobSpec
@@ -13,6 +13,7 @@ from jobs.kinds.interpolate import InterpolateSpec
 from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.kinds.noise import NoiseSpec
 from jobs.kinds.reconstruct import ReconstructSpec, SnapshotSource
+from jobs.kinds.stored import stored
 from jobs.kinds.table import admit, parse
 from jobs.settings import Settings
 
@@ -70,6 +71,107 @@ def test_filling_takes_the_models_own_defaults(card: ModelCard) -> None:
     assert filled.ttl_s == 60 and filled.seed is not None and filled.model == "mnist"
     ddim, _ = admit(GenerateSpec(sampler="ddim"), card, Settings())
     assert isinstance(ddim, GenerateSpec) and ddim.eta == 0.0 and ddim.variance is None
+
+
+def with_traits(card: ModelCard) -> ModelCard:
+    """A card as workers publish it: with presets, and with what samplers need."""
+    presets = {"fast": Preset(sampler="ddim", steps=20, spacing="trailing")}
+    least = {"ddpm": 20, "ddim": 10, "langevin": 200}
+    samplers = {
+        name: its.model_copy(update={"least": least.get(name, 1)})
+        for name, its in card.samplers.items()
+    }
+    return card.model_copy(update={"presets": presets, "samplers": samplers})
+
+
+def test_a_preset_stands_for_sampler_steps_and_spacing(card: ModelCard) -> None:
+    card = with_traits(card)
+    filled, plan = admit(GenerateSpec(preset="fast", num_images=2, eta=0.5), card, Settings())
+    assert isinstance(filled, GenerateSpec)
+    assert (filled.sampler, filled.steps, filled.spacing, filled.eta) == (
+        "ddim",
+        20,
+        "trailing",
+        0.5,
+    )
+    assert plan.evaluations == 40
+    # In the store there is none, so that every version reads what it stands for.
+    assert filled.preset is None and "preset" not in stored(filled)
+    # From lower down in proportion.
+    lower, _ = admit(ReconstructSpec(preset="fast", t=101), card, Settings(), 1)
+    assert isinstance(lower, ReconstructSpec) and lower.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "pointer"),
+    [
+        ({"sampler": "ddpm"}, "/sampler"),
+        ({"steps": 5}, "/steps"),
+        ({"spacing": "uniform"}, "/spacing"),
+    ],
+)
+def test_nothing_stands_beside_a_preset_that_it_says_itself(
+    card: ModelCard, fields: dict[str, object], pointer: str
+) -> None:
+    spec = GenerateSpec.model_validate({"preset": "fast", **fields})
+    with pytest.raises(SpecError, match=f"{pointer}: is what preset = fast says"):
+        admit(spec, with_traits(card), Settings())
+
+
+def test_a_preset_that_a_model_lacks_is_refused(card: ModelCard) -> None:
+    with pytest.raises(SpecError, match="/preset: faithful: model mnist has fast"):
+        admit(GenerateSpec(preset="faithful"), with_traits(card), Settings())
+    with pytest.raises(SpecError, match="/preset: fast: model mnist has none"):
+        admit(GenerateSpec(preset="fast"), card, Settings())
+
+
+def test_tables_made_for_a_model_come_in_few_sizes_and_begin_with_noise(card: ModelCard) -> None:
+    made = {**card.samplers, "tuned": SamplerTraits(steps=(4, 6))}
+    card = card.model_copy(update={"samplers": made})
+    filled, plan = admit(GenerateSpec(sampler="tuned"), card, Settings())
+    assert isinstance(filled, GenerateSpec) and plan.evaluations == 6
+    assert filled.spacing is None and admit(filled, card, Settings()) == (filled, plan)
+    for fields, message in (
+        ({"steps": 5}, "/steps: 5: tuned is made for 4, 6"),
+        ({"spacing": "karras"}, "/spacing: is no choice with sampler tuned"),
+        ({"corrector_steps": 1}, "/corrector_steps: is no choice"),
+        ({"eta": 0.5}, "/eta: is for sampler ddim, not tuned"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            admit(GenerateSpec.model_validate({"sampler": "tuned", **fields}), card, Settings())
+    with pytest.raises(SpecError, match="/sampler: tuned: is for images from noise alone"):
+        admit(ReconstructSpec(sampler="tuned", t=1000), card, Settings(), 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        (
+            {"sampler": "langevin", "steps": 20},
+            "20 evaluations are few for langevin, which wants 200",
+        ),
+        ({"sampler": "langevin", "steps": 100, "corrector_steps": 2}, None),
+        ({"steps": 19}, "19 evaluations are few for ddpm, which wants 20"),
+        ({"steps": 20}, None),
+        ({"sampler": "ddim", "steps": 9}, "9 evaluations are few for ddim, which wants 10"),
+    ],
+)
+def test_too_few_steps_are_warned_of(
+    card: ModelCard, fields: dict[str, object], warned: str | None
+) -> None:
+    card = with_traits(card)
+    filled, _ = admit(GenerateSpec.model_validate(fields), card, Settings())
+    found = [(w.pointer, w.detail.split(" or")[0]) for w in filled.warnings(card)]
+    assert found == ([] if warned is None else [("/steps", warned)])
+
+
+def test_a_short_chain_needs_less(card: ModelCard) -> None:
+    card = with_traits(card)
+    for steps, t, warned in ((3, 300, False), (2, 300, True), (1, 1, False)):
+        filled, _ = admit(ReconstructSpec(sampler="ddim", steps=steps, t=t), card, Settings(), 1)
+        assert bool(filled.warnings(card)) == warned
+    short = card.model_copy(update={"betas": card.betas[:5]})  # all there are
+    assert not admit(GenerateSpec(steps=5), short, Settings())[0].warnings(short)
 
 
 def test_a_filled_spec_is_a_fixed_point_and_survives_json(card: ModelCard) -> None:

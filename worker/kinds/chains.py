@@ -15,7 +15,6 @@ from torch import Tensor
 from diffusion.condition import Condition
 from diffusion.forward import q_samples_at
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import build_table
 from diffusion.schedule import Schedule
 from diffusion.table import SamplerTable
 from jobs.kinds.chain import ChainSpec, PathSpec, Snapshots
@@ -175,7 +174,7 @@ def spec_table(served: Served, spec: ChainSpec, *, from_noise: bool, **own: obje
 @lru_cache(maxsize=256)
 def _table(served: Served, options: tuple[tuple[str, object], ...]) -> SamplerTable:
     defaults = asdict(served.model.config.sampling) | dict(options)
-    return build_table(served.model.schedule, **defaults)
+    return served.model.table(**defaults)
 
 
 def snapshot_rows(table: SamplerTable, wanted: Snapshots | None) -> frozenset[int]:

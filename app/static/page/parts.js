@@ -31,6 +31,7 @@ export function Progress({ run, service }) {
       aria-valuenow=${Math.round(100 * share)}><i style=${{ transform: `scaleX(${share})` }}></i></div>
     <p class=${error || job?.error ? "bad long" : live ? "" : "long"} role="status" id="status">${
       error || wordsOf(run, job, progress, t, service)}</p>
+    ${(job?.warnings ?? []).map(({ detail }) => html`<p class="long warning">${detail}</p>`)}
   </div>`;
 }
 

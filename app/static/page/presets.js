@@ -1,34 +1,34 @@
-/* Three ways to walk the chain, for who does not want to choose. */
+/* Ways to walk the chain, for who does not want to choose: the model says what each stands for. */
 
-/* fast: DDIM's 50 steps, of the same quality by the model's card at half the work. balanced: what
-   the model's own defaults say. faithful: the paper's chain, every one of the T steps. */
-export const PRESETS = {
-  fast: {
-    words: "Fast",
-    hint: (model) => `ddim in ${Math.min(50, model.T)} steps: half the work, nearly the same quality`,
-    settings: (model) => ({ sampler: "ddim", steps: Math.min(50, model.T) }),
-    suits: (model) => model.samplers.includes("ddim"),
-  },
-  balanced: {
-    words: "Balanced",
-    hint: (model) => `${model.sampling.sampler} in ${model.steps} steps: the model's own default`,
-    settings: (model) => ({ sampler: model.sampling.sampler, steps: model.steps }),
-    suits: () => true,
-  },
-  faithful: {
-    words: "Faithful",
-    hint: (model) => `ddpm in all ${model.T} steps: the paper's chain, exactly`,
-    settings: (model) => ({ sampler: "ddpm", steps: model.T }),
-    suits: (model) => model.samplers.includes("ddpm"),
-  },
+const WORDS = {
+  fast: ["Fast", "nearly the same quality for the least work"],
+  balanced: ["Balanced", "the model's own default"],
+  faithful: ["Faithful", "the paper's chain, exactly"],
 };
+
+const settings = ({ sampler, steps, spacing }) => ({ sampler, steps, spacing });
+
+/* What a model's default is, which is all there is with a worker of an older version. */
+const own = (model) => ({ sampler: model.sampling.sampler, steps: model.steps,
+  spacing: model.sampling.spacing });
+
+/* Name → {words, hint, settings} of a model's presets. */
+export function presetsOf(model) {
+  const said = Object.keys(model.presets ?? {}).length ? model.presets : { balanced: own(model) };
+  return Object.fromEntries(Object.entries(said).map(([name, preset]) => {
+    const [words, why] = WORDS[name] ?? [name, ""];
+    const hint = `${preset.sampler} in ${preset.steps} steps${why && `: ${why}`}`;
+    return [name, { words, hint, settings: settings(preset) }];
+  }));
+}
+
+/* The settings that a form begins with. */
+export const balanced = (model) => (presetsOf(model).balanced?.settings ?? own(model));
 
 /* The name of the preset that these settings are, or "own". */
 export function presetOf(model, { sampler, steps, spacing }) {
-  if (spacing && spacing !== model.sampling.spacing) return "own";
-  const found = Object.entries(PRESETS).find(([, preset]) => {
-    const its = preset.settings(model);
-    return preset.suits(model) && its.sampler === sampler && its.steps === steps;
-  });
+  const found = Object.entries(presetsOf(model)).find(([, { settings: its }]) =>
+    its.sampler === sampler && its.steps === steps
+      && its.spacing === (spacing || model.sampling.spacing));
   return found?.[0] ?? "own";
 }

@@ -2,7 +2,7 @@
 
 import { html, useEffect, useState } from "./vendor/preact-htm.js";
 import { Chips, Picture } from "./parts.js";
-import { PRESETS, presetOf } from "./presets.js";
+import { balanced, presetOf, presetsOf } from "./presets.js";
 import { service } from "./service.js";
 import { compact, count } from "./words.js";
 
@@ -10,7 +10,7 @@ export const MOST_IMAGES = 36;
 
 export const defaults = (model) =>
   ({ label: null, images: 9, seed: "", guidance: 1, spacing: "",
-    ...PRESETS.balanced.settings(model) });
+    ...balanced(model) });
 
 /* The settings that a job was made with. */
 export const settingsOf = (request) => ({
@@ -60,17 +60,17 @@ const Field = ({ label, children, hint }) =>
 
 export function Settings({ model, settings, onChange, children }) {
   const preset = presetOf(model, settings);
-  const presets = Object.entries(PRESETS).filter(([, { suits }]) => suits(model));
+  const presets = presetsOf(model);
   const set = (name) => (event) => onChange({ [name]: event.target.value });
   const number = (name) => (event) => onChange({ [name]: event.target.valueAsNumber || 0 });
   return html`
     <${ClassChips} model=${model} value=${settings.label} onChange=${(label) => onChange({ label })} />
     <${Chips} name="preset" label="How" value=${preset}
-      options=${[...presets.map(([name, { words }]) => [name, words]),
+      options=${[...Object.entries(presets).map(([name, { words }]) => [name, words]),
         ...(preset === "own" ? [["own", "Own"]] : [])]}
-      hint=${PRESETS[preset]?.hint(model) ?? `${settings.sampler} in ${settings.steps} steps`}
+      hint=${presets[preset]?.hint ?? `${settings.sampler} in ${settings.steps} steps`}
       onChange=${(name) => name !== "own"
-        && onChange({ spacing: "", ...PRESETS[name].settings(model) })} />
+        && onChange(presets[name].settings)} />
     <details class="more"><summary>Everything else</summary>
       <div class="fields">
         ${children}
