@@ -39,6 +39,9 @@ class Student(nn.Module):
     the exact ones of the times, so that a change of times alone stays on the flow of one image.
     """
 
+    weights: Tensor
+    first_keep: Tensor
+
     def __init__(self, schedule: Schedule, table: SamplerTable) -> None:
         super().__init__()
         self.levels = torch.tensor(schedule.half_log_snr)
@@ -195,7 +198,7 @@ class Tuner:
         image = self.student(self.model, part.x_T + moved, part.labels)
         loss = (image - part.images).square().mean()
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
         self._move(where, moved)
