@@ -26,7 +26,7 @@ from training.partial import PartialArrays
 from training.tune import Options, Pairs, Tuner, best_fixed, run
 
 SEED = 2**40  # of the x_T: none that people draw
-TEACHER = {"sampler": "dpmpp_3m", "spacing": "lambda"}
+TEACHER: dict[str, Any] = {"sampler": "dpmpp_3m", "spacing": "lambda"}
 CHUNK = 16  # pairs, and Adam steps, between two savings
 
 

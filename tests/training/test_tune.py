@@ -78,6 +78,7 @@ def test_what_is_tuned_is_nearer_and_is_a_sampler_of_the_model(
         diffusion.sample(other, 1, sampler="tuned")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_table(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
