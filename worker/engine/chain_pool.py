@@ -334,7 +334,7 @@ class ChainPool:
             return None
         blank = torch.zeros(self.network.model.shape, device=self.device)
         held = (self.x, self.x_start, self.older)
-        planes = [
+        x_t, x_start_prev, x_start_older = (
             torch.stack([blank if x is None else x.to(self.device) for x in column])
             for column in zip(
                 *(
@@ -345,9 +345,11 @@ class ChainPool:
                 ),
                 strict=True,
             )
-        ]
+        )
         return States(
-            np.array([s.index for s in begun], np.int64),
-            np.array([self.row_of(s) for s in begun], np.int64),
-            *planes,
+            indices=np.array([s.index for s in begun], np.int64),
+            rows=np.array([self.row_of(s) for s in begun], np.int64),
+            x_t=x_t,
+            x_start_prev=x_start_prev,
+            x_start_older=x_start_older,
         )
