@@ -76,8 +76,8 @@ const load = (worker) => {
   return `${taken(worker)} of ${count(worker.slots, "slot")} taken${beyond ? `, ${beyond} take turns` : ""}`;
 };
 
-const Figure = ({ value, unit, words }) => html`<div class="figure"><b>${value}</b>
-  ${unit && html`<span>${unit}</span>`}<small>${words}</small></div>`;
+const Figure = ({ value, words }) => html`<div class="figure"><b>${value}</b>
+  <small>${words}</small></div>`;
 
 export function Queue() {
   useObservable(service);
@@ -85,6 +85,7 @@ export function Queue() {
   const sum = (name) => queues.reduce((total, queue) => total + (queue[name] ?? 0), 0);
   const rates = models.map((model) => model.image_steps_per_s).filter(Boolean);
   const slots = workers.reduce((n, worker) => n + (worker.slots ?? 0), 0);
+  const used = workers.reduce((n, worker) => n + taken(worker), 0);
   const waiting = sum("queued");
   const paused = queues.filter((queue) => queue.paused);
   return html`<div class="work">
@@ -99,8 +100,7 @@ export function Queue() {
       <${Figure} value=${workers.length} words=${workers.length === 1 ? "worker" : "workers"} />
       <${Figure} value=${sum("running")} words="running" />
       <${Figure} value=${waiting} words="waiting" />
-      <${Figure} value=${workers.reduce((n, worker) => n + taken(worker), 0)}
-        unit=${slots && `/ ${slots}`} words="slots taken" />
+      <${Figure} value=${slots ? `${used} / ${slots}` : used} words="slots taken" />
       <${Figure} value=${rates.length ? compact(Math.max(...rates)) : "–"} words="image-steps a second" />
       <${Figure} value=${sum("image_steps") ? seconds(sum("eta_s")) : "none"} words="of work left" />
     </div>
