@@ -27,7 +27,7 @@ def soak(jobs: int, streams: int) -> bool:
     """Prints a table; whether no job is unaccounted for and no key is left."""
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     save_model(folder / "models" / "tiny", seed=0)
-    stage = Stage(folder, folder / "models", DDPM_RECORD_TTL_S="20", DDPM_MAX_QUEUED_JOBS="100000")
+    stage = Stage(folder, folder / "models", DDPM_RECORD_TTL_S="60", DDPM_MAX_QUEUED_JOBS="100000")
     try:
         until(lambda: _publish_idle(stage), "the model")
         until(lambda: _knows(stage, "idle"), "the API")
