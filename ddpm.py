@@ -34,6 +34,7 @@ COMMANDS: dict[str, Entry] = {
     "api": Entry("app.commands:api", "api", "Run the HTTP API alone, against REDIS_URL."),
     "key": Entry("app.commands:key", "api", "Make an API key; only its hash is kept."),
     "worker": Entry("worker.commands:worker", "worker", "Run one worker alone, on REDIS_URL."),
+    "bench": Entry("worker.bench.command:bench", "serve", "Measure this machine, part by part."),
     "train": Entry(
         "training.commands:train", "train", "Train a network on pictures, or as a TOML file says."
     ),

@@ -1,4 +1,4 @@
-"""What busy processes beside ours cost: the network alone, the service, a peer, two workers.
+"""What busy processes beside ours cost: the network, training, the service, a peer.
 
     .venv/bin/python benchmarks/neighbours.py [--seconds 20] [--only network]
 
@@ -15,18 +15,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from serving import HERE, OUR_PORT, PEER_PORT, ask_peer, ask_us, closed_loop, server
+from training_speed import CONFIG, write_pictures
 
 import diffusion
+from diffusion import cores
 from diffusion.diffusers.folder import export_diffusers
 from diffusion.speed import fast_dtype, prepare
+from training.config import load_config
+from training.trainer import Trainer
 
 BUSY = (0, 1, 2)
+PATIENCE = 30.0  # seconds beyond the window for answers; the peer may give none
 
 
 @contextmanager
@@ -65,7 +70,7 @@ def forward_rate(folder: Path, how: str, rows: int, seconds: float) -> float:
 
 def row(name: str, rates: list[float]) -> None:
     """One line: the rates, and each against that alone."""
-    shares = " | ".join(f"{rate / rates[0]:.2f}" for rate in rates[1:])
+    shares = " | ".join(f"{rate / rates[0]:.2f}" if rates[0] else "" for rate in rates[1:])
     print(f"| {name} | {' | '.join(f'{rate:.0f}' for rate in rates)} | {shares} |", flush=True)
 
 
@@ -84,6 +89,46 @@ def network(folder: Path, seconds: float) -> None:
             row(f"{rows} rows, {'apart' if how == 'apart' else 'a team'}", rates)
 
 
+def training(seconds: float, compiled: bool) -> None:
+    """Steps of the trainer on the MNIST configuration, batches of 32, by turns."""
+    cores.use(cores.count())
+    print("\n| images/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        write_pictures(Path(scratch) / "images")
+        steps = {"a team": trainer_step(Path(scratch), compiled, apart=False)} | {
+            "rows apart": trainer_step(Path(scratch), compiled, apart=True)
+        }
+        for step in steps.values():
+            for _ in range(3):
+                step()
+        rates: dict[str, list[float]] = {name: [] for name in steps}
+        for busy in BUSY:
+            with neighbours(busy):
+                for name, step in steps.items():
+                    rates[name].append(step_rate(step, seconds))
+    for name in steps:
+        row(f"{'compiled' if compiled else 'eager'}, {name}", rates[name])
+
+
+def trainer_step(folder: Path, compiled: bool, *, apart: bool) -> Callable[[], None]:
+    """One optimizer step of a trainer; apart: with its rows dealt to the cores."""
+    options = [f"data.source={folder / 'images'}", f"compile={str(compiled).lower()}"]
+    trainer = Trainer(load_config(CONFIG, options), folder / "run", progress=False)
+    if not apart:
+        trainer.dealt = None
+    return trainer.stepper()
+
+
+def step_rate(step: Callable[[], None], seconds: float) -> float:
+    """Images/s."""
+    count, began = 0, time.perf_counter()
+    while count < 3 or time.perf_counter() - began < seconds:
+        step()
+        count += 1
+    return count * 32 / (time.perf_counter() - began)
+
+
 def service(folder: Path, seconds: float) -> None:
     """32 clients in a closed loop, jobs of 10 to 100 steps."""
     logs = Path(tempfile.mkdtemp(prefix="ddpm-bench-"))
@@ -96,26 +141,26 @@ def service(folder: Path, seconds: float) -> None:
     print("|---|---|---|---|---|---|")
     rates: dict[str, list[float]] = {}
     for name, command, port, path, ask in (
-        ("ddpm-serve", [*ours, "--data", str(logs / "one")], OUR_PORT, "readyz", ask_us),
-        (
-            "ddpm-serve, two workers",
-            [*ours, "--workers", "2", "--data", str(logs / "two")],
-            OUR_PORT,
-            "readyz",
-            ask_us,
-        ),
+        ("ddpm-serve", ours, OUR_PORT, "readyz", ask_us),
+        ("ddpm-serve, two workers", [*ours, "--workers", "2"], OUR_PORT, "readyz", ask_us),
         ("LitServe, diffusers", peer, PEER_PORT, "health", ask_peer),
     ):
-        with server(command, f"http://127.0.0.1:{port}/{path}", logs / f"{len(rates)}.log"):
-            asyncio.run(closed_loop(ask, seconds / 4))
-            rates[name] = []
-            for busy in BUSY:
+        if ask is ask_us:
+            data = Path(tempfile.mkdtemp(dir=logs))
+            command = [*command, "--data", str(data)]
+        rates[name] = []
+        for busy in BUSY:  # a server each: what one could not answer must not burden the next
+            log = logs / f"{len(rates)}-{busy}.log"
+            with server(command, f"http://127.0.0.1:{port}/{path}", log):
+                asyncio.run(closed_loop(ask, seconds / 4, patience=PATIENCE))
                 with neighbours(busy):
-                    rates[name].append(asyncio.run(closed_loop(ask, seconds)))
+                    rates[name].append(asyncio.run(closed_loop(ask, seconds, patience=PATIENCE)))
         row(name, rates[name])
     one, two, theirs = rates.values()
     print(f"\ntwo workers / one, alone: {two[0] / one[0]:.2f}")
-    against = ", ".join(f"{a / b:.2f}" for a, b in zip(one, theirs, strict=True))
+    against = ", ".join(
+        f"{a / b:.2f}" if b else "it answered nothing" for a, b in zip(one, theirs, strict=True)
+    )
     print(f"ddpm-serve / LitServe, alone, beside 1, beside 2: {against}")
 
 
@@ -123,16 +168,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=HERE.parent / "models" / "mnist")
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--only", choices=["network", "service"])
+    parts = ("network", "training", "service")
+    parser.add_argument("--only", choices=parts, help="default: all")
+    parser.add_argument("--compiled", action="store_true", help="training under torch.compile")
     parser.add_argument("--one", choices=["apart", "team"], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(forward_rate(arguments.model, arguments.one, arguments.rows, arguments.seconds))
         return
-    if arguments.only != "service":
+    wanted = parts if arguments.only is None else (arguments.only,)
+    if "network" in wanted:
         network(arguments.model, arguments.seconds / 5)
-    if arguments.only != "network":
+    if "training" in wanted:
+        training(arguments.seconds / 2, arguments.compiled)
+    if "service" in wanted:
         service(arguments.model, arguments.seconds)
 
 

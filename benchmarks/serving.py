@@ -99,8 +99,13 @@ def open_client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=600, limits=limits)
 
 
-async def closed_loop(ask: Client, seconds: float, clients: int = 32) -> float:
-    """Image-steps/s of jobs that ended within the window, after a third of it as a warm-up."""
+async def closed_loop(
+    ask: Client, seconds: float, clients: int = 32, patience: float | None = None
+) -> float:
+    """Image-steps/s of jobs that ended within the window, after a third of it as a warm-up.
+
+    patience: seconds after it that answers are waited for; None: until all have come.
+    """
     source, done = jobs(0), []
     start = time.perf_counter()
     end = start + seconds * 4 / 3
@@ -112,7 +117,13 @@ async def closed_loop(ask: Client, seconds: float, clients: int = 32) -> float:
             done.append((time.perf_counter(), job.steps))
 
     async with open_client() as http:
-        await asyncio.gather(*(loop(http) for _ in range(clients)))
+        tasks = [asyncio.create_task(loop(http)) for _ in range(clients)]
+        limit = None if patience is None else seconds * 4 / 3 + patience
+        ended, late = await asyncio.wait(tasks, timeout=limit)
+        for task in late:
+            task.cancel()
+        for task in ended:
+            task.result()
     return sum(steps for at, steps in done if start + seconds / 3 < at <= end) / seconds
 
 

@@ -15,17 +15,21 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 LARGE = 10_000_000  # weights of a network whose single rows are worth a team
+T = TypeVar("T")
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _NAME = "rows-"  # of the threads that evaluate parts
 _cores = 0  # as told to `use`; 0: what torch was told
@@ -34,6 +38,7 @@ _cores = 0  # as told to `use`; 0: what torch was told
 def use(cores: int) -> None:
     """Give networks so many cores. Call before the first evaluation, on the main thread.
 
+    Torch by itself asks for as many threads as the machine has cores, whatever a container may use.
     From then on torch's own loops run on one core in every thread that starts: OpenMP gives each
     thread that runs a parallel loop a team of its own, and with more threads than cores none of
     them may wait actively, which makes a team 1.4 times as slow. A thread started earlier, or by
@@ -44,18 +49,19 @@ def use(cores: int) -> None:
     torch.set_num_threads(1)
 
 
-def limit(cores: int | None = None) -> None:
-    """Let torch run on so many cores from now on; None: on those that are there for this process.
-
-    Torch itself asks for as many threads as the machine has cores, whatever a container may use.
-    """
-    torch.set_num_threads(cores or count())
-
-
 def keep_to_one() -> None:
     """Let the calling thread have no team, if `use` was called."""
     if _cores:
         torch.set_num_threads(1)
+
+
+def compile_options() -> dict[str, Any]:
+    """For torch.compile on a CPU: code that threads run side by side.
+
+    As C++ from end to end it lets go of the interpreter's lock; where Python calls one loop after
+    the other, the parts would take turns. Its teams are as large as their thread's.
+    """
+    return {"cpp_wrapper": True, "cpp.dynamic_threads": True}
 
 
 @contextmanager
@@ -145,44 +151,103 @@ def evaluate(
 ) -> Tensor:
     """The network's [N, …] of x, t and labels [N, …], its rows dealt to the cores.
 
-    With gradients, on a GPU, inside of a part, and where torch.compile has the network, which
-    must not be entered by two threads, the network alone. Raises what it raises.
+    With gradients, on a GPU, and inside of a part, the network alone. Raises what it raises.
     """
     inside = threading.current_thread().name.startswith(_NAME)
-    compiled = getattr(network, "_compiled_call_impl", None) is not None
-    alone = torch.is_grad_enabled() or inside or compiled or not x.shape[0]
-    if alone or x.device.type != "cpu":
+    if torch.is_grad_enabled() or inside or not x.shape[0] or x.device.type != "cpu":
         return network(x, t, labels)
     parts, threads = deal(x.shape[0], count(), large=large)
-    return side_by_side(network, x, t, labels, parts=parts, threads=threads)
+    in_turn = False
+    if getattr(network, "_compiled_call_impl", None) is not None:
+        kind = (x.dtype, labels is None, torch.is_inference_mode_enabled(), threads)
+        met = _compiled.setdefault(network, FirstTimes())
+        in_turn = met.any_new((size, *kind) for size in sizes(x.shape[0], parts))
+    return side_by_side(network, x, t, labels, parts=parts, threads=threads, in_turn=in_turn)
+
+
+class FirstTimes:
+    """What torch.compile was called with. At a call of a new kind it compiles, and two threads must
+    not do that at once; what is compiled any number may call."""
+
+    def __init__(self) -> None:
+        self._met: set[Hashable] = set()
+
+    def any_new(self, kinds: Iterable[Hashable]) -> bool:
+        """Whether some kind of call was never asked for before."""
+        before = len(self._met)
+        self._met.update(kinds)
+        return len(self._met) > before
+
+
+_compiled: WeakKeyDictionary[Network, FirstTimes] = WeakKeyDictionary()
 
 
 def side_by_side(
-    network: Network, x: Tensor, t: Tensor, labels: Tensor | None, *, parts: int, threads: int = 1
+    network: Network,
+    x: Tensor,
+    t: Tensor,
+    labels: Tensor | None,
+    *,
+    parts: int,
+    threads: int = 1,
+    at_once: int | None = None,
+    in_turn: bool = False,
 ) -> Tensor:
-    """The network's [N, …] in so many parts, nearly equal, each on a thread with its own team."""
+    """The network's [N, …] in so many parts, nearly equal: see `together`."""
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
 
     def evaluate(first: int, last: int) -> Tensor:
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
         with mode():
             chosen = None if labels is None else labels[first:last]
             return network(x[first:last], t[first:last], chosen)
 
-    ends = [i * x.shape[0] // parts for i in range(parts + 1)]
-    found = [
-        _threads(i).submit(evaluate, first, last) for i, (first, last) in enumerate(pairwise(ends))
-    ]
-    return torch.cat(_all(found)) if parts > 1 else found[0].result()
+    calls = [partial(evaluate, *ends) for ends in pairwise(cuts(x.shape[0], parts))]
+    found = together(calls, threads=threads, at_once=at_once, in_turn=in_turn)
+    return torch.cat(found) if parts > 1 else found[0]
 
 
-def _all(futures: list[Future[Tensor]]) -> list[Tensor]:
-    """The results, once all have ended: none may still be reading what the caller goes on with."""
+def cuts(rows: int, parts: int) -> list[int]:
+    """Where parts of nearly equal size begin, and the end of the last."""
+    return [i * rows // parts for i in range(parts + 1)]
+
+
+def sizes(rows: int, parts: int) -> set[int]:
+    """Of the parts."""
+    return {last - first for first, last in pairwise(cuts(rows, parts))}
+
+
+def together(
+    calls: Sequence[Callable[[], T]],
+    *,
+    threads: int = 1,
+    at_once: int | None = None,
+    in_turn: bool = False,
+) -> list[T]:
+    """What calls return, each made on a thread whose operations have a team of so many threads.
+
+    at_once: how many threads make them (None: one a call); whoever is done takes the next.
+    in_turn: one after the other. Raises the error of the first that failed, once all have ended.
+    """
+    workers = 1 if in_turn else min(at_once or len(calls), len(calls))
+    found: dict[int, T] = {}
+    left = deque(range(workers, len(calls)))
+
+    def work(i: int) -> None:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        found[i] = calls[i]()
+        while left:
+            try:
+                i = left.popleft()
+            except IndexError:  # another was quicker
+                return
+            found[i] = calls[i]()
+
+    futures = [_threads(i).submit(work, i) for i in range(workers)]
     errors = [error for error in (future.exception() for future in futures) if error is not None]
     if errors:
         raise errors[0]
-    return [future.result() for future in futures]
+    return [found[i] for i in range(len(calls))]
 
 
 _pool: list[ThreadPoolExecutor] = []

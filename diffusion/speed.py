@@ -9,6 +9,7 @@ from copy import deepcopy
 import torch
 import torch.nn.functional as F
 
+from diffusion import cores
 from diffusion.model import Model
 
 
@@ -23,7 +24,7 @@ def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool =
     network = network.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.conv_in = conv_in
     if compile:
-        network.compile()
+        network.compile(options=cores.compile_options() if model.device.type == "cpu" else None)
     return Model(model.config, network, model.digest)
 
 

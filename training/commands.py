@@ -56,7 +56,7 @@ def train(
     from training.trainer import Trainer
 
     folder = out or default_folder(config, resume)
-    cores.limit(threads)
+    cores.use(threads or cores.count())
     try:
         if resume and init is not None:
             raise StateError("--init starts a run and --resume goes on with one: give one of them")
@@ -175,7 +175,7 @@ def sample(threads: int | None, **options: object) -> None:
     from diffusion.sampling import NotFiniteError
     from training.sample import SampleOptions, draw
 
-    cores.limit(threads)
+    cores.use(threads or cores.count())
     options["model"] = find_model(str(options["model"]))
     out = str(options["out"])
     options["out"] = Path(out)

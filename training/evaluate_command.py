@@ -66,7 +66,7 @@ def evaluate(threads: int | None, **options: Any) -> None:
     from training.evaluate import EvaluateOptions
     from training.evaluate import evaluate as run
 
-    cores.limit(threads)
+    cores.use(threads or cores.count())
     model = find_model(options.pop("model"))
     out = options.pop("out") or Path("runs") / f"evaluate-{model.name}"
     named = options.pop("splits")

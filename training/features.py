@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion import cores
 from diffusion.model import Model
 from diffusion.noise import Purpose, image_normals
 from diffusion.sampling import chain
@@ -148,7 +149,8 @@ def draw_images(draw: Draw, indices: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _look(features: Features, images: Tensor) -> Looked:
-    found = features(images)
+    with cores.team():
+        found = features(images)
     found, logits = found if isinstance(found, tuple) else (found, None)
     for name, value in (("features", found), ("logits", logits)):
         if value is not None and value.ndim != 2:

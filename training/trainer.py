@@ -13,6 +13,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion import cores
 from diffusion.model import Model, ModelConfig, build_network
 from diffusion.sampling import sample
 from diffusion.speed import fast_dtype
@@ -21,6 +22,7 @@ from training.batches import Batch, Batches, dropout_seed
 from training.config import ConfigError, OptimizerConfig, TrainConfig
 from training.data import load_images
 from training.ema import EMA
+from training.gradients import Dealt
 from training.keeper import Keeper
 from training.loss import FORWARD_PROCESS, Loss, attach_process, split_process
 from training.pictures import class_columns, grid, save_picture
@@ -100,6 +102,7 @@ class Trainer:
         self.ema = EMA(self.network.parameters(), config.ema_decay)
         self.step = 0
         self.dtype = self._precision()
+        self.dealt = self._dealt()
         self._stop = Stop()
         self.keeper = Keeper(
             folder, config, self.network, self.ema, self.optimizer, self.timesteps, self.is_main
@@ -136,6 +139,17 @@ class Trainer:
         if self.device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
         return fast_dtype(Model(self.model_config, self.network))
+
+    def _dealt(self) -> Dealt | None:
+        """How rows are dealt to the cores of a CPU; None where they are not: among processes, who
+        share gradients on the way back, and with dropout, whose masks are drawn for all rows."""
+        alone = self.accelerator.num_processes == 1 and self.device.type == "cpu"
+        if not alone or self.config.network.dropout:
+            return None
+        large = Model(self.model_config, self.network).is_large
+        parts, threads = cores.deal(self._micro(), cores.count(), large=large)
+        parameters = list(self.network.parameters())
+        return Dealt(parameters, parts=parts, threads=threads, compiled=self.config.compile)
 
     @property
     def is_main(self) -> bool:
@@ -212,7 +226,10 @@ class Trainer:
         """Network and optimizer as accelerate wraps them, compiled if configured."""
         self.network.train()
         network, optimizer = self.accelerator.prepare(self.network, self.optimizer)
-        return (torch.compile(network) if self.config.compile else network), optimizer
+        if not self.config.compile:
+            return network, optimizer
+        options = None if self.dealt is None else cores.compile_options()
+        return torch.compile(network, options=options), optimizer
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal: all must leave the loop at the same step."""
@@ -234,16 +251,31 @@ class Trainer:
         for part in range(config.accumulate):
             batch = self.batches.at(first + part * micro * accelerator.num_processes, micro)
             with accelerator.accumulate(network), self._dropout_of(first + part):
-                loss = self.loss(network, batch)
-                accelerator.backward(loss)
+                loss = self._backward(network, batch)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(
                         self.network.parameters(), config.optimizer.grad_clip
                     )
                 optimizer.step()
                 optimizer.zero_grad()
-            total += loss.detach() / config.accumulate
+            total += loss / config.accumulate
         return accelerator.reduce(total, "mean"), norm
+
+    def _backward(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """Add the gradients of the configured loss on a batch, which is returned."""
+        if self.dealt is None:
+            with cores.team():
+                loss = self.loss(network, batch)
+                self.accelerator.backward(loss)
+            return loss.detach()
+        weight = self.timesteps.weight(batch.t) / len(batch.t)
+        losses = self.dealt.backward(
+            lambda rows: self.objective(network, rows, dtype=self.dtype),
+            batch,
+            weight / self.config.accumulate,
+        )
+        self.timesteps.record(batch.t, losses)
+        return (losses * weight).sum()
 
     @contextmanager
     def _dropout_of(self, position: int) -> Iterator[None]:

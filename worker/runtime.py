@@ -145,7 +145,10 @@ class Runtime:
         with self._telling:
             served = self.folder.served
             by_digest = self.engine.rates()
-            rates = {name: by_digest.get(s.model.digest, 0.0) for name, s in served.items()}
+            leaves = self._compiler.leaves
+            rates = {
+                name: by_digest.get(s.model.digest, 0.0) * leaves for name, s in served.items()
+            }
             info = WorkerInfo(
                 name=worker,
                 queue=self.settings.queue,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,20 +186,77 @@ def test_a_team_is_let_go_again() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_two_threads_never_enter_what_torch_compiles() -> None:
+def test_two_threads_never_compile_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Double(torch.nn.Module):
         def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
             return x * 2
 
-    seen = set()
+    compiling = threading.Lock()
+    compiled_for, ran_in = [], set()
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        seen.add(threading.get_ident())
-        return graph.forward
+        with compiling:
+            compiled_for.append(threading.get_ident())
+
+            def run(*inputs: Tensor) -> Any:
+                ran_in.add(threading.get_ident())
+                return graph.forward(*inputs)
+
+            return run
 
     network = Double()
     network.compile(backend=backend)
+    monkeypatch.setattr(cores, "_cores", 2)
     with torch.no_grad():
-        found = cores.evaluate(network, torch.ones(64, 1), torch.arange(64), None)
-    assert found.eq(2).all()
-    assert seen == {threading.get_ident()}
+        for rows in (8, 8, 9):
+            ran_in.clear()
+            found = cores.evaluate(network, torch.ones(rows, 1), torch.arange(rows), None)
+            assert found.eq(2).all() and len(found) == rows
+            assert len(ran_in) == 2, "what is compiled runs on all cores"
+    assert len(set(compiled_for)) <= 2
+
+
+def test_a_call_of_a_new_kind_has_its_turn() -> None:
+    first = cores.FirstTimes()
+    assert first.any_new([4]) and first.any_new([4, 5])
+    assert not first.any_new([5]) and not first.any_new([4, 5])
+    running, most = 0, 0
+
+    def call() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        threading.Event().wait(0.05)
+        running -= 1
+
+    cores.together([call] * 3, in_turn=True)
+    assert most == 1
+
+
+def test_who_is_done_takes_the_next_call() -> None:
+    slow, made_by = threading.Event(), {}
+
+    def call(i: int) -> int:
+        made_by[i] = threading.get_ident()
+        if i == 0:
+            assert slow.wait(10)
+        elif i == 4:
+            slow.set()
+        return i
+
+    calls = [partial(call, i) for i in range(5)]
+    assert cores.together(calls, at_once=2) == [0, 1, 2, 3, 4]
+    assert len({made_by[i] for i in (1, 2, 3, 4)} - {made_by[0]}) == 1
+
+
+def test_a_call_that_fails_among_more_calls_than_threads() -> None:
+    made = []
+
+    def call(i: int) -> None:
+        made.append(i)
+        if i == 1:
+            raise ValueError("of call 1")
+
+    with pytest.raises(ValueError, match="of call 1"):
+        cores.together([partial(call, i) for i in range(4)], at_once=2)
+    assert made.count(1) == 1 and {0, 1} <= set(made)

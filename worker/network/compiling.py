@@ -7,6 +7,7 @@ start has it at once. It is built for this processor, this number of threads and
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ from worker.network.network import Forward, Network, Tile
 from worker.network.networks import Networks
 
 log = logging.getLogger("ddpm.worker")
-MOST_SHAPES = 7  # compiled a model: 1 to 64
+MOST_SHAPES = 7  # compiled a model: on a GPU batches of 1 to 64
+COSTS = 0.15  # of the network's speed, while one is being compiled
 KEEP_S = 30 * 86_400.0
 USES = 50  # steps of about a size before it is worth a minute of compiling
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest output
@@ -74,6 +76,7 @@ class Job:
     tile: Tile
     package: Path
     process: subprocess.Popen[bytes]
+    lock: IO[bytes]  # held while it goes on
 
 
 class Compiler:
@@ -96,10 +99,25 @@ class Compiler:
             if self._job.process.poll() is None:
                 return
             self._collect(self._job)
+            self._job.lock.close()
             self._job = None
         wanted = self._most_wanted(served)
         if wanted is not None:
             self._begin(*wanted)
+
+    @property
+    def leaves(self) -> float:
+        """The share of its speed that the network keeps beside what is being compiled."""
+        return 1.0 if self._job is None else 1 - COSTS
+
+    def take_up(self, one: Compilable) -> None:
+        """Use all code of a model that was made in an earlier life, whatever is asked for."""
+        network = self._networks.prepare(one.model)
+        for tile in {network.tile(shape.rows) for shape in network.eager_shapes}:
+            package = self._folder / f"{_key(one, network, tile)}.pt2"
+            if self._enabled and package.is_file():
+                self._tried.add(package)
+                self._swap_in(one, network, tile, package)
 
     def close(self) -> None:
         """End a compilation that is under way."""
@@ -124,14 +142,18 @@ class Compiler:
         return best
 
     def _begin(self, served: Compilable, network: Network, tile: Tile, package: Path) -> None:
-        self._tried.add(package)
         if package.is_file():
+            self._tried.add(package)
             self._swap_in(served, network, tile, package)
             return
         if network.model.device.type == "cpu" and shutil.which("g++") is None:
             log.info("no g++ here: the network stays uncompiled")
             self._enabled = False
             return
+        lock = _lock(self._folder)
+        if lock is None:  # another worker's turn; what it makes may be what is wanted here
+            return
+        self._tried.add(package)
         log.info("compiling %s for %d rows at once in the background", served.name, tile.rows)
         arguments = [str(served.folder), served.model.digest, str(network.model.device)]
         arguments += [str(network.dtype).removeprefix("torch."), str(tile.rows)]
@@ -143,7 +165,7 @@ class Compiler:
                 stderr=output,
                 env={**environment(), "TORCHINDUCTOR_CACHE_DIR": str(self._folder / "inductor")},
             )
-        self._job = Job(served, network, tile, package, process)
+        self._job = Job(served, network, tile, package, process, lock)
 
     def _collect(self, job: Job) -> None:
         if job.process.returncode == 0:
@@ -244,6 +266,18 @@ def _sweep(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file() and path.stat().st_mtime < limit:
             path.unlink(missing_ok=True)
+
+
+def _lock(folder: Path) -> IO[bytes] | None:
+    """Held, one compilation goes on in this folder; None: another worker has it. It ends with the
+    file's being closed, or its process."""
+    file = (folder / "compiling.lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def _usable(folder: Path) -> bool:

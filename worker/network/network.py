@@ -22,6 +22,7 @@ EXACT_SIZES = (8, 4, 2, 1)
 WARM_UP_SIZES = (1, 4, 16, 64)
 WARM_UP_S = 0.3  # for each: a size is not tried that would take longer
 WARM_UPS = 5  # the quickest counts
+MOST_AT_ONCE = 8  # rows a call of compiled code on one core: no size is faster, and few are needed
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -105,11 +106,16 @@ class Network:
         return made | {"threads": cores.count()}
 
     def tile(self, rows: int) -> Tile:
-        """What is evaluated at once of a batch of `rows`: a part of it, on a GPU all."""
+        """What compiled code is called with for a batch of `rows`, as often as it needs.
+
+        On a GPU the whole batch. On a CPU of few sizes, since each takes half a minute to compile:
+        1, 2, 4 and 8 rows serve all batches, and whichever core is done takes the next ones.
+        """
         if self.model.device.type != "cpu":
             return Tile(rows, 1)
         parts, threads = cores.deal(rows, cores.count(), large=self.model.is_large)
-        return Tile(-(-rows // parts), threads)
+        each = 1 << (-(-rows // parts) - 1).bit_length()
+        return Tile(min(each, MOST_AT_ONCE), threads)
 
     def add_compiled(self, tile: Tile, forward: Forward) -> None:
         """Offer compiled code (x, t, labels) → raw output, to be called by several threads.
@@ -164,8 +170,10 @@ class Network:
         forward = self._compiled[tile]
         if x.device.type != "cpu":
             return forward(x, t, labels).to(torch.float32)
-        parts = x.shape[0] // tile.rows
-        out = cores.side_by_side(forward, x, t, labels, parts=parts, threads=tile.threads)
+        parts, at_once = x.shape[0] // tile.rows, max(1, cores.count() // tile.threads)
+        out = cores.side_by_side(
+            forward, x, t, labels, parts=parts, threads=tile.threads, at_once=at_once
+        )
         return out.to(torch.float32)
 
     @torch.inference_mode()

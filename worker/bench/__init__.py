@@ -1,0 +1,1 @@
+"""`ddpm bench`: what this machine gives, part by part."""
