@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from serving import HERE, OUR_PORT, PEER_PORT, ask_peer, ask_us, closed_loop, server
+from serving import HERE, OUR_PORT, PEER_PORT, Client, ask_peer, ask_us, closed_loop, server
 from training_speed import CONFIG, write_pictures
 
 import diffusion
@@ -29,6 +29,7 @@ from diffusion.diffusers.folder import export_diffusers
 from diffusion.speed import fast_dtype, prepare
 from training.config import load_config
 from training.trainer import Trainer
+from worker.bench.load import image_steps
 
 BUSY = (0, 1, 2)
 PATIENCE = 30.0  # seconds beyond the window for answers; the peer may give none
@@ -129,7 +130,21 @@ def step_rate(step: Callable[[], None], seconds: float) -> float:
     return count * 32 / (time.perf_counter() - began)
 
 
-def service(folder: Path, seconds: float) -> None:
+async def served(ask: Client, seconds: float) -> float:
+    """Image-steps/s: ours as the service counts them, the peer's when their job has ended."""
+    if ask is ask_peer:  # which takes seconds a batch: a short window would hold none
+        return await closed_loop(ask, 3 * seconds, patience=PATIENCE)
+    url = f"http://127.0.0.1:{OUR_PORT}"
+    load = asyncio.create_task(closed_loop(ask, seconds, patience=PATIENCE))
+    await asyncio.sleep(seconds / 3)
+    before, began = image_steps(url), time.perf_counter()
+    await asyncio.sleep(seconds)
+    rate = (await asyncio.to_thread(image_steps, url) - before) / (time.perf_counter() - began)
+    await load
+    return rate
+
+
+def service(folder: Path, seconds: float, only: str | None) -> None:
     """32 clients in a closed loop, jobs of 10 to 100 steps."""
     logs = Path(tempfile.mkdtemp(prefix="ddpm-bench-"))
     print(f"logs: {logs}", file=sys.stderr)
@@ -145,6 +160,8 @@ def service(folder: Path, seconds: float) -> None:
         ("ddpm-serve, two workers", [*ours, "--workers", "2"], OUR_PORT, "readyz", ask_us),
         ("LitServe, diffusers", peer, PEER_PORT, "health", ask_peer),
     ):
+        if only not in (None, name):
+            continue
         if ask is ask_us:
             data = Path(tempfile.mkdtemp(dir=logs))
             command = [*command, "--data", str(data)]
@@ -154,8 +171,10 @@ def service(folder: Path, seconds: float) -> None:
             with server(command, f"http://127.0.0.1:{port}/{path}", log):
                 asyncio.run(closed_loop(ask, seconds / 4, patience=PATIENCE))
                 with neighbours(busy):
-                    rates[name].append(asyncio.run(closed_loop(ask, seconds, patience=PATIENCE)))
+                    rates[name].append(asyncio.run(served(ask, seconds)))
         row(name, rates[name])
+    if only is not None:
+        return
     one, two, theirs = rates.values()
     print(f"\ntwo workers / one, alone: {two[0] / one[0]:.2f}")
     against = ", ".join(
@@ -170,6 +189,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parts = ("network", "training", "service")
     parser.add_argument("--only", choices=parts, help="default: all")
+    parser.add_argument("--server", help="of the servers, only this one, by its row's name")
     parser.add_argument("--compiled", action="store_true", help="training under torch.compile")
     parser.add_argument("--one", choices=["apart", "team"], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
@@ -183,7 +203,7 @@ def main() -> None:
     if "training" in wanted:
         training(arguments.seconds / 2, arguments.compiled)
     if "service" in wanted:
-        service(arguments.model, arguments.seconds)
+        service(arguments.model, arguments.seconds, arguments.server)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def measure(served: Served, code: Path, seconds: float, threads: int | None) -> 
     engine = EngineLoad(served.model, networks).rate(seconds)
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as scratch:
         models = served.folder.resolve().parent
-        with service(Path(scratch), models, threads) as url:
+        with service(Path(scratch), models, threads=threads) as url:
             first_s = first_picture(url, served.name)
             whole = service_rate(url, served.name, seconds)
     return Figures(limit, forward, engine, whole, first_s, compiled)

@@ -69,7 +69,7 @@ def _product(module: nn.Module, x: Tensor) -> Call:
         return partial(_mode(module), x)
     layout = (list(module.padding), list(module.stride), list(module.dilation), module.groups)
     # Weights in the processor's own order, which is done once, and not at each call.
-    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(module.weight, *layout, list(x.shape))
+    packed = torch.ops.mkldnn._reorder_convolution_weight(module.weight, *layout, list(x.shape))
     call = torch.ops.mkldnn._convolution_pointwise.default
     return _mode(partial(call, x, packed, module.bias, *layout, "none", [], ""))
 

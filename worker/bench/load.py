@@ -72,10 +72,13 @@ class EngineLoad:
 
 
 @contextmanager
-def service(folder: Path, models: Path, threads: int | None = None) -> Iterator[str]:
+def service(
+    folder: Path, models: Path, *, threads: int | None = None, workers: int = 1
+) -> Iterator[str]:
     """A `ddpm up` of its own, its files in the folder; gives its address. Raises LoadError."""
     log = folder / "up.log"
     command = command_of("ddpm", "up", "--port", "0", "--data", str(folder / "data"))
+    command += ["--workers", str(workers)]
     command += [] if threads is None else ["--threads", str(threads)]
     kept = {k: v for k, v in environment().items() if k != "REDIS_URL"}
     with log.open("w", encoding="utf-8") as output:
