@@ -135,7 +135,7 @@ async def served(ask: Client, seconds: float) -> float:
     if ask is ask_peer:  # which takes seconds a batch: a short window would hold none
         return await closed_loop(ask, 3 * seconds, patience=PATIENCE)
     url = f"http://127.0.0.1:{OUR_PORT}"
-    load = asyncio.create_task(closed_loop(ask, seconds, patience=PATIENCE))
+    load = asyncio.create_task(closed_loop(ask, seconds, patience=0))
     await asyncio.sleep(seconds / 3)
     before, began = image_steps(url), time.perf_counter()
     await asyncio.sleep(seconds)
@@ -169,9 +169,9 @@ def service(folder: Path, seconds: float, only: str | None) -> None:
         for busy in BUSY:  # a server each: what one could not answer must not burden the next
             log = logs / f"{len(rates)}-{busy}.log"
             with server(command, f"http://127.0.0.1:{port}/{path}", log):
-                asyncio.run(closed_loop(ask, seconds / 4, patience=PATIENCE))
                 with neighbours(busy):
                     rates[name].append(asyncio.run(served(ask, seconds)))
+                print(f"{name}, beside {busy}: {rates[name][-1]:.0f}", file=sys.stderr, flush=True)
         row(name, rates[name])
     if only is not None:
         return
