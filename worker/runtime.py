@@ -141,7 +141,7 @@ class Runtime:
         self._duties_at = time.monotonic() + DUTIES_S
         self._loader.scan()
         self._retire_strangers()
-        self._compiler.poll(self.folder.served.values())
+        self._compiler.poll(self.folder.served.values(), busy=bool(self.flights))
         with self._telling:
             served = self.folder.served
             by_digest = self.engine.rates()

@@ -31,6 +31,12 @@ def served(tmp_path: Path, make_model: Callable[..., Model]) -> Served:
     return one
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny network's steps take no time."""
+    monkeypatch.setattr(compiling, "WORTH_S", 0.02)
+
+
 def run(engine: Engine, model: Model, steps: int) -> None:
     table = build_table(model.schedule, steps=steps)
     engine.submit(Task(id="a", model=model, table=table, seed=1, starts=(Start(0),)))
@@ -65,9 +71,46 @@ def test_without_a_compiler_it_says_so_once(
     assert caplog.text.count("no g++ here") == 1
 
 
+def test_a_size_is_compiled_once_its_steps_took_long_enough(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sooner if there is nothing else to do; and what takes most of the time comes first."""
+    engine = Engine(lambda events: None)
+    network = engine.networks.prepare(served.model)
+    network.costs.spent = {1: 1.5, 4: 0.9}
+    monkeypatch.setattr(compiling, "WORTH_S", 10.0)
+    begun: list[int] = []
+    monkeypatch.setattr(Compiler, "_begin", lambda self, *wanted: begun.append(wanted[2].rows))
+    compiler = Compiler(engine.networks, tmp_path / "cache")
+    for _ in range(compiling.IDLE_LOOKS):
+        assert not begun
+        compiler.poll([served], busy=False)
+    assert begun == [1]
+    compiler.poll([served], busy=True)
+    assert begun == [1]
+    network.costs.spent = {1: 11.0, 3: 4.0, 4: 8.0}
+    compiler.poll([served], busy=True)
+    assert begun == [1, network.tile(4).rows]
+
+
+def test_one_worker_compiles_at_a_time(served: Served, tmp_path: Path) -> None:
+    engine = Engine(lambda events: None)
+    engine.networks.prepare(served.model).costs.spent[1] = 60.0
+    folder = tmp_path / "cache"
+    mine, others = Compiler(engine.networks, folder), compiling._lock(folder)
+    assert others is not None
+    mine.poll([served])
+    assert mine.leaves == 1 and not list(folder.glob("*.log"))
+    others.close()
+    mine.poll([served])
+    assert mine.leaves < 1 and compiling._lock(folder) is None
+    mine.close()
+
+
 def test_only_shapes_in_use_are_compiled(served: Served, tmp_path: Path) -> None:
     engine = Engine(lambda events: None)
-    run(engine, served.model, 10)
+    engine.networks.prepare(served.model).costs.spent.clear()
+    run(engine, served.model, 1)
     compiler = Compiler(engine.networks, tmp_path / "cache")
     compiler.poll([served])
     assert list((tmp_path / "cache").iterdir()) == []

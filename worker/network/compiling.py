@@ -10,14 +10,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -40,7 +39,12 @@ log = logging.getLogger("ddpm.worker")
 MOST_SHAPES = 7  # compiled a model: on a GPU batches of 1 to 64
 COSTS = 0.15  # of the network's speed, while one is being compiled
 KEEP_S = 30 * 86_400.0
-USES = 50  # steps of about a size before it is worth a minute of compiling
+# Seconds of stepping before a size is compiled, which takes half a minute of one core and makes its
+# steps a quarter to a half faster: soon repaid where there is more to come. A worker that was found
+# idle so many times in a row has nothing to lose.
+WORTH_S = 10.0
+WORTH_IDLE_S = 1.0
+IDLE_LOOKS = 5
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest output
 
 
@@ -87,14 +91,16 @@ class Compiler:
         self._folder = folder
         self._job: Job | None = None
         self._tried: set[Path] = set()
+        self._idle_looks = 0
         self._enabled = enabled and _usable(folder)
         if self._enabled:
             _sweep(folder)
 
-    def poll(self, served: Iterable[Compilable]) -> None:
+    def poll(self, served: Iterable[Compilable], *, busy: bool = True) -> None:
         """Call every few seconds. Never raises for a compilation that fails: eager code serves."""
         if not self._enabled:
             return
+        self._idle_looks = 0 if busy else self._idle_looks + 1
         if self._job is not None:
             if self._job.process.poll() is None:
                 return
@@ -128,17 +134,18 @@ class Compiler:
     def _most_wanted(
         self, served: Iterable[Compilable]
     ) -> tuple[Compilable, Network, Tile, Path] | None:
-        best, most = None, USES - 1
+        best = None
+        most = WORTH_IDLE_S if self._idle_looks >= IDLE_LOOKS else WORTH_S
         for one in served:
             network = self._networks.prepare(one.model)
-            for tile, uses in _uses(network).items():
+            for tile, spent in _spent(network).items():
                 package = self._folder / f"{_key(one, network, tile)}.pt2"
                 if package in self._tried:
                     continue
                 if package.is_file():  # made in an earlier life
-                    uses = sys.maxsize
-                if uses > most:
-                    best, most = (one, network, tile, package), uses
+                    spent = math.inf
+                if spent > most:
+                    best, most = (one, network, tile, package), spent
         return best
 
     def _begin(self, served: Compilable, network: Network, tile: Tile, package: Path) -> None:
@@ -224,12 +231,14 @@ def example(model: diffusion.Model, rows: int) -> tuple[Tensor, Tensor, Tensor |
     return x, t, t.long() % classes if classes else None
 
 
-def _uses(network: Network) -> dict[Tile, int]:
-    """Tile of a power of two → how many steps would have fitted it best; the few most used."""
-    uses: Counter[Tile] = Counter()
-    for rows, count in network.uses.copy().items():
-        uses[network.tile(1 << (rows - 1).bit_length())] += count
-    return dict(uses.most_common(MOST_SHAPES))
+def _spent(network: Network) -> dict[Tile, float]:
+    """Seconds of stepping uncompiled in batches that would call a tile; the few most."""
+    spent: dict[Tile, float] = {}
+    for rows, seconds in network.costs.spent.copy().items():
+        tile = network.tile(1 << (rows - 1).bit_length())
+        spent[tile] = spent.get(tile, 0.0) + seconds
+    most = sorted(spent, key=lambda tile: spent[tile], reverse=True)[:MOST_SHAPES]
+    return {tile: spent[tile] for tile in most}
 
 
 def _key(served: Compilable, network: Network, tile: Tile) -> str:

@@ -36,9 +36,12 @@ class CostModel:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._steps: dict[Shape, deque[tuple[float, float]]] = {}  # (seconds, when)
+        self.spent: dict[int, float] = {}  # seconds of uncompiled steps by their rows
 
     def record(self, shape: Shape, seconds: float) -> None:
         """One step took so long. The first of each shape is not counted: it also prepares it."""
+        if not shape.compiled:
+            self.spent[shape.rows] = self.spent.get(shape.rows, 0.0) + seconds
         if shape not in self._steps:
             self._steps[shape] = deque(maxlen=RECENT)
             return
@@ -46,7 +49,8 @@ class CostModel:
 
     def _fresh(self, shape: Shape) -> list[float]:
         limit = self._clock() - FORGET_AFTER
-        return [seconds for seconds, when in self._steps.get(shape, ()) if when > limit]
+        steps = list(self._steps.get(shape, ()))  # at once: another thread may be asking
+        return [seconds for seconds, when in steps if when > limit]
 
     def seconds(self, shape: Shape) -> float:
         """The quickest recent step: one that waited for the processor says nothing of a shape.
@@ -73,7 +77,9 @@ class CostModel:
 
         What a queue is worked off at: it fills the batches that a few samples leave half empty.
         """
-        known = [(shape.rows, [s for s, _ in steps]) for shape, steps in list(self._steps.items())]
+        known = [
+            (shape.rows, [s for s, _ in list(steps)]) for shape, steps in list(self._steps.items())
+        ]
         return max((rows / min(seconds) for rows, seconds in known if seconds), default=0.0)
 
     def best(self, waiting: int, shapes: Iterable[Shape], at_least: int = 1) -> Shape:
