@@ -130,6 +130,7 @@ class Compiler:
         if self._job is not None:
             self._job.process.kill()
             self._job.process.wait()
+            self._job.lock.close()
 
     def _most_wanted(
         self, served: Iterable[Compilable]
