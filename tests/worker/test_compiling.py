@@ -34,7 +34,7 @@ def served(tmp_path: Path, make_model: Callable[..., Model]) -> Served:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny network's steps take no time."""
-    monkeypatch.setattr(compiling, "WORTH_S", 0.02)
+    monkeypatch.setattr(compiling, "WORTH_S", 0.0)
 
 
 def run(engine: Engine, model: Model, steps: int) -> None:
@@ -105,15 +105,6 @@ def test_one_worker_compiles_at_a_time(served: Served, tmp_path: Path) -> None:
     mine.poll([served])
     assert mine.leaves < 1 and compiling._lock(folder) is None
     mine.close()
-
-
-def test_only_shapes_in_use_are_compiled(served: Served, tmp_path: Path) -> None:
-    engine = Engine(lambda events: None)
-    engine.networks.prepare(served.model).costs.spent.clear()
-    run(engine, served.model, 1)
-    compiler = Compiler(engine.networks, tmp_path / "cache")
-    compiler.poll([served])
-    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_folder_that_others_may_write_to_is_refused(
