@@ -51,11 +51,12 @@ def test_the_verdict_is_in_words() -> None:
     good = Figures(400, 310, 305, 300, first_s=0.8, compiled=True)
     assert "| the engine | 305 | 0.98 |" in table(good)
     said = verdict(good)
-    assert said[0].startswith("The network has 0.78 of the speed of what its convolutions alone")
-    assert all(line.endswith("well.") for line in said[:3])
-    assert "as wanted" in said[3] and "6.0 pictures/s of 50 steps" in said[4]
+    assert said[0] == "The network has 0.78 of the speed of its convolutions alone, as wanted."
+    assert all(line.endswith("as wanted.") for line in said[:4])
+    assert "6.0 pictures/s of 50 steps" in said[4]
     bad = verdict(Figures(400, 200, 100, 50, first_s=3.0, compiled=False))
-    assert "uncompiled" in bad[1] and "badly" in bad[2] and "more than the 2 wanted" in bad[4]
+    assert "uncompiled" in bad[1] and "longer than the 2 wanted" in bad[4]
+    assert "the engine, short of the 0.90 wanted" in bad[3]
     on_a_gpu = Figures(0, 200, 190, 180, first_s=1, compiled=True)
     assert "convolutions" not in table(on_a_gpu) + " ".join(verdict(on_a_gpu))
 

@@ -146,7 +146,7 @@ def verdict(found: Figures) -> list[str]:
     said = []
     if found.limit:
         share, good = found.forward / found.limit, GOOD["network"]
-        said.append(_judged("The network", share, good, "what its convolutions alone would take"))
+        said.append(_judged("The network", share, good, "its convolutions alone"))
     if not found.compiled:
         said.append("It ran uncompiled: a worker compiles what it uses in the background.")
     for name, share in (
@@ -155,7 +155,7 @@ def verdict(found: Figures) -> list[str]:
     ):
         of = "the network alone" if name == "engine" else "the engine"
         said.append(_judged(f"The {name}", share, GOOD[name], of))
-    soon = "as wanted" if found.first_s < FIRST_S else f"more than the {FIRST_S:.0f} wanted"
+    soon = "as wanted" if found.first_s < FIRST_S else f"longer than the {FIRST_S:.0f} wanted"
     said.append(f"The first picture of a fresh service took {found.first_s:.1f} s, {soon}.")
     fast = found.service / 50
     said.append(f"So: about {fast:.1f} pictures/s of 50 steps, or {fast * 5:.1f} of 10 steps.")
@@ -163,5 +163,5 @@ def verdict(found: Figures) -> list[str]:
 
 
 def _judged(part: str, share: float, good: float, of: str) -> str:
-    well = "well" if share >= good else "badly: something else ran, or a fault"
-    return f"{part} has {share:.2f} of the speed of {of} ({good:.2f} or more is wanted): {well}."
+    well = "as wanted" if share >= good else f"short of the {good:.2f} wanted"
+    return f"{part} has {share:.2f} of the speed of {of}, {well}."

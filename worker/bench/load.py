@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from worker.network.networks import Networks
 
 IMAGES, STEPS, CLIENTS = 16, 50, 8  # a job, and how many are under way: 128 chains
 _READY_S = 120.0
+_NOT_OURS = {"REDIS_URL", "DDPM_API_KEYS", "DDPM_API_KEYS_FILE"}  # of the service that is run here
 
 
 class LoadError(RuntimeError):
@@ -80,7 +80,7 @@ def service(
     command = command_of("ddpm", "up", "--port", "0", "--data", str(folder / "data"))
     command += ["--workers", str(workers)]
     command += [] if threads is None else ["--threads", str(threads)]
-    kept = {k: v for k, v in environment().items() if k != "REDIS_URL"}
+    kept = {name: value for name, value in environment().items() if name not in _NOT_OURS}
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env={**kept, "DDPM_MODELS": str(models)}
@@ -156,9 +156,7 @@ def first_picture(url: str, model: str) -> float:
 def ask(url: str, body: dict[str, object] | None = None) -> dict[str, str]:
     """The JSON that a GET, or a POST of this body, is answered with. Raises OSError, ValueError."""
     data = None if body is None else json.dumps(body).encode()
-    key = os.environ.get("DDPM_API_KEY")
     headers = {"Content-Type": "application/json"}
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(url, data=data, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         found: dict[str, str] = json.load(answer)
