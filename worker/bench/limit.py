@@ -65,7 +65,7 @@ def products(network: nn.Module, *inputs: Tensor | None) -> list[Call]:
 
 
 def _product(module: nn.Module, x: Tensor) -> Call:
-    if not isinstance(module, nn.Conv2d) or not torch.backends.mkldnn.is_available():
+    if not isinstance(module, nn.Conv2d) or not torch._C._has_mkldnn:
         return partial(_mode(module), x)
     layout = (list(module.padding), list(module.stride), list(module.dilation), module.groups)
     # Weights in the processor's own order, which is done once, and not at each call.
