@@ -27,7 +27,7 @@ def trained(config_file: Path, folder: Path, *overrides: str) -> Trainer:
     "overrides",
     [
         [],
-        ["objective=vlb", "sigma=learned", "network.learned_variance=true"],
+        ["objective=vlb", "variance=learned", "network.learned_variance=true"],
         ["objective=vlb", "schedule.kind=learned"],
         ["precision=bf16"],
     ],
