@@ -49,6 +49,11 @@ def use(cores: int) -> None:
     torch.set_num_threads(1)
 
 
+def limit(cores: int | None = None) -> None:
+    """Let torch run on so many cores from now on; None: on those that are there for this process."""
+    torch.set_num_threads(cores or count())
+
+
 def keep_to_one() -> None:
     """Let the calling thread have no team, if `use` was called."""
     if _cores:
@@ -159,7 +164,7 @@ def evaluate(
     parts, threads = deal(x.shape[0], count(), large=large)
     in_turn = False
     if getattr(network, "_compiled_call_impl", None) is not None:
-        kind = (x.dtype, labels is None, torch.is_inference_mode_enabled(), threads)
+        kind = (x.dtype, t.dtype, labels is None, torch.is_inference_mode_enabled(), threads)
         met = _compiled.setdefault(network, FirstTimes())
         in_turn = met.any_new((size, *kind) for size in sizes(x.shape[0], parts))
     return side_by_side(network, x, t, labels, parts=parts, threads=threads, in_turn=in_turn)
