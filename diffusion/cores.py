@@ -50,7 +50,7 @@ def use(cores: int) -> None:
 
 
 def limit(cores: int | None = None) -> None:
-    """Let torch run on so many cores from now on; None: on those that are there for this process."""
+    """Let torch run on so many cores from now on; None: on those that are there."""
     torch.set_num_threads(cores or count())
 
 
