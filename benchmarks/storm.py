@@ -272,6 +272,8 @@ class Load(threading.Thread):
                 self.stage.posted.add(job_id)
                 self.row.accepted += 1
                 return
+            if reply.status_code == 422 and "/model: " in reply.text:  # it is away: not taken in
+                return
             if reply.status_code != 503:
                 raise RuntimeError(f"refused: {reply.status_code} {reply.text}")
             time.sleep(0.2)
