@@ -244,11 +244,11 @@ def move_clock(stage: Stage) -> None:
 
 def faked_clock(folder: Path) -> dict[str, str]:
     """The environment in which a file tells the time. Raises Skipped."""
-    libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-    if (found := importlib.util.find_spec("libfaketime")) is not None:
-        libraries += sorted(Path(str(found.origin)).parent.rglob("*.so*"))
+    # Not Debian's 0.9.10: under it a sleep to a time that has just passed is an error.
+    found = importlib.util.find_spec("libfaketime")
+    libraries = [] if found is None else sorted(Path(str(found.origin)).parent.rglob("*.so*"))
     if not libraries:
-        raise Skipped("libfaketime is not installed (apt or pip install libfaketime)")
+        raise Skipped("libfaketime is not installed (pip install libfaketime)")
     clock = folder / "clock"
     clock.write_text("+0h\n")
     return {
