@@ -259,7 +259,10 @@ def faked_clock(folder: Path) -> dict[str, str]:
     }
 
 
-ON_OTHER = (*REQUESTS[:3], *({"model": "other", "seed": i, "steps": 50} for i in range(2)))
+ON_OTHER = (
+    *REQUESTS[:3],
+    *({"deterministic": True, "model": "other", "seed": i, "steps": 50} for i in range(2)),
+)
 FAULTS: dict[str, Fault] = {
     "kill -9 a worker, every 20 s": Fault(kill_worker, 10, 20.0),
     "kill -9 a worker, every 2 s": Fault(kill_worker, 20, 2.0),
