@@ -9,6 +9,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from jobs.store.writer import JobStore
 
 TOGETHER = 32  # posts under way
 WARM_UP = 500  # jobs before the first look: what is filled once is no leak
+STREAMS_S = 30.0  # for all to be open
+Look = tuple[float, float, float, float]
 
 
 def soak(jobs: int, streams: int) -> bool:
@@ -59,23 +62,43 @@ async def _soak(stage: Stage, jobs: int, streams: int) -> bool:
         base_url=stage.url, timeout=120, trust_env=False, limits=limits
     ) as client:
         ended = await _post_all(client, WARM_UP)
-        idle = await client.post("/generate", json={"model": "idle", "ttl_s": 1})
-        job_id = idle.raise_for_status().json()["id"]
         await asyncio.to_thread(_forgotten, stage)
-        before = _look(stage)
-        following = [asyncio.create_task(_follow(client, job_id)) for _ in range(streams)]
-        ended += await _post_all(client, jobs)
-        during = _look(stage)
-        await client.delete(f"/jobs/{job_id}")  # which ends the streams
-        closed = sum([await task for task in following])
+        looks = {"before": _look(stage)}
+        closed = await _wave(client, streams)
         await asyncio.to_thread(_forgotten, stage)
-        after = _look(stage)
-    print(f"{jobs + WARM_UP} jobs: {dict(ended)}; {closed} of {streams} streams ended in order")
+        looks["after the streams alone"] = _look(stage)
+        closed += await _wave(client, streams, while_open=_load(client, jobs, ended, stage, looks))
+        await asyncio.to_thread(_forgotten, stage)
+        looks["after"] = _look(stage)
+    print(f"{jobs + WARM_UP} jobs: {dict(ended)}; {closed} of 2 × {streams} streams ended in order")
     print("| | API, MiB | workers, MiB | Redis, MiB | keys |\n|---|---|---|---|---|")
-    for name, row in (("before", before), ("under load", during), ("after", after)):
+    for name, row in looks.items():
         print(f"| {name} | {' | '.join(f'{value:.0f}' for value in row)} |", flush=True)
-    left = after[3] - before[3]
-    return ended == {"succeeded": jobs + WARM_UP} and closed == streams and left <= 0
+    left = looks["after"][3] - looks["before"][3]
+    return ended == {"succeeded": jobs + WARM_UP} and closed == 2 * streams and left <= 0
+
+
+async def _load(
+    client: httpx.AsyncClient, jobs: int, ended: Counter[str], stage: Stage, looks: dict[str, Look]
+) -> None:
+    ended += await _post_all(client, jobs)
+    looks["under load"] = _look(stage)
+
+
+async def _wave(
+    client: httpx.AsyncClient, streams: int, *, while_open: Coroutine[Any, Any, None] | None = None
+) -> int:
+    """Streams of one job that waits until it is deleted; how many ended in order.
+
+    There are two such waves, since what a process takes for its first thousand connections it
+    keeps: a leak is what the second adds.
+    """
+    idle = await client.post("/generate", json={"model": "idle", "ttl_s": 1})
+    job_id = idle.raise_for_status().json()["id"]
+    following = [asyncio.create_task(_follow(client, job_id)) for _ in range(streams)]
+    await (while_open or asyncio.sleep(STREAMS_S))
+    await client.delete(f"/jobs/{job_id}")  # which ends the streams
+    return sum([await task for task in following])
 
 
 async def _post_all(client: httpx.AsyncClient, jobs: int) -> Counter[str]:
@@ -128,7 +151,7 @@ def _forgotten(stage: Stage) -> None:
     time.sleep(15)  # RQ forgets by itself
 
 
-def _look(stage: Stage) -> tuple[float, float, float, float]:
+def _look(stage: Stage) -> Look:
     """MiB of the API, of the workers and of Redis; keys."""
     held = [psutil.Process(p.pid).memory_info().rss / 2**20 for p in (stage.api, *stage.workers)]
     info: Any = stage.redis.info("memory")
