@@ -6,7 +6,7 @@ import pytest
 
 from diffusion.samplers import SAMPLERS, build_table
 from diffusion.schedule import linear_schedule
-from jobs.cards import ModelCard
+from jobs.cards import ModelCard, SamplerTraits
 from jobs.errors import SpecError
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
@@ -19,6 +19,10 @@ CARD = ModelCard(
     queue="q",
     shape=(1, 8, 8),
     betas=tuple(SCHEDULE.betas.tolist()),
+    samplers={
+        name: SamplerTraits(options=sampler.options, corrector_only=sampler.corrector_only)
+        for name, sampler in SAMPLERS.items()
+    },
 )
 
 
