@@ -51,5 +51,5 @@ def test_a_new_sampler_is_one_function_and_one_entry(
     assert (table.coefficients == wanted.coefficients).all()
     with pytest.raises(SpecError, match="is for sampler ddpm, not halfway"):
         admit(GenerateSpec(sampler="halfway", variance="large"), card, Settings())
-    with pytest.raises(SpecError, match="runs ddpm, ddim, .*langevin, halfway"):
+    with pytest.raises(SpecError, match=r"runs ddpm, ddim, .*langevin, halfway"):
         admit(GenerateSpec(sampler="other"), card, Settings())
