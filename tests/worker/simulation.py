@@ -157,7 +157,7 @@ class Puppet:
         self.runtime.engine.networks = world.networks
         quiet: Any = self.runtime
         quiet._loader.scan = lambda: None
-        quiet._compiler.poll = lambda served: None
+        quiet._compiler.poll = lambda served, busy: None
         self.rq = EngineWorker(self.runtime, connection, name=name)
         self.rq.register_birth()  # type: ignore[no-untyped-call]
         self.frozen = self.dead = False
