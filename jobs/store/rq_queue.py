@@ -100,7 +100,8 @@ class Queues:
         """Do something to a job, if there is one.
 
         RQ lists the executions of a job and then reads each; one that a worker ends in between
-        is a ValueError, and gone at the next look.
+        is a ValueError, and gone at the next look. So is a job that expires in between, of which
+        RQ says InvalidJobOperation.
         """
         for attempt in range(LOOKS):
             job = self._fetch(job_id)
@@ -108,7 +109,7 @@ class Queues:
                 return
             try:
                 return act(job)
-            except ValueError:
+            except (ValueError, InvalidJobOperation, NoSuchJobError):
                 if attempt == LOOKS - 1:
                     raise
 

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from redis.exceptions import ResponseError
+from rq.job import Job
 
 from jobs.states import TRANSITIONS, Status
 from jobs.store import keys
 from jobs.store.batch import Fate, InBatch
 from jobs.store.janitor import Janitor
+from jobs.store.rq_queue import Queues
 from jobs.store.writer import JobStore, Started, WorkerInfo
 
 Submit = Callable[..., str]
@@ -259,3 +261,21 @@ def test_every_move_is_in_the_table(store: JobStore, submit: Submit) -> None:
 def test_a_move_outside_the_table_is_an_error(store: JobStore, submit: Submit) -> None:
     with pytest.raises(ResponseError, match="queued to succeeded"):
         store.finish(submit(), "", Status.SUCCEEDED)
+
+
+@pytest.mark.parametrize("act", [Queues.delete, Queues.cancel])
+def test_a_job_that_expires_under_the_hands_of_rq_is_gone(
+    store: JobStore,
+    submit: Submit,
+    monkeypatch: pytest.MonkeyPatch,
+    act: Callable[[Queues, str], None],
+) -> None:
+    fetch = Queues._fetch
+
+    def fetch_and_expire(queues: Queues, job_id: str) -> Job | None:
+        job = fetch(queues, job_id)
+        store.redis.delete(Job.key_for(job_id))
+        return job
+
+    monkeypatch.setattr(Queues, "_fetch", fetch_and_expire)
+    act(Queues(store.redis), submit())
