@@ -17,7 +17,7 @@ from diffusion import cores
 from diffusion.flow import dequantised, flow_row, gathered, log_prior, probes
 from diffusion.model import Estimate
 from worker.engine.flows import FlowTask
-from worker.engine.pool import Batch, Int64, Step, labels_of
+from worker.engine.pool import Batch, Int64, Step, without_slots
 from worker.engine.runs import Run, Sample
 from worker.engine.tasks import Densities, Event, States
 from worker.network.costs import Shape
@@ -84,14 +84,7 @@ class FlowPool:
 
     def batch(self, samples: list[Sample]) -> Batch:
         """Strands to be stepped together, again and again."""
-        return Batch(
-            samples=samples,
-            slots=np.zeros(0, np.int64),
-            network_rows=len(samples),
-            labels=labels_of(self.network.model, samples),
-            guided=None,
-            guidance=None,
-        )
+        return without_slots(self.network.model, samples)
 
     def step(self, batch: Batch, shape: Shape) -> FlowStep:
         """Step every strand of the batch a row further.

@@ -61,7 +61,7 @@ class Step:
 
 
 class Pool(Protocol):
-    """Chains have one with slots on the device, the terms of likelihoods one without."""
+    """Chains have one with slots on the device, likelihoods those without."""
 
     network: Network
     device: torch.device
@@ -83,6 +83,18 @@ class Pool(Protocol):
 
     def step(self, batch: Batch, shape: Shape) -> Step:
         """Step every sample of the batch. An exception leaves the state of all as it was."""
+
+
+def without_slots(model: Model, samples: list[Sample]) -> Batch:
+    """The batch of a pool that holds no slots on the device."""
+    return Batch(
+        samples=samples,
+        slots=np.zeros(0, np.int64),
+        network_rows=len(samples),
+        labels=labels_of(model, samples),
+        guided=None,
+        guidance=None,
+    )
 
 
 def labels_of(model: Model, samples: Sequence[Sample], extra: int = 0) -> Tensor | None:

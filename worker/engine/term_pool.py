@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.bound import bound_table
 from diffusion.likelihood import evaluate_output, likelihood_x_t
-from worker.engine.pool import Batch, Int64, Step, labels_of
+from worker.engine.pool import Batch, Int64, Step, without_slots
 from worker.engine.runs import Run, Sample
 from worker.engine.tasks import Event, States, Terms
 from worker.engine.terms import TermTask
@@ -74,14 +74,7 @@ class TermPool:
 
     def batch(self, samples: list[Sample]) -> Batch:
         """Strands to be stepped together, again and again."""
-        return Batch(
-            samples=samples,
-            slots=np.zeros(0, np.int64),
-            network_rows=len(samples),
-            labels=labels_of(self.network.model, samples),
-            guided=None,
-            guidance=None,
-        )
+        return without_slots(self.network.model, samples)
 
     def step(self, batch: Batch, shape: Shape) -> TermStep:
         """Evaluate one term of every strand of the batch.
