@@ -4,9 +4,9 @@ With x̃ = x/√ᾱ and σ̃ = √((1−ᾱ)/ᾱ) the flow is dx̃/dσ̃ = ε̂.
 
     dx̃/dτ = ε̂/√ᾱ,    ln p_0(x_0) = ln N(x_T; 0, I) + (D/2) ln ᾱ_T + ∫ div_x ε̂ dτ
 
-from the image (τ = 0) to T; D/2 ln ᾱ_T is the change of coordinates at T. Both by Heun's rule, at
-indices of the table, so of second order; the divergence by Hutchinson's estimator, e·(∂ε̂/∂x)e with
-e of ±1. It is an estimate of the model's density, no bound.
+from the image (τ = 0) to T; D/2 ln ᾱ_T is the change of coordinates at T. At indices of the table
+and of second order: x̃ by Heun's rule, the integral by trapezoids of ln τ; the divergence by
+Hutchinson's estimator, e·(∂ε̂/∂x)e with e of ±1. It is an estimate of the model's density, no bound.
 
 Each draw is a strand of rows (`flow_table`), whose state between two rows is x̃ and what of the sum
 is there: rows of different strands can be evaluated together.
