@@ -16,9 +16,9 @@ from diffusion import cores
 from diffusion.files import CheckpointError
 from diffusion.parameterization import coefficients_at, reading_table, x_start_coefficients
 from diffusion.presets import Preset, presets_of
-from diffusion.samplers import SamplingDefaults, build_table
+from diffusion.samplers import SamplingDefaults, build_table, samplers_of
 from diffusion.schedule import Schedule, ScheduleConfig
-from diffusion.table import SamplerError, SamplerTable
+from diffusion.table import SamplerError, SamplerTable, check_name
 from diffusion.tuned import TUNED, tuned_table
 from diffusion.unet import UNet, UNetConfig
 
@@ -187,6 +187,7 @@ class Model:
         Raises SamplerError naming the option.
         """
         if sampler != TUNED:
+            check_name("sampler", sampler, samplers_of(self.config.sampling))
             options |= {"start": start, "corrector_steps": corrector_steps, "travel": travel}
             return build_table(self.schedule, sampler=sampler, steps=steps, **options)
         if start is not None:

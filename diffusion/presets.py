@@ -2,7 +2,8 @@
 
 A model may say its own in `card.json`, chosen from what was measured of it
 (`ddpm evaluate --quality`). For the others: fast is DDIM in 20 steps, balanced the model's own
-default, faithful the paper's chain of all T.
+default, faithful the paper's chain of all T. A consistency model, which has no other sampler, takes
+1 evaluation, its default, and 4.
 """
 
 from __future__ import annotations
@@ -59,12 +60,11 @@ def presets_of(
 ) -> dict[str, Preset]:
     """Every preset of a model with this default and T; own: what it says of itself."""
     steps = min(sampling.steps or DEFAULT_STEPS, T)
-    found = {
-        "fast": Preset("ddim", min(FAST_STEPS, T)),
-        "balanced": Preset(sampling.sampler, steps, sampling.spacing),
-        "faithful": Preset("ddpm", T),
-        **(own or {}),
-    }
+    fast, faithful = Preset("ddim", min(FAST_STEPS, T)), Preset("ddpm", T)
+    if sampling.sampler == "consistency":
+        fast, faithful = (Preset(sampling.sampler, min(n, T), sampling.spacing) for n in (1, 4))
+    balanced = Preset(sampling.sampler, steps, sampling.spacing)
+    found = {"fast": fast, "balanced": balanced, "faithful": faithful, **(own or {})}
     for name, preset in found.items():
         if preset.steps > T:
             raise SamplerError(f"presets: {name}: steps = {preset.steps}: must be at most T = {T}")

@@ -1,8 +1,9 @@
 """The samplers: each a function that makes a table, and an entry in SAMPLERS.
 
 Ancestral sampling: Ho et al. 2020, algorithm 2; over a sub-sequence, with the posterior of each
-jump. DDIM: Song et al. 2021, eq. 12. DPM-Solver++ and UniPC: `diffusion.multistep`. Annealed
-Langevin dynamics and correctors: `diffusion.langevin`.
+jump. DDIM: Song et al. 2021, eq. 12. Of a consistency model: Song et al. 2023, algorithm 1.
+DPM-Solver++ and UniPC: `diffusion.multistep`. Annealed Langevin dynamics and correctors:
+`diffusion.langevin`.
 """
 
 from __future__ import annotations
@@ -93,6 +94,21 @@ def ddim(
     return stepping(ts, rows)
 
 
+def consistency(
+    schedule: Schedule, timesteps: Sequence[float], *, clip: bool = True
+) -> SamplerTable:
+    """x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s) z: to the image, and with fresh noise to the next timestep.
+
+    For a model whose x̂_0 is a sample, not a mean: one trained with the objective `consistency`.
+    """
+    ts = checked_timesteps(schedule.T, timesteps)
+    rows = empty_rows(len(ts), clip)
+    for i, s in enumerate([*ts[1:], -1]):
+        noise = math.sqrt(schedule.one_minus_alpha_bar(s))
+        put(rows, i, a=math.sqrt(schedule.alpha_bar(s)), c=noise)
+    return stepping(ts, rows)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """One way to walk the reverse chain.
@@ -100,13 +116,15 @@ class Sampler:
     table: (schedule, timesteps, clip=…, …) → SamplerTable. takes: which of `build_table`'s options
     it is told besides. corrector_only: it is made of Langevin steps, `corrector_steps` at each
     level; after the rows of any other, correctors can follow. least: evaluations from pure noise,
-    of a T of 1000, below which what comes out is clearly worse.
+    of a T of 1000, below which what comes out is clearly worse. own_only: it is for models that are
+    trained for it, and say so as their default.
     """
 
     table: Callable[..., SamplerTable]
     takes: tuple[str, ...] = ()
     corrector_only: bool = False
     least: int = 1
+    own_only: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -128,6 +146,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m": Sampler(dpmpp_2m, least=8),
     "dpmpp_3m": Sampler(dpmpp_3m, least=8),
     "unipc": Sampler(unipc, least=6),
+    "consistency": Sampler(consistency, own_only=True),
     "langevin": Sampler(
         annealed_langevin, ("corrector_steps", "branch"), corrector_only=True, least=200
     ),
@@ -187,6 +206,12 @@ class SamplingDefaults:
             own = self.steps if found["sampler"] == self.sampler else None
             found["steps"] = min(own or DEFAULT_STEPS, most)
         return found
+
+
+def samplers_of(sampling: SamplingDefaults) -> dict[str, Sampler]:
+    """Those that a model of this default can be sampled with."""
+    own = sampling.sampler
+    return {name: its for name, its in SAMPLERS.items() if name == own or not its.own_only}
 
 
 def build_table(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import Purpose, normals, uniform_words
+from training.consistency import Stages
 from training.data import Images
 from training.timesteps import Timesteps, UniformTimesteps
 
@@ -28,12 +29,16 @@ def dropout_seed(seed: int, position: int) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """x_start [N, C, H, W] in [−1, 1]; t [N] index; eps like x_start; class_label [N] or None."""
+    """x_start [N, C, H, W] in [−1, 1]; t [N] index; eps like x_start; class_label [N] or None.
+
+    r: [N], the index −1..t−1 whose x̂_0 teaches that of t, in consistency tuning; else None.
+    """
 
     x_start: Tensor
     t: Tensor
     eps: Tensor
     class_label: Tensor | None
+    r: Tensor | None = None
 
 
 class Order:
@@ -73,9 +78,11 @@ class Batches:
         labelled: bool,
         device: torch.device,
         timesteps: Timesteps | None = None,
+        stages: Stages | None = None,
     ) -> None:
         self.images, self.seed, self.device = images, seed, device
         self.timesteps = UniformTimesteps(T) if timesteps is None else timesteps
+        self.stages = stages
         self.flips, self.labelled = flips, labelled
         self.null_label, self.label_dropout = null_label, label_dropout
         self.order = Order(seed, len(images))
@@ -101,4 +108,5 @@ class Batches:
         eps = normals(
             seeds, index, rows=row, purpose=Purpose.TRAINING, shape=tuple(x_start.shape[1:])
         )
-        return Batch(x_start, t, eps, labels if self.labelled else None)
+        r = None if self.stages is None else self.stages.earlier(t, p)
+        return Batch(x_start, t, eps, labels if self.labelled else None, r)

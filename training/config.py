@@ -24,6 +24,7 @@ from diffusion.table import SamplerError
 from diffusion.unet import NetworkConfigError, UNetConfig
 
 SHIPPED = Path(__file__).parent / "configs"
+CONSISTENT = {"sampler": "consistency", "spacing": "trailing", "steps": 2}  # sampling
 RENAMED = {"sigma": "variance"}  # of the whole file: what a key was called until 0.2
 
 
@@ -70,6 +71,28 @@ class OptimizerConfig(Section):
     grad_clip: float = Field(default=1.0, gt=0)
 
 
+class ConsistencyConfig(Section):
+    """The stages of objective = "consistency": see `training.consistency`.
+
+    gaps: of each stage, 1 − σ_r/σ_t; 1 is r at the image, where the loss is a denoiser's.
+    stage_steps: optimizer steps a stage; the last goes on to the end.
+    huber: c of the pseudo-Huber distance √(Δ² + c²) − c, with Δ the root mean square difference.
+    sigma_power: p of the weight σ_t^−p/(1 − σ_r/σ_t); 1 is Easy Consistency Tuning's.
+    """
+
+    gaps: tuple[float, ...] = Field(default=(1, 1 / 2, 1 / 4, 1 / 8, 1 / 16), min_length=1)
+    stage_steps: int = Field(default=2000, ge=1)
+    huber: float = Field(default=5.4e-4, gt=0)
+    sigma_power: float = Field(default=0.5, ge=0, le=2)
+
+    @field_validator("gaps")
+    @classmethod
+    def _gaps(cls, gaps: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < gap <= 1 for gap in gaps):
+            raise ValueError("must be numbers above 0, and 1 at most")
+        return gaps
+
+
 class TrainConfig(Section):
     """Everything of one training run. Lengths are in optimizer steps.
 
@@ -86,7 +109,8 @@ class TrainConfig(Section):
     sampling: SamplingDefaults = Field(default_factory=SamplingDefaults)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     prediction: str = "epsilon"
-    objective: Literal["simple", "vlb", "hybrid", "min_snr", "balanced"] = "simple"
+    objective: Literal["simple", "vlb", "hybrid", "min_snr", "balanced", "consistency"] = "simple"
+    consistency: ConsistencyConfig = Field(default_factory=ConsistencyConfig)
     variance: Literal["large", "small", "learned"] = "large"
     timesteps: Literal["uniform", "importance"] = "uniform"
     hybrid_weight: float = Field(default=1e-3, gt=0)
@@ -105,6 +129,15 @@ class TrainConfig(Section):
     sample_every: int = Field(default=5000, ge=0)
     sample_images: int = Field(default=64, ge=1)
     sample_steps: int = Field(default=50, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sampled_as_trained(cls, raw: Any) -> Any:
+        """A consistency model is to be sampled as one, unless the file says otherwise."""
+        if not isinstance(raw, dict) or raw.get("objective") != "consistency":
+            return raw
+        said = raw.get("sampling", {})
+        return raw | {"sampling": CONSISTENT | said} if isinstance(said, dict) else raw
 
     @field_validator("network", mode="before")
     @classmethod
@@ -147,7 +180,9 @@ class TrainConfig(Section):
                 f"variance = {self.variance!r}: network.learned_variance must be "
                 f"{str(learned).lower()}"
             )
-        allowed = ("vlb", "hybrid") if learned else ("simple", "vlb", "min_snr", "balanced")
+        allowed = ("vlb", "hybrid") if learned else (
+            "simple", "vlb", "min_snr", "balanced", "consistency"
+        )  # fmt: skip
         if self.objective not in allowed:
             raise ValueError(
                 f"objective = {self.objective!r}: must be one of {', '.join(allowed)} with "

@@ -62,7 +62,8 @@ def rows(batch: Batch, first: int, last: int) -> Batch:
     """Some rows of a batch."""
     some = slice(first, last)
     labels = None if batch.class_label is None else batch.class_label[some]
-    return Batch(batch.x_start[some], batch.t[some], batch.eps[some], labels)
+    r = None if batch.r is None else batch.r[some]
+    return Batch(batch.x_start[some], batch.t[some], batch.eps[some], labels, r)
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from diffusion.bound import bound_table
 from diffusion.forward import q_sample
 from diffusion.learned_schedule import LearnedSchedule
 from diffusion.model import ModelConfig
+from diffusion.parameterization import to_x_start
 from diffusion.schedule import Schedule, ScheduleConfig
 from training.batches import Batch
 from training.config import TrainConfig
@@ -35,14 +36,8 @@ class Loss:
     ) -> Tensor:
         """[N]; dtype: bfloat16 runs the network under autocast."""
         config = self.config
-        if self.process is None:
-            x_t = q_sample(self.schedule, batch.x_start, batch.t, batch.eps)
-        else:
-            x_t = self.process.q_sample(batch.x_start, batch.t, batch.eps)
-        x_t = x_t.contiguous(memory_format=torch.channels_last)
-        device = batch.x_start.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            out = network(x_t, batch.t, batch.class_label)
+        target = None if batch.r is None else self._earlier(network, batch, batch.r, dtype)
+        x_t, out = self._output(network, batch, batch.t, dtype)
         return self.objective(
             Pass(
                 schedule=self.schedule,
@@ -53,12 +48,47 @@ class Loss:
                 x_t=x_t,
                 t=batch.t,
                 eps=batch.eps,
-                out=out.float(),
+                out=out,
                 gamma=config.min_snr_gamma,
                 hybrid_weight=config.hybrid_weight,
                 process=self.process,
+                r=batch.r,
+                target=target,
+                huber=config.consistency.huber,
+                sigma_power=config.consistency.sigma_power,
             )
         )
+
+    def _output(
+        self, network: Callable[..., Tensor], batch: Batch, t: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """x_t of the batch at t, and what the network makes of it, float32."""
+        process = self.process
+        if process is None:
+            x_t = q_sample(self.schedule, batch.x_start, t, batch.eps)
+        else:
+            x_t = process.q_sample(batch.x_start, t, batch.eps)
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        device = batch.x_start.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = network(x_t, t, batch.class_label)
+        return x_t, out.float()
+
+    @torch.no_grad()
+    def _earlier(
+        self, network: Callable[..., Tensor], batch: Batch, r: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """x̂_0 at r, or x_0 itself where r = −1: without gradient, with the dropout of t's."""
+        at_image = r < 0
+        if bool(at_image.all()):
+            return batch.x_start
+        device = batch.x_start.device
+        # What is drawn here is drawn again at t, where the generator stands as it did.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            r = r.clamp(min=0)
+            x_r, out = self._output(network, batch, r, dtype)
+        found = to_x_start(self.schedule, self.config.prediction, x_t=x_r, t=r, out=out)
+        return torch.where(at_image.view(-1, 1, 1, 1), batch.x_start, found)
 
 
 def attach_process(network: nn.Module, config: TrainConfig) -> LearnedSchedule | None:

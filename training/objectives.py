@@ -6,6 +6,7 @@
     min_snr   the square of x_0 − x̂_0, weighted min(SNR_t, γ)        (Hang et al. 2023, in x_0)
     balanced  the same, weighted max(SNR_t, √SNR_t): L_simple, and where noise prevails the
               geometric mean of the errors of ε and x_0
+    consistency  the distance of x̂_0 at t to that at r < t    (Song et al. 2023; Geng et al. 2024)
 
 A loss is a mean over the dimensions; of L it is the one term of index t in bits/dim, so that T
 times its mean, and L_T, is the bound. x̂_0 is never clipped here.
@@ -26,6 +27,7 @@ from diffusion.learned_schedule import LearnedSchedule
 from diffusion.parameterization import target, to_x_start
 from diffusion.schedule import Float64, Schedule
 from diffusion.weights import balanced_weight, min_snr_weight, output_weight
+from training.consistency import gap_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class Pass:
 
     x_start, x_t, eps: [N, C, H, W]; t: [N], index; out: float32 [N, C or 2C, H, W], the second
     half v of a learned Σ; table: the bound's, for all T steps; process: the forward process in
-    training, or None.
+    training, or None. r, target: of consistency tuning, index −1..t−1 [N] and the x̂_0 there.
     """
 
     schedule: Schedule
@@ -49,6 +51,17 @@ class Pass:
     gamma: float = 5.0
     hybrid_weight: float = 1e-3
     process: LearnedSchedule | None = None
+    r: Tensor | None = None
+    target: Tensor | None = None
+    huber: float = 5.4e-4
+    sigma_power: float = 0.5
+
+    @cached_property
+    def x_start_hat(self) -> Tensor:
+        """x̂_0, [N, C, H, W]."""
+        return to_x_start(
+            self.schedule, self.prediction, x_t=self.x_t, t=self.t, out=self.predicted
+        )
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -72,14 +85,11 @@ class Pass:
 
     def bits(self, *, stop_mean: bool = False) -> Tensor:
         """The term of index t of L, [N], in bits/dim; stop_mean: gradients reach Σ alone."""
-        x_start_hat = to_x_start(
-            self.schedule, self.prediction, x_t=self.x_t, t=self.t, out=self.predicted
-        )
         nats = transition_nats(
             self.table,
             self.t,
             x_start=self.x_start,
-            x_start_hat=x_start_hat.detach() if stop_mean else x_start_hat,
+            x_start_hat=self.x_start_hat.detach() if stop_mean else self.x_start_hat,
             log_variance=self.log_variance,
         )
         return nats / (self.x_start[0].numel() * math.log(2))
@@ -145,10 +155,22 @@ def learned_forward(found: Pass) -> Tensor:
     return nats / (found.x_start[0].numel() * math.log(2))
 
 
+def consistency(found: Pass) -> Tensor:
+    """w (√(Δ² + c²) − c), [N]: Δ is the root mean square of x̂_0 − target.
+
+    Pseudo-Huber (Song, Dhariwal 2023, section 3.3).
+    """
+    assert found.r is not None and found.target is not None
+    square = (found.x_start_hat - found.target).square().flatten(1).mean(1)
+    weight = gap_weight(found.schedule, found.t, found.r, power=found.sigma_power)
+    return weight.to(square.dtype) * ((square + found.huber**2).sqrt() - found.huber)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "simple": simple,
     "vlb": vlb,
     "hybrid": hybrid,
     "min_snr": min_snr,
     "balanced": balanced,
+    "consistency": consistency,
 }

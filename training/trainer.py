@@ -20,6 +20,7 @@ from diffusion.speed import fast_dtype
 from diffusion.unet import UNet
 from training.batches import Batch, Batches, dropout_seed
 from training.config import ConfigError, OptimizerConfig, TrainConfig
+from training.consistency import Stages
 from training.data import load_images
 from training.ema import EMA
 from training.gradients import Dealt
@@ -88,6 +89,7 @@ class Trainer:
             labelled=config.network.num_classes > 0,
             device=self.device,
             timesteps=self.timesteps,
+            stages=self._stages(),
         )
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = config.optimizer
@@ -97,6 +99,7 @@ class Trainer:
             betas=(optimizer.beta1, optimizer.beta2),
             fused=self.device.type in ("cpu", "cuda"),
         )
+        self._begun = init is not None or config.objective != "consistency"
         if init is not None:
             self._start_from(init)
         self.ema = EMA(self.network.parameters(), config.ema_decay)
@@ -107,6 +110,11 @@ class Trainer:
         self.keeper = Keeper(
             folder, config, self.network, self.ema, self.optimizer, self.timesteps, self.is_main
         )
+
+    def _stages(self) -> Stages | None:
+        if self.config.objective != "consistency":
+            return None
+        return Stages(self.config.consistency, self.schedule, self.config.batch_size)
 
     def _check_batch(self) -> None:
         parts = self.accelerator.num_processes * self.config.accumulate
@@ -159,6 +167,7 @@ class Trainer:
     def resume(self) -> int:
         """Continue from the folder's state; returns its step."""
         self.step = self.keeper.load()
+        self._begun = True
         return self.step
 
     def loss(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:
@@ -173,9 +182,15 @@ class Trainer:
     def run(self) -> None:
         """Train to config.steps, or until interrupted: either way the last step is on disk.
 
-        Raises StateError if the run diverges: the last good checkpoint is on disk.
+        Raises StateError if the run diverges: the last good checkpoint is on disk; ConfigError
+        for consistency tuning of weights that nothing has trained.
         """
         config = self.config
+        if not self._begun:
+            raise ConfigError(
+                f"objective = {config.objective!r}: needs --init, the folder or the name of a "
+                "trained model to start from"
+            )
         self.keeper.save_config()
         network, optimizer = self._prepare()
         bar = tqdm(
@@ -321,14 +336,19 @@ class Trainer:
         return loss
 
     def save_samples(self, log: RunLog | None) -> Path:
-        """A grid of DDIM samples of the averaged weights, one class a column where there are."""
+        """A grid of samples of the averaged weights, one class a column where there are.
+
+        By DDIM; of a consistency model by its own sampler.
+        """
         config, classes = self.config, self.config.network.num_classes
         labels = [i % classes for i in range(config.sample_images)] if classes else None
+        # A consistency model's own sampler takes a few evaluations, whatever sample_steps is.
+        few = config.objective == "consistency"
         images = sample(
             self.averaged_model(),
             config.sample_images,
-            sampler="ddim",
-            steps=config.sample_steps,
+            sampler=None if few else "ddim",
+            steps=None if few else config.sample_steps,
             seed=config.seed,
             class_label=labels,
             dtype=self.dtype,

@@ -18,7 +18,7 @@ import torch
 import diffusion
 from diffusion import CheckpointError, Model, noise
 from diffusion.about import About, read_about
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import samplers_of
 from diffusion.spacings import SPACINGS
 from diffusion.tuned import TUNED
 from jobs.cards import ModelCard, Preset, SamplerTraits, Sampling
@@ -173,7 +173,7 @@ def card_of(model: Model, name: str, queue: str, about: About | None = None) -> 
                 corrector_only=sampler.corrector_only,
                 least=sampler.least,
             )
-            for name, sampler in SAMPLERS.items()
+            for name, sampler in samplers_of(config.sampling).items()
         }
         | ({TUNED: SamplerTraits(steps=tuple(sorted(model.tuned)))} if model.tuned else {}),
         spacings=tuple(SPACINGS),

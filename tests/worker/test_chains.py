@@ -10,7 +10,7 @@ import torch
 
 import diffusion
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import SAMPLERS, build_table
+from diffusion.samplers import SamplingDefaults, build_table, samplers_of
 from diffusion.sampling import chain
 from diffusion.spacings import SPACINGS
 from diffusion.table import SamplerError
@@ -34,7 +34,7 @@ def images(service: Service, job_id: str, count: int) -> np.ndarray:
     return planes(service, job_id, *(f"i:{i}" for i in range(count)))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers_of(SamplingDefaults()))
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize(("t", "steps"), [(1, 1), (17, 1), (17, 5), (17, 17), (50, 20)])
 def test_the_table_starts_at_t_and_costs_what_was_admitted(

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 
 import diffusion
 from diffusion import Model
-from diffusion.samplers import SAMPLERS, build_table
+from diffusion.samplers import SAMPLERS, SamplingDefaults, build_table
 from jobs.kinds.chain import Snapshots
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
@@ -136,8 +137,24 @@ def test_the_card_says_what_the_api_must_know(make_model: Callable[..., Model]) 
     card = card_of(make_model(T=50), "tiny", "q")
     assert card.T == 50 and card.shape == (1, 8, 8)
     assert card.class_names == ("0", "1", "2") and card.null_label == 3
-    assert tuple(card.samplers) == tuple(SAMPLERS)
+    assert tuple(card.samplers) == tuple(name for name in SAMPLERS if name != "consistency")
     assert json.loads(card.model_dump_json())["parameters"] > 0
+
+
+def test_the_card_of_a_consistency_model_says_how_it_is_sampled(
+    make_model: Callable[..., Model],
+) -> None:
+    model = make_model(T=50)
+    own = SamplingDefaults("consistency", spacing="trailing", steps=2)
+    fast = Model(replace(model.config, sampling=own), model.network)
+    card = card_of(fast, "tiny", "q")
+    assert tuple(card.samplers) == tuple(SAMPLERS)
+    filled, plan = admit(GenerateSpec(num_images=3), card, Settings())
+    assert isinstance(filled, GenerateSpec)
+    assert (filled.sampler, filled.spacing, filled.steps) == ("consistency", "trailing", 2)
+    assert plan.evaluations == 6
+    assert not filled.warnings(card)
+    assert admit(GenerateSpec(preset="faithful"), card, Settings())[1].evaluations == 4
 
 
 def test_closed_noise_has_one_eps_and_stepwise_agrees_in_distribution(model: Model) -> None:
