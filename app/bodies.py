@@ -76,16 +76,19 @@ async def read_body(
     raise Problem("unsupported_media_type", f"Content-Type {media or '(none)'}: must be {kinds}")
 
 
-async def _decoded(request: Request) -> AsyncGenerator[bytes, None]:
+def _decoded(request: Request) -> AsyncGenerator[bytes, None]:
     """The body's chunks without their Content-Encoding. Raises Problem 415 or 422."""
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding in ("identity", ""):
-        async for chunk in request.stream():
-            yield chunk
-        return
-    if coding not in ("gzip", "x-gzip"):
-        detail = f"Content-Encoding {coding}: must be gzip or identity"
-        raise Problem("unsupported_media_type", detail, headers={"Accept-Encoding": "gzip"})
+        return request.stream()
+    if coding in ("gzip", "x-gzip"):
+        return _gunzipped(request)
+    detail = f"Content-Encoding {coding}: must be gzip or identity"
+    raise Problem("unsupported_media_type", detail, headers={"Accept-Encoding": "gzip"})
+
+
+async def _gunzipped(request: Request) -> AsyncGenerator[bytes, None]:
+    """The chunks that come out of a body that is a gzip. Raises Problem 422."""
     gunzip = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     async for chunk in request.stream():
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from app.views import EXAMPLE_ID
 from jobs.formats import FORMATS, PICTURES
 from jobs.kinds.common import JobSpec
@@ -33,7 +35,7 @@ _ARRAYS = {"x_t": "the state to start from", "y": "the measurement"}
 
 
 def create_request(
-    kind: type[JobSpec], body: type[JobSpec], examples: dict[str, Any]
+    kind: type[JobSpec], body: type[JobSpec], query: type[BaseModel], examples: dict[str, Any]
 ) -> dict[str, Any]:
     """What a kind's route takes: JSON, and where it takes files, multipart too."""
     schema = {"$ref": _REF + body.__name__}
@@ -50,7 +52,23 @@ def create_request(
             "schema": {"type": "object", "properties": {**form, "request": schema}},
             "encoding": {"request": {"contentType": "application/json"}},
         }
-    return {"parameters": _HEADERS, "requestBody": {"required": True, "content": content}}
+    parameters = [*_of_query(query), *_HEADERS]
+    return {"parameters": parameters, "requestBody": {"required": True, "content": content}}
+
+
+def _of_query(model: type[BaseModel]) -> list[dict[str, Any]]:
+    """The parameters of a query that the model reads."""
+    fields: dict[str, dict[str, Any]] = model.model_json_schema()["properties"]
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "schema": schema,
+            "description": schema["description"],
+        }
+        for name, schema in fields.items()
+    ]
 
 
 CREATE_ERRORS = (

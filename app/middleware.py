@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.auth import Keyring, key_name
 from app.metrics import Metrics
 from app.problems import Problem, internal, response
+from app.receiving import header
+from jobs import chance
 from jobs.logs import REQUESTS
 
 log = logging.getLogger(__name__)
 # For browsers, on every answer: no page of ours in a frame, nothing run that is not a page.
-_SAFE = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "frame-ancestors 'none'; sandbox",
-}
+_SAFE = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox",
+    ),
+)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -59,10 +61,7 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                for name, value in _SAFE.items():
-                    headers.setdefault(name, value)
+                message["headers"] = marked(message.get("headers", ()), request_id)
                 told.update(status=message["status"], first_s=time.perf_counter() - began)
                 self._count(method, scope, message["status"], told["first_s"])
                 self._metrics.of_clients.labels(key_name(scope["client_id"])).inc()
@@ -119,6 +118,13 @@ def _log(method: str, scope: Scope, told: Mapping[str, float], seconds: float) -
     REQUESTS.info("%s %s: %s", method, fields["path"], said, extra={"fields": fields})
 
 
+def marked(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
+    """The headers of an answer with its id, and with those of _SAFE that it has no own for."""
+    found = [*headers, (b"x-request-id", request_id.encode())]
+    named = {name for name, _ in found}
+    return [*found, *(header for header in _SAFE if header[0] not in named)]
+
+
 def _request_id(scope: Scope) -> str:
-    given = Headers(scope=scope).get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    given = header(scope, b"x-request-id")
+    return given if _REQUEST_ID.fullmatch(given) else chance.draw(8).hex()

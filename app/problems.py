@@ -120,6 +120,17 @@ def read_json(model: type[M], text: bytes) -> M:
         raise _fields_problem(error.errors(include_url=False), model) from error
 
 
+def read_query(model: type[M], request: Request) -> M:
+    """The query of a request as a model, which knows its fields alone. Raises Problem 422."""
+    try:
+        return model.model_validate(dict(request.query_params))
+    except ValidationError as error:
+        items = error.errors(include_url=False)
+        for item in items:
+            item["loc"] = ("query", *item["loc"])
+        raise _fields_problem(items) from error
+
+
 def _fields_problem(
     items: Sequence[Mapping[str, Any]], model: type[BaseModel] | None = None
 ) -> Problem:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.problems import Problem
@@ -102,14 +101,21 @@ class Upload:
 
 def has_body(scope: Scope) -> bool:
     """Whether a request says that a body follows."""
-    headers = Headers(scope=scope)
-    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+        for name, value in scope["headers"]
+    )
 
 
 def declared(scope: Scope) -> int:
     """The Content-Length, 0 where there is none."""
-    text = Headers(scope=scope).get("content-length", "")
+    text = header(scope, b"content-length")
     return int(text) if text.isdecimal() and len(text) < 20 else 0
+
+
+def header(scope: Scope, name: bytes) -> str:
+    """The first value of a request's header, "" where there is none. name: in small letters."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
 def release(scope: Scope) -> None:

@@ -45,6 +45,11 @@ class Server(uvicorn.Server):
         self._app.state.services.end_streams()
         super().handle_exit(sig, frame)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop in good order; uvicorn then lets the signal end the process."""
+        await super().shutdown(sockets)
+        logs.flush()
+
 
 def raise_file_limit() -> None:
     """Let the process open as many connections as it may: the usual soft limit is 1,024."""
@@ -59,7 +64,7 @@ def serve(settings: Settings, listener: socket.socket, *, log_level: str = "warn
     # The admission thread waits for this long to get the interpreter back after each reply of
     # Redis while the event loop is busy; the default is 5 ms.
     sys.setswitchinterval(0.001)
-    logs.configure(settings.log_format, level=log_level)
+    logs.configure(settings.log_format, level=log_level, gather=True)
     # It says what is wrong with each form, which is the client's to hear and not the log's.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     raise_file_limit()

@@ -6,25 +6,85 @@ Neither a key nor a picture nor a query ever becomes a field.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+import threading
+import time
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 LogFormat = Literal["auto", "json", "text"]
 REQUESTS = logging.getLogger("ddpm.requests")
 JOBS = logging.getLogger("ddpm.jobs")
+_LINGER_S = 0.05
+_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def configure(form: LogFormat, *, level: str = "info", stream: TextIO | None = None) -> None:
-    """Let this process log so. level: of what ddpm says; others say warnings and worse."""
+def configure(
+    form: LogFormat,
+    *,
+    level: str = "info",
+    stream: TextIO | None = None,
+    gather: bool = False,
+) -> None:
+    """Let this process log so. level: of what ddpm says; others say warnings and worse.
+
+    gather: for a process of many lines, see `Gathering`.
+    """
     target = stream or sys.stderr
     as_text = form == "text" or (form == "auto" and target.isatty())
-    handler = logging.StreamHandler(target)
+    handler = Gathering(target) if gather else logging.StreamHandler(target)
     handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("ddpm").setLevel(level.upper())
+
+
+def flush() -> None:
+    """Write what was said so far, in a process that a signal is about to end."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+
+
+class Gathering(logging.StreamHandler[TextIO]):
+    """Lines written together, by a thread of its own and 50 ms late: who says them need not wait.
+
+    A warning or worse is written at once, with all that was said before it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._said: list[logging.LogRecord] = []
+        self._due = threading.Event()
+        threading.Thread(target=self._write_later, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the record for the next write."""
+        self._said.append(record)
+        if record.levelno >= logging.WARNING:
+            self.flush()
+        elif len(self._said) == 1:
+            self._due.set()
+
+    def flush(self) -> None:
+        """Write what there is."""
+        with self.lock or contextlib.nullcontext():
+            said, self._said = self._said, []
+            if not said:
+                return
+            try:
+                self.stream.write("".join(f"{self.format(record)}\n" for record in said))
+                self.stream.flush()
+            except Exception:  # as every handler of the library: saying must not break what is done
+                self.handleError(said[-1])
+
+    def _write_later(self) -> None:
+        while True:
+            self._due.wait()
+            time.sleep(_LINGER_S)
+            self._due.clear()
+            self.flush()
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
@@ -48,7 +108,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return _encode(line)
 
 
 class TextFormatter(logging.Formatter):

@@ -7,13 +7,13 @@ everything: posted again, with the same model digest, it makes the same images.
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from jobs import chance
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
 from jobs.formats import IMAGES, OneOf
@@ -22,7 +22,8 @@ from jobs.settings import Settings
 
 PRODUCT_COST = 1  # of a product with the network's Jacobian, in evaluations, as measured
 MAX_DEADLINE_S = 30 * 86_400
-MAX_SEED = 2**53 - 1
+SEED_BITS = 53  # whole numbers that JSON holds
+MAX_SEED = 2**SEED_BITS - 1
 
 MOST_NAMES = 20  # of classes, that an error lists
 
@@ -235,7 +236,7 @@ class JobSpec(Strict):
         """Values for the fields that were left out."""
         return {
             "model": card.name,
-            "seed": secrets.randbelow(MAX_SEED + 1) if self.seed is None else self.seed,
+            "seed": chance.below_power(SEED_BITS) if self.seed is None else self.seed,
             "ttl_s": settings.ttl_s if self.ttl_s is None else self.ttl_s,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -23,11 +24,11 @@ from jobs.store.cards import parse_cards
 from jobs.store.connections import probe
 from jobs.store.outputs import open_outputs
 from jobs.store.records import JobRecord, parse_record, parse_reply
+from jobs.store.remembered import Remembered
 from jobs.store.rq_queue import queue_key
 from jobs.store.tolerance import UNREADABLE, count, each, items, number, text
 from jobs.store.writer import WorkerInfo
 
-_CARDS_S = 1.0  # how long cards and rates are remembered
 _SCAN = 100
 _MANY = 1000  # entries of an index
 _MOST_SCANNED = 2000
@@ -79,8 +80,8 @@ class JobReader:
         self.outputs = open_outputs(settings, reading=connection)
         self._redis: Any = connection  # redis-py types every reply as sync or async
         self._view: Any = connection.register_script(scripts.VIEW)
-        self._cards: tuple[float, dict[str, ModelCard]] = (-_CARDS_S, {})
-        self._rates: dict[str, tuple[float, float | None]] = {}
+        self._cards = Remembered(self._read_cards)
+        self._rates: dict[str, Remembered[float | None]] = {}
 
     async def check_writable(self) -> None:
         """Raise the redis.RedisError that says why no job could be taken in, if there is one."""
@@ -88,22 +89,22 @@ class JobReader:
 
     async def cards(self) -> dict[str, ModelCard]:
         """Every known model by name, at most a second old."""
-        at, cards = self._cards
-        if time.monotonic() - at >= _CARDS_S:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.hgetall(keys.MODELS)
-                pipe.hgetall(keys.MODELS_MORE)
-                cards = parse_cards(*await pipe.execute())
-            self._cards = (time.monotonic(), cards)
-        return cards
+        return await self._cards.get()
+
+    async def _read_cards(self) -> dict[str, ModelCard]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(keys.MODELS)
+            pipe.hgetall(keys.MODELS_MORE)
+            return parse_cards(*await pipe.execute())
 
     async def rate(self, model: str) -> float | None:
         """Image-steps/s of a model over its workers, None if never measured."""
-        at, rate = self._rates.get(model, (-_CARDS_S, None))
-        if time.monotonic() - at >= _CARDS_S:
-            rate = combined_rate(await self._redis.hvals(keys.rates(model)), time.time())
-            self._rates[model] = (time.monotonic(), rate)
-        return rate
+        if model not in self._rates:
+            self._rates[model] = Remembered(functools.partial(self._read_rate, model))
+        return await self._rates[model].get()
+
+    async def _read_rate(self, model: str) -> float | None:
+        return combined_rate(await self._redis.hvals(keys.rates(model)), time.time())
 
     async def record(self, job_id: str) -> JobRecord | None:
         """The record alone."""

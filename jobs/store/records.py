@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import secrets
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jobs import chance
 from jobs.errors import JobNotFound
 from jobs.kinds.common import JobSpec, SpecWarning
 from jobs.kinds.stored import Unread, read
@@ -39,7 +39,7 @@ def new_id() -> str:
         now = max(time.time_ns() // 1_000_000, _last[0])
         if now != _last[0]:
             _last = (now, itertools.count())
-        return f"{now:012x}{next(_last[1]):04x}{secrets.token_hex(6)}"
+        return f"{now:012x}{next(_last[1]):04x}{chance.draw(6).hex()}"
 
 
 def known_form(job_id: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -138,9 +139,10 @@ def test_api_serves_until_sigterm_and_ends_streams(
         cwd=ROOT,
         env={**os.environ, "REDIS_URL": redis_url},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
+        assert process.stdout is not None and process.stderr is not None
         found = re.search(r"http://\S+:\d+", process.stdout.readline())
         assert found is not None
         try:
@@ -155,6 +157,9 @@ def test_api_serves_until_sigterm_and_ends_streams(
                     assert not any("event: error" in line for line in lines)
                     assert time.monotonic() - began < 4  # it did not wait for the grace to pass
             process.wait(60)
+            told = [json.loads(line) for line in process.stderr]
+            # The log is written a little later than it is said, but not later than the end.
+            assert f"/jobs/{job_id}/events" in [line.get("path") for line in told]
         finally:
             process.kill()
 

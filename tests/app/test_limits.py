@@ -240,6 +240,8 @@ def test_a_gzip_body_is_taken(client: httpx.Client) -> None:
         ("deflate", zlib.compress(b"{}"), 415, "must be gzip"),
         ("gzip, gzip", gzip.compress(gzip.compress(b"{}")), 415, "must be gzip"),
     ],
+    # A gzip has the time in it, and the name of a test must be the same in every process.
+    ids=["bomb", "cut", "more", "none", "empty", "deflate", "twice"],
 )
 def test_other_encodings_are_refused(
     client: httpx.Client, coding: str, body: bytes, status: int, says: str

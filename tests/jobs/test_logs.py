@@ -9,6 +9,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -48,6 +49,40 @@ def test_others_say_warnings_alone() -> None:
     logs.REQUESTS.warning("a warning", extra={"fields": {"status": 500}})
     [line] = stream.getvalue().splitlines()
     assert line.endswith("ddpm.requests a warning status=500")
+
+
+class Counted(io.StringIO):
+    """Counts what a process would ask the system for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = 0
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        return super().write(text)
+
+
+def test_lines_are_gathered_and_a_warning_is_not_kept() -> None:
+    stream = Counted()
+    logs.configure("json", stream=stream, gather=True)
+    for number in range(100):
+        logs.REQUESTS.info("request %d", number)
+    logs.REQUESTS.warning("now")
+    said = [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
+    assert said == [*(f"request {number}" for number in range(100)), "now"]
+    assert stream.writes < 100
+    logs.REQUESTS.info("later")
+    deadline = time.monotonic() + 30
+    while "later" not in stream.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "later" in stream.getvalue()
+
+
+def test_a_process_that_ends_has_said_all() -> None:
+    code = "from jobs import logs; logs.configure('json', gather=True); logs.JOBS.info('hello')"
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=60)
+    assert json.loads(ended.stderr)["message"] == "hello"
 
 
 def test_a_terminal_gets_text() -> None:
