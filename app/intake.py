@@ -20,6 +20,7 @@ from jobs.kinds.chain import Kept
 from jobs.kinds.common import ARRAYS, Input, JobSpec, Shape, Strict
 from jobs.outputs import snapshot_name
 from jobs.pictures import Float32, UInt8
+from jobs.settings import MODEL_OF_NO_NAME
 from jobs.store.reader import JobState
 from jobs.uploads import Fit, decode, decode_array
 
@@ -143,7 +144,7 @@ def choose_card(name: str | None, cards: dict[str, ModelCard], held: Services) -
         raise Problem("no_models", detail, headers={"Retry-After": "5"})
     known = ", ".join(sorted(cards))
     if name is None:
-        only = next(iter(cards)) if len(cards) == 1 else "mnist"
+        only = next(iter(cards)) if len(cards) == 1 else MODEL_OF_NO_NAME
         name = held.settings.default_model or only
         if name not in cards:
             raise field_problem("/model", f"is needed here: one of {known}")

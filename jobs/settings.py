@@ -23,6 +23,7 @@ _QUERY = re.compile(r"(password=)[^&]*")
 _ORIGIN = re.compile(r"https?://[^/,\s]+")
 DAY_S = 86_400
 PREFIX = "DDPM_"
+MODEL_OF_NO_NAME = "mnist"  # of a request that names none, where several are served
 
 
 class Settings(BaseSettings):

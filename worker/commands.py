@@ -11,7 +11,7 @@ import redis
 
 from diffusion import cores
 from jobs import logs
-from jobs.settings import Settings, load_settings, shown
+from jobs.settings import MODEL_OF_NO_NAME, Settings, load_settings, shown
 from jobs.store.connections import connect, wait_until_writable
 from jobs.store.writer import JobStore
 from worker.models import ModelFolder
@@ -58,7 +58,10 @@ def worker(
         picked = pick_device(device)
         if picked.type == "cpu":
             os.nice(WORKER_NICENESS)
-        folder = ModelFolder(settings.models, queue=settings.queue, device=picked, names=names)
+        first = settings.default_model or MODEL_OF_NO_NAME
+        folder = ModelFolder(
+            settings.models, queue=settings.queue, device=picked, names=names, first=first
+        )
         serve(settings, folder, name=name, verbose=verbose)
     except DeviceError as error:
         raise click.ClickException(str(error)) from error

@@ -22,6 +22,7 @@ from diffusion.samplers import samplers_of
 from diffusion.spacings import SPACINGS
 from diffusion.tuned import TUNED
 from jobs.cards import ModelCard, Preset, SamplerTraits, Sampling
+from jobs.settings import MODEL_OF_NO_NAME
 from worker.memory import free_bytes
 
 log = logging.getLogger("ddpm.worker")
@@ -58,12 +59,15 @@ class ModelFolder:
         queue: str,
         device: str | torch.device = "cpu",
         names: tuple[str, ...] = (),
+        first: str = MODEL_OF_NO_NAME,
     ) -> None:
-        """names: serve only these; none given: all."""
+        """names: serve only these; none given: all. first: the one that is not to wait for others,
+        since requests that name none mean it."""
         self.root = root
         self._queue = queue
         self._device = device
         self._names = names
+        self._first = first
         self._served: dict[str, Served] = {}
         self._seen: dict[str, Signature] = {}
         self._misnamed: set[str] = set()
@@ -78,25 +82,30 @@ class ModelFolder:
         *,
         prepare: Callable[[Served], object] = lambda _: None,
         publish: Callable[[Served], object] = lambda _: None,
+        only_first: bool = False,
     ) -> Changes:
-        """Load what is new or changed, smallest first, and drop what is gone.
+        """Load what is new or changed, `first` first, then smallest first; drop what is gone.
 
         Each model is prepared and published before the next is looked at. A folder that cannot be
         loaded or prepared, for whatever reason, is named in the log, once, and tried again when it
         changes. What `publish` raises is not the folder's fault: it goes to the caller, and that
-        model is tried again at the next call.
+        model is tried again at the next call. only_first: once one is served, all others are left
+        to the next call.
         """
         found = self._folders()
         signatures = {name: _signature(folder) for name, folder in found.items()}
         changed = [name for name in found if self._seen.get(name) != signatures[name]]
         loaded = []
-        for name in sorted(changed, key=lambda name: sum(size for _, size, _ in signatures[name])):
+        sizes = {name: sum(size for _, size, _ in signatures[name]) for name in changed}
+        for name in sorted(changed, key=lambda name: (name != self._first, sizes[name])):
             self._seen[name] = signatures[name]
             served = self._load(name, found[name], prepare)
             if served is not None:
                 self._served[name] = served
                 loaded.append(served)
                 self._publish(served, publish)
+                if only_first:
+                    break
         gone = [name for name in self._seen if name not in found]
         for name in gone:
             del self._seen[name]

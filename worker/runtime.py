@@ -82,12 +82,15 @@ class Runtime:
         self._looked_for_strangers = False
 
     def start(self) -> None:
-        """Load the models and start the threads."""
-        self.rescan()
-        if self._writer is not None:
-            self._writer.start()
-            self.roster.start()
-            self.engine.start()
+        """Load a model and start the threads, one of which loads all others."""
+        if self._writer is None:
+            self.rescan()
+            return
+        self.rescan(only_first=True)
+        self._writer.start()
+        self.roster.start()
+        self.engine.start()
+        self._loader.scan()
 
     def close(self) -> None:
         """Stop; what is in flight stays as its last checkpoint left it."""
@@ -116,17 +119,21 @@ class Runtime:
 
     # Models
 
-    def rescan(self) -> None:
-        """Look at the model folder, and publish what changed; takes as long as loading does."""
+    def rescan(self, *, only_first: bool = False) -> None:
+        """Look at the model folder, and publish what changed; takes as long as loading does.
+
+        only_first: see `ModelFolder.rescan`.
+        """
         changes = self.folder.rescan(
             prepare=lambda served: self.engine.networks.prepare(served.model),
             publish=lambda served: self.store.publish_card(served.card),
+            only_first=only_first,
         )
         for name in changes.gone:
             log.info("model %s is gone", name)
             with self._telling:
                 self.store.retire_card(name)
-        if changes.loaded or changes.gone:
+        if not only_first and (changes.loaded or changes.gone):
             digests = {served.model.digest for served in self.folder.served.values()}
             self.engine.keep_only(digests)
 

@@ -74,6 +74,20 @@ def test_the_folder_is_reread_and_each_model_loaded_once(
     assert set(folder.served) == {"one"}
 
 
+def test_the_model_of_requests_that_name_none_waits_for_no_other(
+    tmp_path: Path, make_model: Callable[..., Model]
+) -> None:
+    for seed, name in enumerate(("fast", "mnist", "other")):
+        diffusion.save(make_model(seed=seed), tmp_path / name)
+    (tmp_path / "mnist" / "notes").write_bytes(bytes(10_000))  # the largest
+    folder = ModelFolder(tmp_path, queue="q")
+    assert [served.name for served in folder.rescan(only_first=True).loaded] == ["mnist"]
+    assert {served.name for served in folder.rescan().loaded} == {"fast", "other"}
+    assert folder.rescan().loaded == ()
+    folder = ModelFolder(tmp_path, queue="q", first="other")
+    assert folder.rescan().loaded[0].name == "other"
+
+
 def test_a_broken_model_is_named_once_and_tried_again_when_it_changes(
     tmp_path: Path, make_model: Callable[..., Model], caplog: pytest.LogCaptureFixture
 ) -> None:
