@@ -265,11 +265,21 @@ class Service:
         return card_of(model, "tiny", "ddpm")
 
     @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """No worker takes a job while the block runs."""
+    def paused(self) -> Iterator[None]:
+        """No worker takes a job from the queue while the block runs."""
+        self.redis.sadd(keys.PAUSED, "ddpm")
+        try:
+            yield
+        finally:
+            self.redis.srem(keys.PAUSED, "ddpm")
+
+    @contextlib.contextmanager
+    def suspended(self, *, wait: bool = True) -> Iterator[None]:
+        """No worker takes a job while the block runs. wait: until all have heard of it."""
         suspend(self.redis)
         try:
-            self.until(lambda: all(w.get_state() == "suspended" for w in self.rq_workers()))
+            if wait:
+                self.until(lambda: all(w.get_state() == "suspended" for w in self.rq_workers()))
             yield
         finally:
             resume(self.redis)

@@ -124,6 +124,19 @@ def test_a_paused_queue_gives_no_job_away(running: Service) -> None:
         running.ended(waiting)
 
 
+def test_a_job_that_comes_right_after_a_pause_waits(running: Service) -> None:
+    """The idle worker is in the middle of a pop when the queue is paused."""
+    for how in ("pause", "suspend"):
+        running.ended(running.admit(steps=2))
+        time.sleep(0.7)  # it is idle again, and asks Redis for the next one
+        with running.paused() if how == "pause" else running.suspended(wait=False):
+            job_id = running.admit(steps=2)
+            time.sleep(1.5)  # longer than one pop lasts
+            assert running.record(job_id).status == running.rq_status(job_id) == "queued"
+            assert Queue("ddpm", connection=running.redis).job_ids == [job_id]
+        running.ended(job_id)
+
+
 def test_cancel_a_running_job_keeps_its_latest_state(running: Service) -> None:
     job_id = running.admit(num_images=64, steps=1000, seed=1)
     started(running, job_id)

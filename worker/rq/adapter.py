@@ -26,7 +26,6 @@ from rq.command import handle_command, parse_payload
 from rq.exceptions import InvalidJobOperation
 from rq.job import Job, JobStatus
 from rq.queue import Queue
-from rq.suspension import is_suspended
 from rq.utils import now
 
 from jobs.store.trouble import passes
@@ -214,7 +213,7 @@ class EngineWorker(HoldingWorker):
 
     def _poll(self) -> None:
         """RQ sends no word when a job is canceled, deleted or taken over: look."""
-        self._suspended = self._is_paused() or bool(is_suspended(self.connection, self))
+        self._suspended = self._is_paused()
         boarded = [b for b in self._boarded.values() if not b.left]
         for b, status in zip(boarded, self._statuses(boarded), strict=True):
             if status == JobStatus.CANCELED:

@@ -21,6 +21,7 @@ from rq.job import Job
 from rq.queue import Queue
 from rq.registry import clean_registries
 from rq.serializers import JSONSerializer
+from rq.suspension import is_suspended
 from rq.utils import get_version, now
 from rq.worker import BaseWorker, WorkerStatus
 
@@ -78,7 +79,10 @@ class WaitingWorker(BaseWorker):
     def dequeue_job_and_maintain_ttl(
         self, timeout: int | None, max_idle_time: int | None = None
     ) -> tuple[Job, Queue] | None:
-        """Wait for a job in short slices, so that a stop and the duties are never far off."""
+        """Wait for a job in short slices, so that a stop and the duties are never far off.
+
+        A job that comes after a pause is never taken, one that came before it perhaps.
+        """
         idle_since = time.monotonic()
         while not self._stop_requested:
             try:
@@ -87,7 +91,9 @@ class WaitingWorker(BaseWorker):
                     time.sleep(POLL_S)
                     continue
                 self._next()
-                return self._dequeue(None if timeout is None else IDLE_SLICE_S)
+                found = self._dequeue(None if timeout is None else IDLE_SLICE_S)
+                if found is not None or not self._is_paused():
+                    return found
             except DequeueTimeout:
                 if max_idle_time is not None and time.monotonic() - idle_since > max_idle_time:
                     return None
@@ -139,7 +145,9 @@ class WaitingWorker(BaseWorker):
         self._check_engine()
 
     def _is_paused(self) -> bool:
-        return self.runtime.store.is_paused(self.runtime.settings.queue)
+        """Whether no job is to be taken: from this queue, or by any worker of RQ."""
+        paused = self.runtime.store.is_paused(self.runtime.settings.queue)
+        return paused or bool(is_suspended(self.connection, self))
 
     def _dequeue(self, timeout: int | None) -> tuple[Job, Queue] | None:
         while True:
@@ -160,8 +168,20 @@ class WaitingWorker(BaseWorker):
         if found is None:
             return None
         job, queue = found
+        if self._is_paused():  # since the pop began: it waits, and what comes then is popped
+            self._put_to_head(job, queue)
+            return None
         job.redis_server_version = get_version(self.connection)
         return job, queue
+
+    def _put_to_head(self, job: Job, queue: Queue) -> None:
+        """Undo a pop."""
+        popped = Popped(queue.key, self.connection)
+        with self.connection.pipeline() as pipe:
+            pipe.lrem(popped.key, 1, job.id)
+            pipe.lpush(queue.key, job.id)
+            pipe.delete(popped.get_first_seen_key(job.id))
+            pipe.execute()
 
     def _drop(self, job_id: str, error: Exception) -> None:
         """Take a job out of RQ that RQ itself cannot read; nobody else could either."""
