@@ -6,6 +6,7 @@ them. They are tied to the weights: those of others they fit no better than any 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -73,6 +74,12 @@ def tuned_table(tables: Mapping[int, SamplerTable], steps: int) -> SamplerTable:
         allowed = ", ".join(map(str, sorted(tables)))
         raise SamplerError(f"steps = {steps}: this model's tuned tables are of {allowed}")
     return tables[steps]
+
+
+def table_digest(table: SamplerTable) -> str:
+    """SHA-256 (hex) of the times and coefficients of a table, as little-endian float64."""
+    numbers = np.column_stack([table.time, table.coefficients])
+    return hashlib.sha256(numbers.astype("<f8").tobytes()).hexdigest()
 
 
 def read_tuned(folder: Path, *, weights: str) -> dict[int, Tuned]:

@@ -17,7 +17,8 @@ class SamplerTraits(BaseModel):
     """What a sampler can be told. options: which of eta and variance. corrector_only: it is made
     of Langevin steps, `corrector_steps` a level, and of nothing else. least: evaluations from pure
     noise, of a T of 1000, below which what comes out is clearly worse. steps: the only numbers of
-    them that there are, of tables made for chains from noise; empty: any."""
+    them that there are, of tables made for chains from noise; empty: any. tables: of each of those,
+    the SHA-256 (hex) of its table."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,6 +26,7 @@ class SamplerTraits(BaseModel):
     corrector_only: bool = False
     least: int = 1
     steps: tuple[int, ...] = ()
+    tables: dict[int, str] = {}
 
     def needs(self, length: int, T: int) -> int:
         """Evaluations that a chain over `length` of T timesteps should have, in proportion.

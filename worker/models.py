@@ -20,7 +20,7 @@ from diffusion import CheckpointError, Model, noise
 from diffusion.about import About, read_about
 from diffusion.samplers import samplers_of
 from diffusion.spacings import SPACINGS
-from diffusion.tuned import TUNED
+from diffusion.tuned import TUNED, table_digest
 from jobs.cards import ModelCard, Preset, SamplerTraits, Sampling
 from jobs.settings import MODEL_OF_NO_NAME
 from worker.memory import free_bytes
@@ -162,6 +162,11 @@ def _about(folder: Path) -> About:
         return About()
 
 
+def _tuned_traits(model: Model) -> SamplerTraits:
+    tables = {steps: table_digest(table) for steps, table in sorted(model.tuned.items())}
+    return SamplerTraits(steps=tuple(tables), tables=tables)
+
+
 def card_of(model: Model, name: str, queue: str, about: About | None = None) -> ModelCard:
     """What the API has to know of a model."""
     config, network, about = model.config, model.config.network, about or About()
@@ -184,7 +189,7 @@ def card_of(model: Model, name: str, queue: str, about: About | None = None) -> 
             )
             for name, sampler in samplers_of(config.sampling).items()
         }
-        | ({TUNED: SamplerTraits(steps=tuple(sorted(model.tuned)))} if model.tuned else {}),
+        | ({TUNED: _tuned_traits(model)} if model.tuned else {}),
         spacings=tuple(SPACINGS),
         sampling=Sampling(
             sampler=config.sampling.sampler,

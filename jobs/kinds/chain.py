@@ -257,6 +257,7 @@ class ChainSpec(PathSpec):
                 self.count_field, f"{self.count}: must be at most {settings.max_images}"
             )
         self._check_sampler(card)
+        self._check_table(card)
 
     def beyond(self, card: ModelCard) -> str | None:
         """A sampler or a spacing."""
@@ -287,6 +288,21 @@ class ChainSpec(PathSpec):
             raise SpecError("/corrector_steps", f"model {card.name} runs no Langevin steps")
         if self.corrector_steps == 0 and sampler.corrector_only:
             raise SpecError("/corrector_steps", f"0: {name} needs 1 or more")
+
+    def _check_table(self, card: ModelCard) -> None:
+        """A manifest of a table that was made for the model is not run with another one."""
+        made_with = (self.provenance or {}).get("table")
+        name = self.sampler or self.own_sampler(card)
+        if made_with is None or not (known := card.samplers[name].tables):
+            return
+        now = known.get(self.steps or max(known))
+        if made_with != now:
+            raise SpecError(
+                "/provenance/table",
+                f"{made_with!r:.100}: model {card.name} has another table of sampler {name} now, "
+                f"{now}, so the images cannot be made again here; without `provenance`, others "
+                "like them can",
+            )
 
     def _check_made(self, name: str, allowed: tuple[int, ...]) -> None:
         """A sampler whose tables are made for a model is asked for nothing else."""

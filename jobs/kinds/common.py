@@ -131,7 +131,8 @@ class JobSpec(Strict):
         None,
         exclude=True,
         description="of a manifest, so that it can be posted as it is: refused if its `noise` is "
-        "of another version than the model draws, and else ignored",
+        "of another version than the model draws, or its `table` is not the one that the model has "
+        "of its sampler now, and else ignored",
     )
 
     # What a kind says of one request

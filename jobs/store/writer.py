@@ -30,6 +30,7 @@ All registry cleaning, here and in workers, runs inside `store.lock("registries"
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import time
@@ -57,7 +58,16 @@ from jobs.store.outputs import open_outputs
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.rq_queue import queue_key
 from jobs.store.sending import send_all
-from jobs.store.tolerance import each, is_data_fault, items, number, tell_once
+from jobs.store.tolerance import (
+    UNREADABLE,
+    each,
+    is_data_fault,
+    items,
+    json_object,
+    number,
+    tell_once,
+    text,
+)
 
 MAX_LONE_CRASHES = 3  # deaths of workers that ran nothing else, before a job is given up
 WORKER_TTL_S = 30  # a worker unheard of for so long is not counted as alive
@@ -72,7 +82,7 @@ class Started:
     saved. finished: indices of images already stored. crashes: workers that died with the job in
     their batch since it was last cleared; lone_crashes: with nothing else in it. best: the most
     image-steps that were ever done. in_batch: as it is marked now. earlier_digest: the model of
-    the attempt that left `states`.
+    the attempt that left `states`; earlier_table: the digest of its tuned table, if it had one.
     """
 
     record: JobRecord
@@ -85,6 +95,7 @@ class Started:
     states: dict[int, bytes]
     finished: frozenset[int]
     earlier_digest: str | None
+    earlier_table: str | None
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,7 @@ class JobStore:
         which carries it. in_batch: SHARED if it is to be stepped at once; not heeded for a job
         with crashes.
         """
-        earlier = self.redis.hget(keys.job(job_id), "run_digest")
+        earlier = self.redis.hmget(keys.job(job_id), ["run_digest", "provenance"])
         done = events.last_event(Status.CANCELED, None)[1]
         queued, canceled = (events.status_data(s) for s in (Status.RUNNING, Status.CANCELED))
         entered = [job_id, execution, worker, str(time.time()), digest]
@@ -181,7 +192,8 @@ class JobStore:
             array=from_bytes(inputs, shape) if as_array and inputs is not None else None,
             states={int(index): value for index, value in states.items()},
             finished=frozenset(int(f[2:]) for f in fields if f.startswith(b"i:")),
-            earlier_digest=_text(earlier),
+            earlier_digest=_text(earlier[0]),
+            earlier_table=_table_of(earlier[1]),
         )
 
     def batch(self) -> WriteBatch:
@@ -389,6 +401,13 @@ def inputs_array(raw: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 def _text(raw: Any) -> str | None:
     return raw.decode() if isinstance(raw, bytes) and raw else None
+
+
+def _table_of(provenance: Any) -> str | None:
+    with contextlib.suppress(*UNREADABLE):
+        found = json_object(text(provenance)).get("table")
+        return found if isinstance(found, str) else None
+    return None
 
 
 def _dump(value: Mapping[str, Any] | None) -> str:

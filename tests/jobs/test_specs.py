@@ -126,7 +126,10 @@ def test_a_preset_that_a_model_lacks_is_refused(card: ModelCard) -> None:
 
 
 def test_tables_made_for_a_model_come_in_few_sizes_and_begin_with_noise(card: ModelCard) -> None:
-    made = {**card.samplers, "tuned": SamplerTraits(steps=(4, 6))}
+    made = {
+        **card.samplers,
+        "tuned": SamplerTraits(steps=(4, 6), tables={4: "of four", 6: "of six"}),
+    }
     card = card.model_copy(update={"samplers": made})
     filled, plan = admit(GenerateSpec(sampler="tuned"), card, Settings())
     assert isinstance(filled, GenerateSpec) and plan.evaluations == 6
@@ -139,6 +142,13 @@ def test_tables_made_for_a_model_come_in_few_sizes_and_begin_with_noise(card: Mo
     ):
         with pytest.raises(SpecError, match=message):
             admit(GenerateSpec.model_validate({"sampler": "tuned", **fields}), card, Settings())
+    other = {"noise": card.noise, "table": "of another"}
+    with pytest.raises(SpecError, match=r"/provenance/table: 'of another': .* of sampler tuned"):
+        admit(GenerateSpec(sampler="tuned", steps=4, provenance=other), card, Settings())
+    made_with = {"noise": card.noise, "table": "of four"}
+    with pytest.raises(SpecError, match="/provenance/table"):  # the table of another number
+        admit(GenerateSpec(sampler="tuned", steps=6, provenance=made_with), card, Settings())
+    admit(GenerateSpec(sampler="tuned", steps=4, provenance=made_with), card, Settings())
     with pytest.raises(SpecError, match="/sampler: tuned: is for images from noise alone"):
         admit(ReconstructSpec(sampler="tuned", t=1000), card, Settings(), 1)
 

@@ -17,6 +17,7 @@ from diffusion.forward import q_samples_at
 from diffusion.noise import Purpose, image_normals
 from diffusion.schedule import Schedule
 from diffusion.table import SamplerTable
+from diffusion.tuned import TUNED, table_digest
 from jobs.kinds.chain import ChainSpec, PathSpec, Snapshots
 from jobs.pictures import GREY_LEVELS
 from jobs.store.batch import WriteBatch
@@ -56,6 +57,12 @@ class ChainFlight(Flight[ChainT]):
         if isinstance(spec, ChainSpec) and spec.sampler == "ddim":
             made |= {"rederive_eps": sampling.rederive_eps, "landing": sampling.landing}
             made |= cls.own_options
+        if (
+            isinstance(spec, ChainSpec)
+            and spec.steps in served.model.tuned
+            and spec.sampler == TUNED
+        ):
+            made["table"] = table_digest(served.model.tuned[spec.steps])
         return made
 
     def fresh_starts(self, started: Started) -> list[Start]:
@@ -76,9 +83,11 @@ class ChainFlight(Flight[ChainT]):
         return self._task
 
     def _rest(self, started: Started) -> Task:
-        """Images and states of another version of the model do not count."""
+        """Images and states of another version of the model, or of its table, do not count."""
         spec, model = self.spec, self.served.model
+        table = self.provenance(self.served, spec).get("table")
         same = started.earlier_digest in (None, model.digest)
+        same &= started.earlier_table in (None, table)
         starts = []
         for fresh in self.fresh_starts(started):
             if same and fresh.index in started.finished:
