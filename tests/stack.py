@@ -25,10 +25,11 @@ PATIENCE_S = 120.0
 
 @dataclass(frozen=True)
 class Version:
-    """What runs: an interpreter, and the folder of the code that it finds first."""
+    """What runs: an interpreter, the folder of the code that it finds first, and the module."""
 
     python: str
     tree: Path
+    module: str = "ddpm"
 
 
 TODAY = Version(sys.executable, ROOT)
@@ -59,7 +60,7 @@ class Stack:
         }
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                [version.python, "-m", "ddpm", *arguments],
+                [version.python, "-m", version.module, *arguments],
                 env=given, stdout=log, stderr=log, cwd=version.tree,
             )  # fmt: skip
         self._processes.append(process)
