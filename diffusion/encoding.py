@@ -12,6 +12,7 @@ Gaussian data it contracts by 1 − σ̃_t/σ̃_s or better, σ̃² = (1−ᾱ)/
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -24,7 +25,7 @@ from diffusion.checks import check_images, check_range, check_real, check_whole
 from diffusion.model import Model, check_model
 from diffusion.multistep import dpmpp_2m
 from diffusion.noise import Purpose
-from diffusion.samplers import ddim
+from diffusion.samplers import FewStepsWarning, ddim, few_steps
 from diffusion.sampling import ClassLabel, Step, chain, class_labels
 from diffusion.schedule import Schedule
 from diffusion.spacings import spaced_timesteps
@@ -124,10 +125,13 @@ def encode(
     steps: timesteps, by default 100, or all where there are fewer. order: 1 or 2. iterations: that
     mend each step of order 1, by default 1. spacing, class_label, guidance, dtype, batch_size,
     on_step: as in `sample`. Raises ImagesError, SamplerError or ValueError naming the bad argument.
+    Warns with FewStepsWarning where there are fewer timesteps than ddim needs.
     """
     check_model(model)
     check_images("x_start", x_start, model.shape)
     ts, options = _timesteps(model, steps, options)
+    if few := few_steps("ddim", len(ts), model.schedule.T, model.schedule.T):
+        warnings.warn(few, FewStepsWarning, stacklevel=2)
     mended = (ITERATIONS if order == 1 else 0) if iterations is None else iterations
     table = encoding_table(model.schedule, ts, order=order, iterations=mended)
     return _walk(model, table, x_start, **options)

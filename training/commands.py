@@ -60,7 +60,7 @@ def train(
     try:
         if resume and init is not None:
             raise StateError("--init starts a run and --resume goes on with one: give one of them")
-        with _warnings_in_words():
+        with warnings_in_words(FutureWarning):
             settings = _settings(config, overrides, folder, resume)
         for level in settings.network.deaf_levels:
             click.echo(
@@ -84,10 +84,10 @@ def train(
 
 
 @contextmanager
-def _warnings_in_words() -> Iterator[None]:
-    """What a configuration is warned of, once each, without a line of our code."""
+def warnings_in_words(kind: type[Warning]) -> Iterator[None]:
+    """What is warned of on stderr, once each, without a line of our code."""
     with warnings.catch_warnings():
-        warnings.simplefilter("once", FutureWarning)
+        warnings.simplefilter("default", kind)
         warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
         yield
 
@@ -181,11 +181,8 @@ def sample(threads: int | None, **options: object) -> None:
     options["out"] = Path(out)
     options["folder"] = out.endswith("/") or Path(out).is_dir() or not Path(out).suffix
     try:
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always", FewStepsWarning)
+        with warnings_in_words(FewStepsWarning):
             written, seed = draw(SampleOptions(**options))  # type: ignore[arg-type]
-        for warning in found:
-            click.echo(f"warning: {warning.message}", err=True)
     except (CheckpointError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm sample: {error}")
     click.echo(f"{written} (seed {seed})")

@@ -39,8 +39,17 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--frechet-images", default=10_000, show_default=True, type=click.IntRange(min=2))
 @click.option("--quality", is_flag=True, help="Not one Fréchet distance, but a table of samplers.")
 @click.option("--quality-images", default=2000, show_default=True, type=click.IntRange(min=2))
-@click.option("--quality-samplers", default="ddpm,ddim,dpmpp_2m", show_default=True)
-@click.option("--quality-spacings", default="uniform,quadratic,trailing", show_default=True)
+@click.option(
+    "--quality-samplers",
+    default="",
+    help="Default: ddpm, ddim, and to 50 steps dpmpp_2m, dpmpp_3m and unipc.",
+)
+@click.option(
+    "--quality-spacings",
+    default="",
+    help="Default: uniform and trailing, with quadratic for the first two of these samplers, with "
+    "lambda and karras for the others.",
+)
 @click.option("--quality-steps", default="5,10,15,20,50,100,250", show_default=True)
 @click.option("--sampler", help="Of the samples; default what the model's config says.")
 @click.option("--steps", type=POSITIVE, help="Of the sampler; default the model's, or 100.")

@@ -24,6 +24,21 @@ RESAMPLES = 40
 
 
 @dataclass(frozen=True)
+class Worth:
+    """Which cells of a sampler tell something: its spacings, and its steps up to `most`."""
+
+    spacings: tuple[str, ...]
+    most: int
+
+
+_SLOW = Worth(("uniform", "quadratic", "trailing"), most=10_000)
+_QUICK = Worth(("uniform", "trailing", "lambda", "karras"), most=50)  # exact long before
+WORTH = {
+    "ddpm": _SLOW, "ddim": _SLOW, "dpmpp_2m": _QUICK, "dpmpp_3m": _QUICK, "unipc": _QUICK,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Cell:
     """A line of the table: one way to sample, and how good what it gives is.
 
@@ -139,10 +154,32 @@ class Quality:
 def ways(
     T: int, samplers: Sequence[str], spacings: Sequence[str], steps: Iterable[int]
 ) -> list[tuple[str, str, int]]:
-    """(sampler, spacing, steps) of the cells, the first all T steps of ddpm."""
+    """(sampler, spacing, steps) of the cells, the first all T steps of ddpm.
+
+    samplers, spacings: every one of the first with every one of the second. Without samplers those
+    of WORTH with at most so many steps; without spacings those that suit each sampler.
+    """
     some = [n for n in dict.fromkeys(steps) if n <= T]
-    cells = [(a, b, n) for a in samplers for b in spacings for n in some]
+    cells = [
+        (a, b, n)
+        for a in samplers or WORTH
+        for b in spacings or WORTH.get(a, _SLOW).spacings
+        for n in some
+        if samplers or n <= WORTH[a].most
+    ]
     return list(dict.fromkeys([("ddpm", "uniform", T), *cells]))
+
+
+def outlook(cells: Sequence[tuple[str, str, int]], images: int) -> str:
+    """What the cells cost, by sampler."""
+    lines = []
+    for sampler in dict.fromkeys(sampler for sampler, _, _ in cells):
+        mine = [(spacing, n) for name, spacing, n in cells if name == sampler]
+        spacings = ", ".join(dict.fromkeys(spacing for spacing, _ in mine))
+        steps = sum(n for _, n in mine)
+        lines.append(f"{sampler} ({spacings}): {len(mine)} cells, {steps} evaluations an image")
+    total = images * sum(n for _, _, n in cells)
+    return "\n".join([*lines, f"{len(cells)} cells of {images} images: {total:,} evaluations"])
 
 
 def table(
@@ -151,6 +188,7 @@ def table(
     """Measure the cells in turn, the first of which is the one to equal; JSON form of all."""
     if len(quality.real.others) < 2:
         raise FeatureError(f"{len(quality.real.others)} images: at least 2 are needed")
+    echo(outlook(cells, len(quality.real.others)))
     found = []
     for cell in cells:
         found.append(quality.measure(*cell))

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from training.commands import find_model
+from training.commands import find_model, warnings_in_words
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -46,6 +46,7 @@ def restore(**options: Any) -> None:
     (black: all agree).
     """
     from diffusion.files import CheckpointError
+    from diffusion.samplers import FewStepsWarning
     from diffusion.sampling import NotFiniteError
     from training.pictures import picture_suffix, save_picture
     from training.restore import Asked, restored_strip
@@ -57,7 +58,8 @@ def restore(**options: Any) -> None:
     try:
         picture_suffix(out)
         model = _loaded(options.pop("model"), options.pop("device"))
-        strip = restored_strip(model, options.pop("picture"), asked, **options)
+        with warnings_in_words(FewStepsWarning):
+            strip = restored_strip(model, options.pop("picture"), asked, **options)
         save_picture(strip, out)
     except (CheckpointError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm restore: {error}")
@@ -88,6 +90,7 @@ def encode(
     import numpy as np
 
     from diffusion.files import CheckpointError
+    from diffusion.samplers import FewStepsWarning
     from diffusion.sampling import NotFiniteError
     from training.pictures import grid, picture_suffix, save_picture
     from training.restore import encoded
@@ -95,7 +98,8 @@ def encode(
     try:
         if strip is not None:
             picture_suffix(strip)
-        x_T, rows, psnr = encoded(_loaded(model, device), pictures, **options)
+        with warnings_in_words(FewStepsWarning):
+            x_T, rows, psnr = encoded(_loaded(model, device), pictures, **options)
         np.save(out, x_T.numpy())
         if strip is not None:
             save_picture(grid(rows, columns=3), strip)

@@ -146,6 +146,17 @@ class PathSpec(JobSpec):
         )
 
 
+def few_steps(
+    card: ModelCard, sampler: str, evaluations: int, length: int
+) -> tuple[SpecWarning, ...]:
+    """What to warn of where a chain over `length` timesteps has too few evaluations."""
+    needed = card.samplers[sampler].needs(length, card.T) if sampler in card.samplers else 0
+    if evaluations >= needed:
+        return ()
+    detail = f"{evaluations} evaluations are few for {sampler}, which wants {needed} or more here"
+    return (SpecWarning(pointer="/steps", detail=detail),)
+
+
 class ChainSpec(PathSpec):
     """How to walk the reverse chain, from wherever it starts, and what to keep of it.
 
@@ -238,12 +249,7 @@ class ChainSpec(PathSpec):
     def warnings(self, card: ModelCard) -> tuple[SpecWarning, ...]:
         """Fewer steps than the sampler needs."""
         assert self.sampler is not None
-        rows = self.rows(card)
-        needed = card.samplers[self.sampler].needs(self.first_t(card), card.T)
-        if rows >= needed:
-            return ()
-        detail = f"{rows} evaluations are few for {self.sampler}, which wants {needed} or more here"
-        return (SpecWarning(pointer="/steps", detail=detail),)
+        return few_steps(card, self.sampler, self.rows(card), self.first_t(card))
 
     def own_sampler(self, card: ModelCard) -> str:
         """The sampler where a request names none."""

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
-from jobs.kinds.chain import DEFAULT_STEPS, PathSpec
-from jobs.kinds.common import Gift, Input, Timestep, check_timestep
+from jobs.kinds.chain import DEFAULT_STEPS, PathSpec, few_steps
+from jobs.kinds.common import Gift, Input, SpecWarning, Timestep, check_timestep
 from jobs.outputs import snapshot_name
 from jobs.settings import Settings
 
@@ -63,6 +63,11 @@ class EncodeSpec(PathSpec):
         """One or more images."""
         if count < 1:
             raise SpecError("/images", "at least one picture is needed")
+
+    def warnings(self, card: ModelCard) -> tuple[SpecWarning, ...]:
+        """Fewer timesteps than ddim needs, whose inverse this is."""
+        assert self.steps is not None
+        return few_steps(card, "ddim", self.steps, self.first_t(card))
 
     def grid(self, images: int) -> list[str]:
         """What the images became."""

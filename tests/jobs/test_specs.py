@@ -8,6 +8,7 @@ from jobs.cards import ModelCard, Preset, SamplerTraits, Sampling, schedule_tabl
 from jobs.errors import SpecError
 from jobs.kinds.chain import Snapshots
 from jobs.kinds.common import JobSpec
+from jobs.kinds.encode import EncodeSpec
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.interpolate import InterpolateSpec
 from jobs.kinds.likelihood import LikelihoodSpec
@@ -312,3 +313,13 @@ def test_cost_of_work_on_pictures(
 def test_a_guided_reconstruction_costs_twice(card: ModelCard) -> None:
     spec = ReconstructSpec(t=40, num_images=3, class_label=1, guidance=2.0)
     assert admit(spec, card, Settings(), 1)[1].evaluations == 3 * 40 * 2
+
+
+def test_an_encoding_of_few_timesteps_is_warned_of(card: ModelCard) -> None:
+    card = card.model_copy(update={"samplers": {"ddim": SamplerTraits(least=10)}})
+    for steps, warned in ((5, True), (10, False), (None, False)):
+        filled, _ = admit(EncodeSpec(steps=steps), card, Settings(), 1)
+        found = [(warning.pointer, warning.detail) for warning in filled.warnings(card)]
+        said = f"{steps} evaluations are few for ddim, which wants 10 or more here"
+        assert found == [("/steps", said)] * warned
+    assert not admit(EncodeSpec(steps=5, t=400), card, Settings(), 1)[0].warnings(card)

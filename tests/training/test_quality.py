@@ -15,7 +15,7 @@ import diffusion
 from diffusion.schedule import ScheduleConfig
 from tests.diffusion.networks import build_model
 from training.evaluate_command import evaluate
-from training.quality import Cell, Real, cheapest, ways
+from training.quality import WORTH, Cell, Real, cheapest, outlook, ways
 
 T = 20
 
@@ -148,3 +148,15 @@ def test_the_default_is_the_cheapest_that_is_as_good() -> None:
     assert ways(50, ["ddim"], ["uniform", "trailing"], [100, 5, 5]) == [
         ("ddpm", "uniform", 50), ("ddim", "uniform", 5), ("ddim", "trailing", 5),
     ]  # fmt: skip
+
+
+def test_by_default_every_sampler_is_asked_where_it_tells_something() -> None:
+    cells = ways(1000, (), (), (5, 50, 250))
+    assert {a for a, _, _ in cells} == {"ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc"}
+    assert ("unipc", "karras", 5) in cells and ("ddim", "karras", 5) not in cells
+    assert ("ddim", "uniform", 250) in cells and ("unipc", "uniform", 250) not in cells
+    named = ways(1000, ("unipc",), (), (250,))  # what is named is measured
+    assert named[1:] == [("unipc", spacing, 250) for spacing in WORTH["unipc"].spacings]
+    first, *_, last = outlook(ways(1000, ("ddim",), ("uniform",), (5, 10)), 20).splitlines()
+    assert first == "ddpm (uniform): 1 cells, 1000 evaluations an image"
+    assert last == "3 cells of 20 images: 20,300 evaluations"

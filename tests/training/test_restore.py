@@ -105,3 +105,15 @@ def test_pictures_become_their_x_T(place: Path, tmp_path: Path) -> None:
     assert GENERATED.encode() in strip.read_bytes()
     with Image.open(strip) as picture:
         assert picture.size == (28, 18)
+
+
+def test_few_steps_are_warned_of_in_words(place: Path, tmp_path: Path) -> None:
+    diffusion.save(build_model(schedule=ScheduleConfig(T=1000)), tmp_path / "long")
+    given = [str(place / "whole.png"), "--model", str(tmp_path / "long"), "--steps", "2", "--quiet"]
+    box = ["--box", "0,4,8,8", "--travel", "1"]
+    for command, out in ((restore, ["r.png", *box]), (encode, ["x_T.npy"])):
+        ran = CliRunner().invoke(command, [*given, "--out", str(tmp_path / out[0]), *out[1:]])
+        assert ran.exit_code == 0, ran.output
+        [line] = ran.stderr.splitlines()
+        assert line.startswith("warning: ")
+        assert line.endswith(" evaluations are few for ddim, which wants 10 or more here")
