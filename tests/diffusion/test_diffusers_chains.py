@@ -21,7 +21,7 @@ import diffusion
 from diffusion import CheckpointError, Model, ModelConfig, UNet, UNetConfig
 from diffusion.diffusers.folder import export_diffusers
 from diffusion.diffusers.scheduler import read_scheduler, write_scheduler
-from diffusion.samplers import SamplingDefaults, build_table
+from diffusion.samplers import SAMPLERS, SamplingDefaults, build_table
 from diffusion.spacings import SPACINGS, spaced_timesteps
 from diffusion.table import clip_x_start, update
 from tests.diffusion.networks import build_model
@@ -124,7 +124,7 @@ def all_defaults() -> Iterator[SamplingDefaults]:
             yield SamplingDefaults("ddpm", variance, clip, spacing)
         for rederive, landing in itertools.product((True, False), ("next", "stride")):
             yield SamplingDefaults("ddim", "large", clip, spacing, rederive, landing)
-        for sampler in ("unipc", "langevin"):
+        for sampler in sorted(SAMPLERS.keys() - {"ddpm", "ddim"}):
             yield SamplingDefaults(sampler, "large", clip, spacing)
 
 

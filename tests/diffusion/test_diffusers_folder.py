@@ -147,6 +147,8 @@ def test_absent_fields_have_their_defaults(diffusers: ModuleType) -> None:
     ("field", "value", "allowed"),
     [
         ("_class_name", "EulerDiscreteScheduler", "DDPMScheduler or DDIMScheduler"),
+        ("_class_name", "UniPCMultistepScheduler", "DDPMScheduler or DDIMScheduler"),
+        ("_class_name", "DPMSolverMultistepScheduler", "DDPMScheduler or DDIMScheduler"),
         ("beta_schedule", "laplace", "'linear' or 'scaled_linear' or 'squaredcos_cap_v2'"),
         ("beta_start", -0.1, "between 0 and 1"),
         ("beta_end", 1.5, "between 0 and 1"),
@@ -166,6 +168,8 @@ def test_absent_fields_have_their_defaults(diffusers: ModuleType) -> None:
         ("variance_type", "fixed_large_log", "'fixed_small' or .* or 'learned_range'"),
         ("variance_type", "learned_range", "fixed_small or fixed_large"),
         ("use_karras_sigmas", False, "absent: this field is not known here"),
+        ("use_lu_lambdas", True, "absent: this field is not known here"),
+        ("solver_order", 3, "absent: this field is not known here"),
     ],
 )
 def test_scheduler_fields_are_refused_by_name(
