@@ -79,6 +79,7 @@ class Runtime:
         # A heartbeat makes known what is served; held so that it is not what was just retired.
         self._telling = threading.Lock()
         self._made_at = time.monotonic()
+        self._saw_all = False  # all of a folder that holds models
         self._looked_for_strangers = False
 
     def start(self) -> None:
@@ -133,7 +134,10 @@ class Runtime:
             log.info("model %s is gone", name)
             with self._telling:
                 self.store.retire_card(name)
-        if not only_first and (changes.loaded or changes.gone):
+        if only_first:
+            return
+        self._saw_all = self._saw_all or bool(self.folder.served)
+        if changes.loaded or changes.gone:
             digests = {served.model.digest for served in self.folder.served.values()}
             self.engine.keep_only(digests)
 
@@ -182,7 +186,7 @@ class Runtime:
         """Once: models that were taken away while no worker looked are unknown from now on; but an
         empty folder may be one that is mounted late."""
         late = time.monotonic() - self._made_at > self.settings.model_wait_s
-        if not self._looked_for_strangers and (self.folder.served or late):
+        if not self._looked_for_strangers and (self._saw_all or late):
             self.store.retire_strangers(self.settings.queue, self.folder.served)
             self._looked_for_strangers = True
 

@@ -229,6 +229,33 @@ def test_a_model_that_goes_during_a_heartbeat_stays_gone(
         assert set(service.store.cards()) == {"tiny"}
 
 
+def test_a_model_that_is_not_yet_loaded_stays_known(
+    service: Service,
+    tmp_path: Path,
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker lives from its first model on; what it has not looked at yet is not gone."""
+    for name in ("tiny", "second"):
+        diffusion.save(make_model(seed=4), tmp_path / name)
+    for name in ("second", "stranger"):
+        service.store.publish_card(service.card.model_copy(update={"name": name}))
+    folder = ModelFolder(tmp_path, queue="ddpm", first="tiny")
+    runtime = Runtime(Settings(redis_url=service.url, models=tmp_path), service.store, folder)
+    monkeypatch.setattr(runtime._loader, "scan", lambda: None)
+    runtime.start()
+    try:
+        assert set(folder.served) == {"tiny"}
+        assert runtime.duties("me")
+        assert set(service.store.cards()) == {"tiny", "second", "stranger"}
+        runtime.rescan()
+        runtime._duties_at = 0.0
+        assert runtime.duties("me")
+        assert set(service.store.cards()) == {"tiny", "second"}
+    finally:
+        runtime.close()
+
+
 def test_duties_publish_models_rates_and_life(
     service: Service, tmp_path: Path, make_model: Callable[..., Model]
 ) -> None:
