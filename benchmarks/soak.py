@@ -63,7 +63,7 @@ async def _soak(stage: Stage, jobs: int, streams: int) -> bool:
     ) as client:
         ended = await _post_all(client, WARM_UP)
         await asyncio.to_thread(_forgotten, stage)
-        looks = {"before": _look(stage)}
+        looks, known = {"before": _look(stage)}, set(stage.redis.keys())
         closed = await _wave(client, streams)
         await asyncio.to_thread(_forgotten, stage)
         looks["after the streams alone"] = _look(stage)
@@ -74,8 +74,9 @@ async def _soak(stage: Stage, jobs: int, streams: int) -> bool:
     print("| | API, MiB | workers, MiB | Redis, MiB | keys |\n|---|---|---|---|---|")
     for name, row in looks.items():
         print(f"| {name} | {' | '.join(f'{value:.0f}' for value in row)} |", flush=True)
-    left = looks["after"][3] - looks["before"][3]
-    return ended == {"succeeded": jobs + WARM_UP} and closed == 2 * streams and left <= 0
+    left = {key.decode() for key in set(stage.redis.keys()) - known}
+    print(f"keys that are new: {', '.join(sorted(left)) or 'none'}", flush=True)
+    return ended == {"succeeded": jobs + WARM_UP} and closed == 2 * streams and not left
 
 
 async def _load(

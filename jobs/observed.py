@@ -32,14 +32,16 @@ class Histogram:
 def histograms(
     raw: Mapping[str, float], bounds: tuple[float, ...]
 ) -> dict[tuple[str, ...], Histogram]:
-    """(what, labels…) → histogram, from the fields of a hash."""
+    """(what, labels…), one or more → histogram, from the fields of a hash; without others."""
     found: dict[tuple[str, ...], Histogram] = {}
     for name, value in raw.items():
         *labels, place = name.split(":")
+        if not labels or (place != "sum" and not place.isdecimal()):
+            continue
         one = found.setdefault(tuple(labels), Histogram([0] * (len(bounds) + 1)))
         if place == "sum":
             one.sum = value
-        elif place.isdecimal() and int(place) < len(one.counts):
+        elif len(place) < 4 and int(place) < len(one.counts):
             one.counts[int(place)] = int(value)
     return dict(sorted(found.items()))
 

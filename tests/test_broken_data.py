@@ -233,6 +233,26 @@ def test_strange_entries_beside_the_records_harm_nobody(running: Spoiled) -> Non
     stack.redis.hdel(keys.WORKERS, *beats)
 
 
+def test_a_counter_that_holds_no_number_begins_again(running: Spoiled) -> None:
+    """Each of the counters that all jobs share, with each sort of nonsense."""
+    stack, client, worker = running
+    all_is_well(client, worker)
+    stack.until(lambda: bool(stack.redis.exists(keys.BATCHES)), worker)
+    hashes = (keys.TOTALS, keys.SECONDS, keys.BATCHES, keys.CLIENTS, keys.queue("ddpm"))
+    nonsense: Any
+    for nonsense in ("nine", "1e999", "9" * 19, b"\xff"):
+        stack.redis.set(keys.ADMISSIONS, nonsense)
+        for name in (*hashes, keys.shares("ddpm", "normal"), keys.shares("ddpm", "high")):
+            fields = (*stack.redis.hkeys(name), b"strange", b"address 127.0.0.1", b"\xfe")
+            stack.redis.hset(name, mapping=dict.fromkeys(fields, nonsense))
+        stack.redis.hset(keys.queue("ddpm"), mapping={"turn:high": nonsense, "turn:normal": "x"})
+        stack.redis.hset(keys.SUSPECTS, "strange", nonsense)
+        all_is_well(client, worker)
+        stack.until(lambda: (stack.redis.hget(keys.BATCHES, "tiny:sum") or b"0").isdigit(), worker)
+    assert int(stack.redis.hget(keys.TOTALS, "jobs_succeeded") or 0) >= 1
+    stack.redis.delete(*hashes)
+
+
 def test_a_strange_idempotency_record_is_none(running: Spoiled) -> None:
     stack, client, _ = running
     asked: dict[str, Any] = {

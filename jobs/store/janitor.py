@@ -21,7 +21,7 @@ from jobs.states import ACTIVE, Status
 from jobs.store import events, keys, scripts
 from jobs.store.events import JobFault
 from jobs.store.rq_queue import ENDED, Queues
-from jobs.store.tolerance import is_data_fault, text
+from jobs.store.tolerance import is_data_fault, number, text
 from jobs.store.writer import JobStore
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Janitor:
         self._redis.hsetnx(keys.SUSPECTS, job_id, str(now))
         since: Any = self._redis.hget(keys.SUSPECTS, job_id)
         try:
-            return since is not None and now - float(since) >= _CONFIRM_S
+            return since is not None and now - number(since) >= _CONFIRM_S
         except ValueError:
             self._redis.hdel(keys.SUSPECTS, job_id)
             return False

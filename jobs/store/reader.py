@@ -26,7 +26,7 @@ from jobs.store.outputs import open_outputs
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.remembered import Remembered
 from jobs.store.rq_queue import queue_key
-from jobs.store.tolerance import UNREADABLE, count, each, items, number, text
+from jobs.store.tolerance import UNREADABLE, count, each, finite, items, number, text
 from jobs.store.writer import WorkerInfo
 
 _SCAN = 100
@@ -219,7 +219,7 @@ class JobReader:
     async def clients(self) -> dict[str, int]:
         """Outstanding image-steps of every client that has any."""
         raw = await self._redis.hgetall(keys.CLIENTS)
-        return {name.decode(): int(value) for name, value in raw.items()}
+        return {name: count(value) for name, value in items(raw)}
 
     async def totals(self) -> dict[str, int]:
         """Counters since the store began, and the bytes that outputs hold."""
@@ -232,11 +232,7 @@ class JobReader:
             pipe.hgetall(keys.SECONDS)
             pipe.hgetall(keys.BATCHES)
             seconds, rows = await pipe.execute()
-        return _numbers(seconds), _numbers(rows)
-
-
-def _numbers(raw: Any) -> dict[str, float]:
-    return {text(name): float(value) for name, value in raw.items()}
+        return each("seconds", items(seconds), finite), each("rows", items(rows), finite)
 
 
 def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:

@@ -104,4 +104,4 @@ class Room:
         """Seconds until the first outputs lapse (a minute if only running jobs hold any)."""
         due: Any = self._redis.zrange(keys.DUE, 0, 0, withscores=True)
         wait = due[0][1] - time.time() if due else 60.0
-        return min(86_400, max(1, math.ceil(wait)))
+        return math.ceil(min(86_400, max(1, wait)))

@@ -31,7 +31,7 @@ _BOUNDS = ", ".join(f"{bound:g}" for bound in SECONDS)
 _TABLES = (
     f"local STATES = {{{_STATES}}}\nlocal LEGAL = {{{_LEGAL}}}\nlocal BOUNDS = {{{_BOUNDS}}}\n"
 )
-_TURNS = _text("turns")
+_TURNS = _text("counters") + _text("turns")
 _PRELUDE = _PREFIX + _TABLES + _TURNS + _text("prelude")
 _FORGET = _PRELUDE + _text("forget")
 

@@ -24,6 +24,7 @@ _DATA_FAULTS = (
     "attempt to ",
     "not an integer",
     "not a valid float",
+    "would overflow",
     "bad argument",
     "must be strings or integers",
 )
@@ -66,20 +67,29 @@ def items(raw: Mapping[bytes, bytes]) -> list[tuple[str, bytes]]:
     return [(text(name), value) for name, value in raw.items()]
 
 
+def finite(raw: bytes | str) -> float:
+    """A finite number. Raises ValueError."""
+    value = float(raw)
+    if not math.isfinite(value):
+        raise ValueError(f"{raw!r}: not finite")
+    return value
+
+
 def number(raw: str) -> float:
     """A finite number that can be a time. Raises ValueError."""
-    value = float(raw)
-    if not math.isfinite(value) or abs(value) > _LATEST:
+    value = finite(raw)
+    if abs(value) > _LATEST:
         raise ValueError(f"{raw}: out of range")
     return value
 
 
 def count(raw: bytes | str | None) -> int:
-    """A counter; 0 where there is none, or nonsense."""
+    """A counter; 0 where there is none, or nonsense, as in `counters.lua`."""
     try:
-        return int(raw or 0)
+        found = int(raw or 0)
     except ValueError:
         return 0
+    return found if abs(found) < 2**53 else 0
 
 
 def json_object(raw: str) -> dict[str, Any]:

@@ -348,12 +348,17 @@ class JobStore:
 
     def tell_batches(self, batches: Batches) -> None:
         """Add to the histograms what was stepped since it was told last."""
+        counts = {f"{model}:{place}": steps for (model, place), steps in batches.counts.items()}
+        counts |= {f"{model}:sum": rows for model, rows in batches.rows.items()}
         with self.redis.pipeline(transaction=False) as pipe:
-            for (model, place), steps in batches.counts.items():
-                pipe.hincrby(keys.BATCHES, f"{model}:{place}", steps)
-            for model, rows in batches.rows.items():
-                pipe.hincrby(keys.BATCHES, f"{model}:sum", rows)
-            pipe.execute()
+            for name, more in counts.items():
+                pipe.hincrby(keys.BATCHES, name, more)
+            answers = pipe.execute(raise_on_error=False)
+        for name, answer in zip(counts, answers, strict=True):
+            if isinstance(answer, Exception) and not is_data_fault(answer):
+                raise answer
+            if isinstance(answer, Exception):  # no counter: it begins again
+                self.redis.hdel(keys.BATCHES, name)
 
     def next_turn(self, queue: str) -> str | None:
         """Put the job whose turn it is to the head of RQ's list of a queue, where RQ's own pop

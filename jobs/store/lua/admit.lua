@@ -4,17 +4,17 @@
 -- does not know would fail alone, and the rest be carried out.
 local function key(id) return P .. 'job:' .. id end
 local id, queue, client, work = ARGV[1], ARGV[2], ARGV[4], ARGV[6]
-redis.call('INCR', P .. 'admissions')
+redis.call('SET', P .. 'admissions', 1)  -- touched: what it holds does not matter
 redis.call('HSET', key(id), unpack(ARGV, 13))
 for _, set in ipairs({'jobs', 'jobs:model:' .. ARGV[3], 'jobs:status:queued',
                       'queue:' .. queue .. ':queued'}) do
   redis.call('ZADD', P .. set, 0, id)
 end
 redis.call('SADD', P .. 'queues', queue)
-redis.call('HINCRBY', P .. 'queue:' .. queue, 'admitted', work)
-redis.call('HINCRBY', P .. 'clients', client, work)
-redis.call('HINCRBY', P .. 'totals', 'output_bytes', ARGV[7])
-redis.call('HINCRBY', P .. 'totals', 'admitted_' .. ARGV[5], 1)
+add(P .. 'queue:' .. queue, 'admitted', work)
+add(P .. 'clients', client, work)
+add(P .. 'totals', 'output_bytes', ARGV[7])
+add(P .. 'totals', 'admitted_' .. ARGV[5], 1)
 redis.call('XADD', key(id) .. ':events', '*', 'event', 'status', 'data', ARGV[8])
 local priority, work = ARGV[12], tonumber(work)
 local place = math.max(clock(queue, priority), asked(queue, priority, client))

@@ -33,15 +33,15 @@ local function advance(id, done)
   if delta == 0 then return end
   local client = get(id, 'client')
   redis.call('HSET', key(id), 'done', done)
-  redis.call('HINCRBY', P .. 'queue:' .. get(id, 'queue'), 'completed', delta)
-  if redis.call('HINCRBY', P .. 'clients', client, -delta) <= 0 then
+  add(P .. 'queue:' .. get(id, 'queue'), 'completed', delta)
+  if add(P .. 'clients', client, -delta) <= 0 then
     redis.call('HDEL', P .. 'clients', client)
   end
 end
 
 -- What was reserved for outputs becomes what is there.
 local function set_bytes(id, bytes)
-  redis.call('HINCRBY', P .. 'totals', 'output_bytes', bytes - number(id, 'bytes'))
+  add(P .. 'totals', 'output_bytes', bytes - number(id, 'bytes'))
   redis.call('HSET', key(id), 'bytes', bytes)
 end
 
@@ -54,8 +54,9 @@ local function observe(what, id, from, now)
   for i, bound in ipairs(BOUNDS) do
     if seconds <= bound then place = i - 1 break end
   end
-  redis.call('HINCRBY', P .. 'seconds', name .. place, 1)
-  redis.call('HINCRBYFLOAT', P .. 'seconds', name .. 'sum', seconds)
+  add(P .. 'seconds', name .. place, 1)
+  local sum = value(redis.call('HGET', P .. 'seconds', name .. 'sum'))
+  redis.call('HSET', P .. 'seconds', name .. 'sum', string.format('%.17g', sum + seconds))
 end
 
 -- The end of a job that is queued or running.
@@ -77,7 +78,7 @@ local function finish(id, status, now, status_data, final, final_data)
   emit(id, 'status', status_data)
   emit(id, final, final_data)
   redis.call('EXPIRE', key(id) .. ':events', ttl + 60)
-  redis.call('HINCRBY', P .. 'totals', 'jobs_' .. status, 1)
+  add(P .. 'totals', 'jobs_' .. status, 1)
   if status == 'succeeded' then observe('run', id, number(id, 'started_at'), now) end
   redis.call('HDEL', P .. 'suspects', id)
   if get(id, 'webhook') == '1' then redis.call('ZADD', P .. 'webhooks', now, id) end
@@ -89,7 +90,7 @@ local function blame(id, worker)
   local last, how = get(id, 'last_worker'), get(id, 'in_batch')
   redis.call('HDEL', key(id), 'in_batch')
   if not last or last == worker then return end
-  redis.call('HINCRBY', P .. 'totals', 'recovered', 1)
+  add(P .. 'totals', 'recovered', 1)
   if how == 'alone' then redis.call('HINCRBY', key(id), 'lone_crashes', 1) end
   if how == 'alone' or how == 'shared' or redis.call('HGET', P .. 'begun', last) == id then
     redis.call('HINCRBY', key(id), 'crashes', 1)

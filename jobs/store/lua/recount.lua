@@ -24,12 +24,12 @@ for _, queue in ipairs(ARGV) do
     end
     local now, asking = clock(queue, priority), redis.call('HGETALL', shares(queue, priority))
     for i = 1, #asking, 2 do
-      if tonumber(asking[i + 1]) <= now then
+      if value(asking[i + 1]) <= now then
         redis.call('HDEL', shares(queue, priority), asking[i])  -- as good as new
       end
     end
   end
-  local admitted = tonumber(redis.call('HGET', P .. 'queue:' .. queue, 'admitted') or '0')
+  local admitted = value(redis.call('HGET', P .. 'queue:' .. queue, 'admitted'))
   redis.call('HSET', P .. 'queue:' .. queue, 'completed', admitted - outstanding)
 end
 redis.call('DEL', P .. 'clients')

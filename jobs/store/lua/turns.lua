@@ -6,10 +6,10 @@ local PRIORITIES = {'high', 'normal'}
 local function turns(queue, priority) return P .. 'queue:' .. queue .. ':turns:' .. priority end
 local function shares(queue, priority) return P .. 'queue:' .. queue .. ':shares:' .. priority end
 local function clock(queue, priority)
-  return tonumber(redis.call('HGET', P .. 'queue:' .. queue, 'turn:' .. priority) or '0')
+  return value(redis.call('HGET', P .. 'queue:' .. queue, 'turn:' .. priority))
 end
 local function asked(queue, priority, client)
-  return tonumber(redis.call('HGET', shares(queue, priority), client) or '0')
+  return value(redis.call('HGET', shares(queue, priority), client))
 end
 
 -- A job waits no more. How it left is the client's gain or not: what is not run costs nothing.
@@ -22,7 +22,7 @@ local function leave(queue, id, client, work, served)
         redis.call('DEL', shares(queue, priority))
         redis.call('HDEL', P .. 'queue:' .. queue, 'turn:' .. priority)
       elseif not served then
-        redis.call('HINCRBY', shares(queue, priority), client, -math.max(work, 1))
+        add(shares(queue, priority), client, -math.max(work, 1))
       elseif tonumber(place) > clock(queue, priority) then
         redis.call('HSET', P .. 'queue:' .. queue, 'turn:' .. priority, place)
       end
@@ -45,13 +45,13 @@ local function ahead(queue, client, work, priority, place)
   local owed = redis.call('HGETALL', P .. 'clients')
   local own, others = 0, {}
   for i = 1, #owed, 2 do
-    if owed[i] == client then own = tonumber(owed[i + 1])
-    else others[#others + 1] = tonumber(owed[i + 1]) end
+    if owed[i] == client then own = value(owed[i + 1])
+    else others[#others + 1] = value(owed[i + 1]) end
   end
   own = math.max(own - math.max(behind, 0), work)
   local all = own
   for _, left in ipairs(others) do all = all + math.min(left, own) end
   local ends = redis.call('HMGET', P .. 'queue:' .. queue, 'admitted', 'completed')
-  local outstanding = (tonumber(ends[1] or '0') or 0) - (tonumber(ends[2] or '0') or 0)
+  local outstanding = value(ends[1]) - value(ends[2])
   return math.max(math.min(all, outstanding), work)  -- of other queues nothing is before it
 end

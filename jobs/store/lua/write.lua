@@ -10,7 +10,7 @@ while n <= #ARGV do
   if op == 'p' then
     local done = tonumber(ARGV[n + 1])
     if done > number(id, 'done') then
-      redis.call('HINCRBY', P .. 'totals', 'image_steps', done - number(id, 'done'))
+      add(P .. 'totals', 'image_steps', done - number(id, 'done'))
     end
     advance(id, done)
     if done > number(id, 'best') then redis.call('HSET', key(id), 'best', done) end
