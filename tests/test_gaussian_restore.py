@@ -162,6 +162,7 @@ def test_samples_have_the_moments_of_the_exact_chain(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("steps", "travel"), [(50, 1), (250, 1), (1000, 1), (250, 5)])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_table_of_the_documentation_by_samples(
