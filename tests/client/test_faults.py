@@ -163,6 +163,8 @@ def test_pauses_grow_and_honour_what_was_asked() -> None:
         ("inf", None, None),
         ("", None, None),
     ],
+    # Numbers: a test with the time in its name is another one in each process.
+    ids=range(10),
 )
 def test_retry_after_as_seconds_and_as_a_date(
     said: str, least: float | None, most: float | None
