@@ -156,18 +156,66 @@ def evaluate(
 ) -> Tensor:
     """The network's [N, …] of x, t and labels [N, …], its rows dealt to the cores.
 
-    With gradients, on a GPU, and inside of a part, the network alone. Raises what it raises.
+    Gradients by x too, once: nothing can be differentiated twice. With gradients by weights, on a
+    GPU, and inside of a part, the network alone. Raises what it raises.
     """
     inside = threading.current_thread().name.startswith(_NAME)
-    if torch.is_grad_enabled() or inside or not x.shape[0] or x.device.type != "cpu":
+    if inside or not x.shape[0] or x.device.type != "cpu":
         return network(x, t, labels)
     parts, threads = deal(x.shape[0], count(), large=large)
+    compiled = getattr(network, "_compiled_call_impl", None) is not None
+    if torch.is_grad_enabled():
+        if compiled or not x.requires_grad or _learns(network):
+            return network(x, t, labels)
+        ways = (parts, threads)
+        return _Dealt.apply(x, network, t, labels, ways)  # type: ignore[no-untyped-call, no-any-return]
     in_turn = False
-    if getattr(network, "_compiled_call_impl", None) is not None:
+    if compiled:
         kind = (x.dtype, t.dtype, labels is None, torch.is_inference_mode_enabled(), threads)
         met = _compiled.setdefault(network, FirstTimes())
         in_turn = met.any_new((size, *kind) for size in sizes(x.shape[0], parts))
     return side_by_side(network, x, t, labels, parts=parts, threads=threads, in_turn=in_turn)
+
+
+def _learns(network: Network) -> bool:
+    parameters = network.parameters() if isinstance(network, torch.nn.Module) else ()
+    return any(weight.requires_grad for weight in parameters)
+
+
+class _Dealt(torch.autograd.Function):
+    """A network whose rows are dealt to the cores, forwards and backwards by x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, network: Network, t: Tensor, labels: Tensor | None, ways: Any
+    ) -> Tensor:
+        """ways: parts, and threads a part."""
+        parts, ctx.threads = ways
+
+        def evaluate(first: int, last: int) -> tuple[Tensor, Tensor]:
+            chosen = None if labels is None else labels[first:last]
+            with torch.enable_grad():
+                rows = x[first:last].detach().requires_grad_()
+                return rows, network(rows, t[first:last], chosen)
+
+        ctx.ends = list(pairwise(cuts(x.shape[0], parts)))
+        ctx.made = together([partial(evaluate, *ends) for ends in ctx.ends], threads=ctx.threads)
+        return torch.cat([out.detach() for _, out in ctx.made])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """As often as asked for, while the graph is kept."""
+        [by_out] = gradients
+
+        def differentiate(rows: Tensor, out: Tensor, first: int, last: int) -> Tensor:
+            return torch.autograd.grad(out, rows, by_out[first:last], retain_graph=True)[0]
+
+        calls = [
+            partial(differentiate, rows, out, *ends)
+            for (rows, out), ends in zip(ctx.made, ctx.ends, strict=True)
+        ]
+        return torch.cat(together(calls, threads=ctx.threads)), None, None, None, None
 
 
 class FirstTimes:

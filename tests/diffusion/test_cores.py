@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion import cores
 
@@ -167,18 +167,6 @@ def test_a_network_in_a_network_is_part_of_the_part() -> None:
     assert found.eq(1).all()
 
 
-def test_gradients_are_left_to_the_caller() -> None:
-    caller = threading.get_ident()
-
-    def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        assert threading.get_ident() == caller
-        return x * 2
-
-    x = torch.ones(8, 1, requires_grad=True)
-    cores.evaluate(network, x, torch.arange(8), None).sum().backward()  # type: ignore[no-untyped-call]
-    assert x.grad is not None and x.grad.eq(2).all()
-
-
 def test_a_team_is_let_go_again() -> None:
     before = torch.get_num_threads()
     with cores.team():
@@ -260,3 +248,51 @@ def test_a_call_that_fails_among_more_calls_than_threads() -> None:
     with pytest.raises(ValueError, match="of call 1"):
         cores.together([partial(call, i) for i in range(4)], at_once=2)
     assert made.count(1) == 1 and {0, 1} <= set(made)
+
+
+def test_gradients_by_x_are_those_of_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rows dealt to threads, as often as they are asked for; each core works on its own rows."""
+    monkeypatch.setattr(cores, "_cores", 2)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 1, 3))
+    network.double().requires_grad_(False)
+    threads = set()
+
+    def forward(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        assert labels is not None and len(x) == len(t) == len(labels)
+        threads.add(threading.current_thread().name)
+        return (t + labels).view(-1, 1, 1, 1) * network(x)
+
+    x = torch.randn(7, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    t, labels = torch.rand(7).double(), torch.arange(7)
+    out = cores.evaluate(forward, x, t, labels)
+    dealt = set(threads)
+    alone = forward(x, t, labels)
+    assert len(dealt) == 2 and threading.current_thread().name not in dealt
+    assert torch.equal(out.detach(), alone.detach())
+    for v in (torch.ones_like(out), torch.randn_like(out)):
+        [found] = torch.autograd.grad(out, x, v, retain_graph=True)
+        [expected] = torch.autograd.grad(alone, x, v, retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    [once] = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(once.square().sum(), x)
+
+
+def test_a_network_that_learns_is_not_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_cores", 2)
+    conv = nn.Conv2d(1, 1, 3)
+    network = Labelless(conv)
+    x = torch.randn(4, 1, 8, 8, requires_grad=True)
+    cores.evaluate(network, x, torch.zeros(4), None).sum().backward()
+    assert conv.weight.grad is not None and x.grad is not None
+
+
+class Labelless(nn.Module):
+    """A network of x alone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import cores
 from diffusion.flow import dequantised, flow_row, gathered, log_prior, probes
 from diffusion.model import Estimate
 from worker.engine.flows import FlowTask
@@ -101,8 +100,7 @@ class FlowPool:
         def evaluate(x: Tensor, t: Tensor) -> Estimate:
             return self.network.model.read(self.network.output(x, t, batch.labels, eager), x, t)
 
-        with cores.team():
-            x, found = flow_row(evaluate, x, probes(x, **self._keys(samples)), rows)
+        x, found = flow_row(evaluate, x, probes(x, **self._keys(samples)), rows)
         finite = torch.isfinite(x).flatten(1).all(1) & torch.isfinite(found)
         nats = torch.tensor([self._under_way[sample][1] for sample in samples]).double()
         nats += found.double().cpu()

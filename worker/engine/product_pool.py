@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffusion import cores
 from diffusion.forward import alpha_bars
 from diffusion.model import Estimate
 from diffusion.table import clip_x_start
@@ -31,14 +30,13 @@ class ProductPool(ChainPool):
         eps, x_start, corrected = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
         v: Tensor | None = None
         for correction, at in batch.corrections:
-            with cores.team():
-                found, better = correction.estimate(
-                    partial(self._evaluate, batch, at, t[at]),
-                    x[at],
-                    alpha_bar=alpha_bar[at],
-                    r2=r2[at],
-                    clip=partial(clip_x_start, rows[at]),
-                )
+            found, better = correction.estimate(
+                partial(self._evaluate, batch, at, t[at]),
+                x[at],
+                alpha_bar=alpha_bar[at],
+                r2=r2[at],
+                clip=partial(clip_x_start, rows[at]),
+            )
             eps[at], x_start[at], corrected[at] = found.eps, found.x_start, better
             if found.v is not None:
                 v = torch.empty_like(x) if v is None else v
