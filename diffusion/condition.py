@@ -10,8 +10,9 @@ for the covariance of x_0 given x_t:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from diffusion.conjugate import conjugate_gradients
 from diffusion.model import Estimate
-from diffusion.operators import Operator
+from diffusion.operators import Operator, identity_of
 
 METHODS = ("projection", "moment")
 FLOOR = 1e-4  # share of r² below which moment takes no σ_y²: no Jacobian is known any better
@@ -67,6 +68,10 @@ class Condition(Protocol):
     def cost(self) -> int:
         """Network evaluations that a row takes, in all."""
 
+    @property
+    def alike(self) -> Hashable:
+        """Equal for those that differ in y alone: see `together`."""
+
     def estimate(
         self, evaluate: Evaluate, x: Tensor, *, alpha_bar: Tensor, r2: Tensor, clip: Clip
     ) -> tuple[Estimate, Tensor]:
@@ -97,6 +102,11 @@ class Projection:
         """One."""
         return 1
 
+    @cached_property
+    def alike(self) -> Hashable:
+        """See Condition."""
+        return Projection, identity_of(self.measurement.operator), self.measurement.sigma
+
     def correct(self, x_start: Tensor, r2: Tensor) -> Tensor:
         """The corrected x̂_0."""
         return project(self.measurement, x_start, r2)
@@ -126,6 +136,13 @@ class Moment:
     def cost(self) -> int:
         """One, and the products."""
         return 1 + PRODUCT_COST * max(self.steps, 1)
+
+    @cached_property
+    def alike(self) -> Hashable:
+        """See Condition."""
+        measurement = self.measurement
+        operator = identity_of(measurement.operator)
+        return Moment, operator, measurement.sigma, self.steps, self.floor
 
     def estimate(
         self, evaluate: Evaluate, x: Tensor, *, alpha_bar: Tensor, r2: Tensor, clip: Clip
@@ -161,6 +178,16 @@ class Moment:
             return operator.forward(moved) + _wide(sigma2, v) * v, moved
 
         return x_start + conjugate_gradients(bracket, residual, steps=self.steps)
+
+
+def together(conditions: Sequence[Condition]) -> Condition:
+    """One that heeds a measurement of each of its samples: conditions that are alike, of one y."""
+    first = conditions[0]
+    if all(each is first for each in conditions):
+        return first
+    y = torch.cat([each.measurement.y for each in conditions])
+    assert isinstance(first, Projection | Moment)
+    return replace(first, measurement=replace(first.measurement, y=y))
 
 
 def condition(

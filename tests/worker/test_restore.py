@@ -12,7 +12,7 @@ from torch import Tensor
 
 import diffusion
 from diffusion import Model
-from diffusion.condition import Measurement, Moment, Projection, condition
+from diffusion.condition import Condition, Measurement, Moment, Projection, condition
 from diffusion.noise import Purpose, image_normals
 from diffusion.operators import AveragePool, Blur, Identity, Mask, Operator
 from diffusion.samplers import build_table
@@ -23,8 +23,10 @@ from jobs.kinds.restore import RestoreSpec
 from jobs.kinds.table import admit
 from jobs.pictures import from_bytes
 from jobs.settings import Settings
+from worker.engine.chain_pool import ChainPool
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
+from worker.engine.runs import Sample
 from worker.engine.tasks import Event, Images, Start, States, Task
 from worker.kinds.restore import operator_of
 
@@ -176,6 +178,34 @@ def test_deterministic_moment_chains_stand_alone(model: Model) -> None:
     _, alone = run(task)
     _, among = run(moment_task(model, "average_pool", n=3, deterministic=True), task)
     assert torch.equal(alone[task.id], among[task.id])
+
+
+@pytest.mark.parametrize("by_moments", [False, True])
+def test_jobs_that_differ_in_what_was_measured_are_corrected_together(
+    by_moments: bool, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each as if alone, for all that they share one correction; another σ_y has one of its own."""
+
+    def task(i: int, sigma: float) -> Task:
+        x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(i)) * 2 - 1
+        given = Measurement(upper_half(), upper_half().forward(x), sigma)  # a mask of its own
+        made = Moment(given, 2) if by_moments else Projection(given)
+        return replace(restore_task(model, "mask"), id=str(i), seed=i, condition=made)
+
+    sizes = set()
+    corrections = ChainPool._corrections
+
+    def watched(self: ChainPool, samples: list[Sample]) -> tuple[tuple[Condition, Tensor], ...]:
+        found = corrections(self, samples)
+        sizes.add(tuple(sorted(len(at) for _, at in found)))
+        return found
+
+    monkeypatch.setattr(ChainPool, "_corrections", watched)
+    tasks = [task(0, 0.2), task(1, 0.2), task(2, 0.2), task(3, 0.1)]
+    _, found = run(*tasks)
+    assert (2, 6) in sizes
+    for each in tasks:
+        torch.testing.assert_close(found[each.id], by_library(model, each), rtol=0, atol=1e-3)
 
 
 # What a request says, and what it costs

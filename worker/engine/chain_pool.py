@@ -7,7 +7,7 @@ read back from the device to choose a batch, so a GPU never waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.condition import Condition, Projection
+from diffusion.condition import Condition, Projection, together
 from diffusion.forward import alpha_bars
 from diffusion.model import Estimate
 from diffusion.noise import Purpose, image_normals, normals
@@ -232,15 +232,19 @@ class ChainPool:
         )
 
     def _corrections(self, samples: list[Sample]) -> tuple[tuple[Condition, Tensor], ...]:
-        """What corrects which samples: those of a task together, unless each must stand alone."""
-        groups: dict[tuple[Condition, int], list[int]] = {}
+        """What corrects which samples: together all that differ in y alone, of whatever tasks;
+        where mates must not matter, those of a task."""
+        groups: dict[Hashable, list[tuple[int, Condition]]] = {}
         for i, sample in enumerate(samples):
-            correction = task_of(sample).condition
-            if correction is not None:
-                groups.setdefault((correction, i if self.network.exact else -1), []).append(i)
+            if (found := task_of(sample).condition) is not None:
+                key: Hashable = id(found) if self.network.exact else found.alike
+                groups.setdefault(key, []).append((i, found))
         return tuple(
-            (correction, torch.tensor(at, device=self.device))
-            for (correction, _), at in groups.items()
+            (
+                together([condition for _, condition in group]),
+                torch.tensor([i for i, _ in group], device=self.device),
+            )
+            for group in groups.values()
         )
 
     def step(self, batch: Batch, shape: Shape) -> ChainStep:

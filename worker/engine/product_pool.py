@@ -1,7 +1,7 @@
 """Chains whose x̂_0 is corrected by products with the network's Jacobian.
 
 Slots, rows and noise are those of all chains. The network runs in float32 with autograd on, the
-chains of one task at a time, since each has systems of its own to solve.
+chains of one operator at a time, of all jobs that have it: each has a system of its own to solve.
 """
 
 from __future__ import annotations
