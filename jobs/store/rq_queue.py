@@ -12,6 +12,7 @@ from typing import Any
 import redis
 from rq import Queue, Retry
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.registry import clean_registries
 from rq.serializers import JSONSerializer
@@ -79,7 +80,14 @@ class Queues:
         self._on(job_id, lambda job: job.delete())
 
     def forget(self, job_ids: Sequence[str]) -> None:
-        """Delete those of the jobs that have ended with RQ: it keeps canceled ones for ever."""
+        """Delete those of the jobs that have ended with RQ: it keeps canceled ones for ever.
+
+        For a day it keeps when it first saw a job on its way to a worker.
+        """
+        ways = [IntermediateQueue(queue.key, self._redis) for queue in self._queues.values()]
+        seen = [way.get_first_seen_key(job_id) for way in ways for job_id in job_ids]
+        if seen:
+            self._redis.unlink(*seen)
         for job_id, status in zip(job_ids, self.statuses(job_ids), strict=True):
             if status in ENDED:
                 self.delete(job_id)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rq import Queue, Worker
 from rq.command import PUBSUB_CHANNEL_TEMPLATE, send_shutdown_command, send_stop_job_command
+from rq.intermediate_queue import IntermediateQueue
 from rq.job import JobStatus
 from rq.registry import FinishedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
@@ -23,6 +24,7 @@ import diffusion
 from diffusion.noise import VERSION
 from jobs.pictures import from_bytes
 from jobs.settings import Settings
+from jobs.store.janitor import Janitor
 from jobs.store.rq_queue import Queues, queue_key
 from tests.app.conftest import serving
 from worker.models import card_of
@@ -186,11 +188,19 @@ def test_a_deleted_job_is_dropped(running: Service) -> None:
 
 
 def test_rq_keeps_nothing_longer_than_we_do(running: Service) -> None:
-    """RQ's keys of a job: its hash, its result, its executions, its place in a registry."""
+    """RQ's keys of a job: its hash, its result, its executions, its place in a registry, and when
+    RQ saw it on its way to a worker."""
     job_id = running.admit(steps=2, ttl_s=1)
+    assert IntermediateQueue("rq:queue:ddpm", running.redis).set_first_seen(job_id)
     running.ended(job_id)
     registry = FinishedJobRegistry("ddpm", connection=running.redis, serializer=JSONSerializer)
-    running.until(lambda: list(running.redis.scan_iter(f"rq:*{job_id}*")) == [])
+    janitor = Janitor(running.store)  # as the API runs it
+
+    def left() -> list[bytes]:
+        janitor.run()
+        return list(running.redis.scan_iter(f"rq:*{job_id}*"))
+
+    running.until(lambda: left() == [])
     running.until(lambda: job_id not in registry.get_job_ids(cleanup=False))
 
 
