@@ -18,7 +18,7 @@ from torch import Tensor
 from jobs.kinds.common import JobSpec
 from jobs.pictures import Float32
 from jobs.store.batch import WriteBatch
-from jobs.store.writer import Started
+from jobs.store.started import Started
 from worker.engine.tasks import Event, Snapshot, Work
 from worker.models import Served
 from worker.network.networks import Mode

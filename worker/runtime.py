@@ -20,7 +20,9 @@ from jobs.observed import Batches
 from jobs.settings import Settings
 from jobs.store.batch import InBatch
 from jobs.store.records import JobRecord
-from jobs.store.writer import JobStore, Started, WorkerInfo
+from jobs.store.started import Started
+from jobs.store.workers import WorkerInfo
+from jobs.store.writer import JobStore
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
 from worker.engine.tasks import Canceled, EngineError, EngineStopped, Event, Failed, Finished

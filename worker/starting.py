@@ -14,8 +14,9 @@ from jobs.kinds.stored import Unread
 from jobs.settings import Settings
 from jobs.states import ACTIVE, Status
 from jobs.store.records import JobRecord
+from jobs.store.started import MAX_LONE_CRASHES, Started
 from jobs.store.tolerance import is_data_fault, tell_once
-from jobs.store.writer import MAX_LONE_CRASHES, JobStore, Started
+from jobs.store.writer import JobStore
 from worker.engine.loop import Engine
 from worker.engine.tasks import EngineStopped
 from worker.flights import AnyFlight, Ending

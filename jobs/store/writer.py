@@ -30,23 +30,18 @@ All registry cleaning, here and in workers, runs inside `store.lock("registries"
 
 from __future__ import annotations
 
-import contextlib
 import json
 import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, Self
 
-import numpy as np
 import redis
-from numpy.typing import NDArray
 
 from jobs.cards import ModelCard, to_store
-from jobs.kinds.common import ARRAYS
 from jobs.observed import Batches
-from jobs.pictures import Float32, UInt8, from_bytes
 from jobs.settings import Settings
 from jobs.states import Status
 from jobs.store import events, keys, scripts
@@ -58,73 +53,9 @@ from jobs.store.outputs import open_outputs
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.rq_queue import queue_key
 from jobs.store.sending import send_all
-from jobs.store.tolerance import (
-    UNREADABLE,
-    each,
-    is_data_fault,
-    items,
-    json_object,
-    number,
-    tell_once,
-    text,
-)
-
-MAX_LONE_CRASHES = 3  # deaths of workers that ran nothing else, before a job is given up
-WORKER_TTL_S = 30  # a worker unheard of for so long is not counted as alive
-
-
-@dataclass(frozen=True)
-class Started:
-    """A job to run.
-
-    inputs: uploaded images, uint8 [N,H,W,C], or None. array: an x_t to start from or a measurement,
-    float32 [C,H,W], or None. states: image index → what `checkpoint`
-    saved. finished: indices of images already stored. crashes: workers that died with the job in
-    their batch since it was last cleared; lone_crashes: with nothing else in it. best: the most
-    image-steps that were ever done. in_batch: as it is marked now. earlier_digest: the model of
-    the attempt that left `states`; earlier_table: the digest of its tuned table, if it had one.
-    """
-
-    record: JobRecord
-    crashes: int
-    lone_crashes: int
-    best: int
-    in_batch: InBatch
-    inputs: UInt8 | None
-    array: Float32 | None
-    states: dict[int, bytes]
-    finished: frozenset[int]
-    earlier_digest: str | None
-    earlier_table: str | None
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """What a worker says of itself. at: Unix time of the last word."""
-
-    name: str
-    queue: str
-    models: tuple[str, ...]
-    device: str = "cpu"
-    active: int = 0  # images in flight
-    at: float = field(default_factory=time.time)
-
-    @classmethod
-    def parse(cls, text: bytes) -> Self:
-        """From the JSON of a heartbeat, a newer version's too. Raises ValueError and the like."""
-        fields = json.loads(text)
-        return cls(
-            name=str(fields["name"]),
-            queue=str(fields["queue"]),
-            models=tuple(str(name) for name in fields["models"]),
-            device=str(fields.get("device", "cpu")),
-            active=int(fields.get("active", 0)),
-            at=number(fields["at"]),
-        )
-
-    def alive(self, now: float) -> bool:
-        """Whether it spoke lately."""
-        return now - self.at <= WORKER_TTL_S
+from jobs.store.started import Started, read_started
+from jobs.store.tolerance import each, is_data_fault, items, tell_once
+from jobs.store.workers import WorkerInfo
 
 
 class JobStore:
@@ -163,7 +94,7 @@ class JobStore:
         which carries it. in_batch: SHARED if it is to be stepped at once; not heeded for a job
         with crashes.
         """
-        earlier = self.redis.hmget(keys.job(job_id), ["run_digest", "provenance"])
+        earlier: Any = self.redis.hmget(keys.job(job_id), ["run_digest", "provenance"])
         done = events.last_event(Status.CANCELED, None)[1]
         queued, canceled = (events.status_data(s) for s in (Status.RUNNING, Status.CANCELED))
         entered = [job_id, execution, worker, str(time.time()), digest]
@@ -179,21 +110,15 @@ class JobStore:
             raw, inputs, states, fields = pipe.execute()
         if not raw:
             return None
-        record = parse_record(job_id, raw)
-        as_array = record.spec.input in ARRAYS
-        shape = record.spec.input_shape(record.shape) if inputs is not None else record.shape
-        return Started(
-            record=record,
-            crashes=int(crashes),
-            lone_crashes=int(lone_crashes),
+        return read_started(
+            parse_record(job_id, raw),
+            crashes=(int(crashes), int(lone_crashes)),
             best=int(best),
             in_batch=InBatch.NO if crashes and in_batch is InBatch.SHARED else in_batch,
-            inputs=None if inputs is None or as_array else inputs_array(inputs, shape),
-            array=from_bytes(inputs, shape) if as_array and inputs is not None else None,
-            states={int(index): value for index, value in states.items()},
-            finished=frozenset(int(f[2:]) for f in fields if f.startswith(b"i:")),
-            earlier_digest=_text(earlier[0]),
-            earlier_table=_table_of(earlier[1]),
+            inputs=inputs,
+            states=states,
+            fields=fields,
+            earlier=earlier,
         )
 
     def batch(self) -> WriteBatch:
@@ -396,23 +321,6 @@ class JobStore:
         finally:
             if got:
                 self._unlock(keys=[keys.lock(name)], args=[token])
-
-
-def inputs_array(raw: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Uploaded images uint8 [N,H,W,C] from their bytes."""
-    c, h, w = shape
-    return np.frombuffer(raw, dtype=np.uint8).reshape(-1, h, w, c)
-
-
-def _text(raw: Any) -> str | None:
-    return raw.decode() if isinstance(raw, bytes) and raw else None
-
-
-def _table_of(provenance: Any) -> str | None:
-    with contextlib.suppress(*UNREADABLE):
-        found = json_object(text(provenance)).get("table")
-        return found if isinstance(found, str) else None
-    return None
 
 
 def _dump(value: Mapping[str, Any] | None) -> str:

@@ -23,7 +23,8 @@ from app.server import configured
 from jobs.cards import ModelCard, Preset, SamplerTraits
 from jobs.settings import Settings
 from jobs.store import keys
-from jobs.store.writer import JobStore, Started
+from jobs.store.started import Started
+from jobs.store.writer import JobStore
 
 START_TIMEOUT = 60.0
 X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)

@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from redis import Redis
 
 from app.commands import doctor
-from jobs.store.writer import JobStore, WorkerInfo
+from jobs.store.workers import WorkerInfo
+from jobs.store.writer import JobStore
 from jobs.version import VERSION
 from tests.house import ROOT
 

@@ -15,7 +15,8 @@ from jobs.settings import Settings
 from jobs.store import keys
 from jobs.store.admission import Admission, Order
 from jobs.store.janitor import Janitor
-from jobs.store.writer import JobStore, WorkerInfo
+from jobs.store.workers import WorkerInfo
+from jobs.store.writer import JobStore
 from tests.app.conftest import CARD, Worker, until
 
 

@@ -16,7 +16,8 @@ from app.main import create_app
 from jobs.kinds.table import KINDS
 from jobs.settings import Settings
 from jobs.store import keys
-from jobs.store.writer import JobStore, WorkerInfo
+from jobs.store.workers import WorkerInfo
+from jobs.store.writer import JobStore
 from tests.app.conftest import CARD, Worker, X, png
 
 CREATE = ("/generate", "/noise", "/reconstruct", "/interpolate", "/likelihood")

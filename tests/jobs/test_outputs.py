@@ -16,7 +16,8 @@ from jobs.store import keys
 from jobs.store.batch import Fate
 from jobs.store.janitor import Janitor
 from jobs.store.outputs import Put
-from jobs.store.writer import JobStore, Started
+from jobs.store.started import Started
+from jobs.store.writer import JobStore
 
 Submit = Callable[..., str]
 X = np.zeros((1, 8, 8), dtype=np.float32)

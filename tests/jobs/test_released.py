@@ -12,7 +12,7 @@ from jobs.kinds.stored import read, stored
 from jobs.rates import parse_rate
 from jobs.store.cards import parse_cards
 from jobs.store.records import JobRecord, parse_record
-from jobs.store.writer import WorkerInfo
+from jobs.store.workers import WorkerInfo
 
 FILES = sorted((Path(__file__).parent / "released").glob("*.json"))
 STATES = {"queued": "queued", "canceled": "canceled"}  # of the jobs that did not succeed

@@ -14,7 +14,9 @@ from jobs.store import keys
 from jobs.store.batch import Fate, InBatch
 from jobs.store.janitor import Janitor
 from jobs.store.rq_queue import Queues
-from jobs.store.writer import JobStore, Started, WorkerInfo
+from jobs.store.started import Started
+from jobs.store.workers import WorkerInfo
+from jobs.store.writer import JobStore
 
 Submit = Callable[..., str]
 X = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)

@@ -19,7 +19,7 @@ from jobs.settings import Settings
 from jobs.store.batch import InBatch
 from jobs.store.events import JobFault
 from jobs.store.janitor import Janitor
-from jobs.store.writer import MAX_LONE_CRASHES
+from jobs.store.started import MAX_LONE_CRASHES
 from worker.flights import Ending, Flight, Intent, Outcome
 from worker.kinds.chain_state import pack
 from worker.models import ModelFolder

@@ -21,7 +21,7 @@ from diffusion.tuned import TUNED, table_digest
 from jobs.kinds.chain import ChainSpec, PathSpec, Snapshots
 from jobs.pictures import GREY_LEVELS
 from jobs.store.batch import WriteBatch
-from jobs.store.writer import Started
+from jobs.store.started import Started
 from worker.engine.tasks import Canceled, Checkpoint, Event, Images, Start, States, Task
 from worker.flights import Flight, Intent, on_host
 from worker.kinds.chain_state import StateError, pack, unpack

@@ -9,7 +9,7 @@ from diffusion.spacings import spaced_timesteps
 from diffusion.table import SamplerTable
 from jobs.kinds.encode import EncodeSpec
 from jobs.store.batch import WriteBatch
-from jobs.store.writer import Started
+from jobs.store.started import Started
 from worker.engine.tasks import Event, Images, Start
 from worker.flights import on_host
 from worker.kinds.chains import ChainFlight

@@ -17,7 +17,7 @@ from diffusion.flow import FlowLikelihood, flow_table
 from diffusion.spacings import spaced_timesteps
 from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.results import DensityOfImage, FlowResult
-from jobs.store.writer import Started
+from jobs.store.started import Started
 from worker.engine.flows import FlowTask
 from worker.engine.tasks import Canceled, Checkpoint, Densities, Event, Start, States
 from worker.kinds.inputs import uploaded

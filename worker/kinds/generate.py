@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from jobs.kinds.generate import GenerateSpec
-from jobs.store.writer import Started
+from jobs.store.started import Started
 from worker.engine.tasks import Start
 from worker.kinds.chains import ChainFlight
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jobs.store.writer import Started
+from jobs.store.started import Started
 
 
 class MissingInput(Exception):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion.encoding import slerp
 from jobs.kinds.interpolate import InterpolateSpec
-from jobs.store.writer import Started
+from jobs.store.started import Started
 from worker.engine.tasks import Start
 from worker.kinds.chains import ChainFlight, noised
 from worker.kinds.inputs import given_x_t, uploaded

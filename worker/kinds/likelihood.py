@@ -23,7 +23,7 @@ from diffusion.term_plan import Plan, full_plan, monte_carlo_plan
 from jobs.kinds.likelihood import LikelihoodSpec
 from jobs.results import Bits, ImageBits, LikelihoodResult, TermValues
 from jobs.store.batch import WriteBatch
-from jobs.store.writer import Started
+from jobs.store.started import Started
 from worker.engine.flows import FlowTask
 from worker.engine.tasks import Event, Terms
 from worker.engine.terms import TermTask

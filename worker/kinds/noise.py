@@ -12,7 +12,7 @@ from diffusion.forward import q_samples_at, q_trajectory
 from diffusion.noise import Purpose, check_seed, image_normals
 from diffusion.schedule import Schedule
 from jobs.kinds.noise import NoiseSpec
-from jobs.store.writer import Started
+from jobs.store.started import Started
 from worker.engine.tasks import Event, Snapshot
 from worker.flights import Flight
 from worker.kinds.inputs import uploaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.kinds.reconstruct import ReconstructSpec
-from jobs.store.writer import Started
+from jobs.store.started import Started
 from worker.engine.tasks import Start
 from worker.kinds.chains import ChainFlight, noised
 from worker.kinds.inputs import given_x_t, uploaded

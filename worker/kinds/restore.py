@@ -12,7 +12,7 @@ from diffusion.operators import AveragePool, Blur, Grey, Identity, Mask, Operato
 from jobs.kinds.common import Shape
 from jobs.kinds.operators import GREY_WEIGHTS, OperatorSpec
 from jobs.kinds.restore import RestoreSpec
-from jobs.store.writer import Started
+from jobs.store.started import Started
 from worker.engine.tasks import Start
 from worker.kinds.chains import ChainFlight
 from worker.kinds.inputs import measured
