@@ -8,6 +8,9 @@ ddpm:job:{id}:inputs     string  uploaded images, uint8 [N,H,W,C], or an x_t, fl
 ddpm:job:{id}:state      hash    image index → saved chain state, while the job is active
 ddpm:jobs[:status:{s}|:model:{m}]   sorted sets of ids (score 0: ids sort by time)
 ddpm:paused              set     queues from which no worker takes a job
+ddpm:queues              set     queues that were ever used
+ddpm:admissions          string  written by each admission, so that two never overlap
+ddpm:idempotency:{hash}  string  the job of an Idempotency-Key, while the key is remembered
 ddpm:queue:{q}           hash    image-steps admitted and completed, ever; clocks of the turns
 ddpm:queue:{q}:{status}  sorted set of ids, queued and running
 ddpm:queue:{q}:turns:{priority}   sorted set of waiting ids by the place at which each begins
@@ -26,6 +29,8 @@ ddpm:rates:{model}       hash    worker → measured image-steps/s
 ddpm:workers             hash    name → what the worker last said of itself
 ddpm:slots               hash    worker → how many images it steps together
 ddpm:begun               hash    worker → the job that it began last
+ddpm:lock:{name}         string  who does what only one process may do at a time
+ddpm:wake:{reader}       stream  by which an API process wakes its own blocked reader
 ddpm:probe               string  written to see whether it can be
 ddpm:suspects            hash    id → since when our record and RQ's disagree
 """

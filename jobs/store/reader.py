@@ -27,7 +27,7 @@ from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.remembered import Remembered
 from jobs.store.rq_queue import queue_key
 from jobs.store.tolerance import UNREADABLE, count, each, finite, items, number, text
-from jobs.store.writer import WorkerInfo
+from jobs.store.workers import WorkerInfo
 
 _SCAN = 100
 _MANY = 1000  # entries of an index
