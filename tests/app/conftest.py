@@ -102,9 +102,12 @@ def store(redis_url: str) -> Iterator[JobStore]:
     store.redis.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_server(redis_server: str) -> Iterator[httpx.Client]:
-    """One server with default settings for all tests that need no other."""
+    """One server with default settings for all tests here that need no other.
+
+    It ends with them: its janitor would go on among the records of other tests.
+    """
     with serving(Settings(redis_url=redis_server, janitor_s=0.5)) as client:
         yield client
 

@@ -46,11 +46,7 @@ def test_a_round_of_maintenance_goes_past_a_broken_record(
     store.redis.zadd(keys.DUE, {f"expire:{ended}": 0, f"forget:{broken}": 1, f"expire:{broken}": 0})
     store.redis.hset(keys.SUSPECTS, broken, "a while ago")
     spoil(store, broken)
-    janitor = Janitor(store)
-    deadline = time.monotonic() + 30
-    while store.record(broken) is not None and time.monotonic() < deadline:
-        janitor.run()  # nothing, where another process is at it
-    janitor.recount()
+    Janitor(store).run()
     after = [store.record(job_id) for job_id in (ended, waiting, broken)]
     assert [r and r.status for r in after] == [Status.EXPIRED, Status.QUEUED, None]
     ends = store.redis.hmget(keys.queue("ddpm"), ["admitted", "completed"])
