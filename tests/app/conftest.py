@@ -102,9 +102,9 @@ def store(redis_url: str) -> Iterator[JobStore]:
     store.redis.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def shared_server(redis_server: str) -> Iterator[httpx.Client]:
-    """One server with default settings for all tests here that need no other.
+    """One server with default settings for all tests of a file that need no other.
 
     It ends with them: its janitor would go on among the records of other tests.
     """
