@@ -35,7 +35,6 @@ from diffusion.sampling import chain
 from diffusion.speed import prepare
 from diffusion.table import SamplerTable
 
-BATCH = 50  # chains stepped together
 SAMPLES = 16  # of the first digits
 APART = 100_000  # keys of a digit's samples; there are fewer digits
 DIFFERS = 0.05  # standard deviation from which a pixel counts as unsure
@@ -164,14 +163,22 @@ class Drawn:
 
 
 def go_on(
-    model: diffusion.Model, kept: Drawn, truth: Tensor, *, evaluations: int, deep: int
+    model: diffusion.Model,
+    kept: Drawn,
+    truth: Tensor,
+    *,
+    evaluations: int,
+    deep: int,
+    batch: int,
+    quiet: bool,
 ) -> None:
     """Draw what is missing, round by round, and of each round a batch by each way in turn."""
     for task, digits, samples in rounds(len(truth), deep):
         pairs = [(digit, sample) for digit in digits for sample in samples]
-        for at in tqdm(range(0, len(pairs), BATCH), desc=f"{task}, {digits}, {samples}"):
+        batches = range(0, len(pairs), batch)
+        for at in tqdm(batches, desc=f"{task}, {digits}, {samples}", disable=quiet):
             for name, way in ways(evaluations).items():
-                left = kept.missing(task, name, pairs[at : at + BATCH])
+                left = kept.missing(task, name, pairs[at : at + batch])
                 if left:
                     numbers, sample = torch.tensor(left).T
                     y = measured(task, truth[numbers], numbers)
@@ -303,16 +310,27 @@ def main() -> None:
     parser.add_argument("--deep", type=int, default=40, help=f"of which {SAMPLES} samples each")
     parser.add_argument("--evaluations", type=int, default=36, help="of the network, a sample")
     parser.add_argument("--folder", type=Path, default=Path("runs/restore"))
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--batch-size", type=int, default=50, help="chains stepped together")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--tables", action="store_true", help="draw nothing")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     test = load_split(asked.data, "test")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = prepare(diffusion.load(asked.model, device))
     kept = Drawn(asked.folder / f"{model.digest[:12]}-{asked.evaluations}")
     if not asked.tables:
         truth = test.images(slice(0, asked.images))
-        go_on(model, kept, truth, evaluations=asked.evaluations, deep=asked.deep)
+        go_on(
+            model,
+            kept,
+            truth,
+            evaluations=asked.evaluations,
+            deep=asked.deep,
+            batch=asked.batch_size,
+            quiet=asked.quiet,
+        )
     if not (asked.folder / "classifier.safetensors").exists():
         classifier(load_split(asked.data, "train"), asked.folder)
     judge = load_classifier(asked.folder)

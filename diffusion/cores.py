@@ -156,8 +156,8 @@ def evaluate(
 ) -> Tensor:
     """The network's [N, …] of x, t and labels [N, …], its rows dealt to the cores.
 
-    Gradients by x too, once: nothing can be differentiated twice. With gradients by weights, on a
-    GPU, and inside of a part, the network alone. Raises what it raises.
+    Gradients by x too, once: nothing can be differentiated twice. With gradients by weights or by
+    t, on a GPU, and inside of a part, the network alone. Raises what it raises.
     """
     inside = threading.current_thread().name.startswith(_NAME)
     if inside or not x.shape[0] or x.device.type != "cpu":
@@ -165,7 +165,7 @@ def evaluate(
     parts, threads = deal(x.shape[0], count(), large=large)
     compiled = getattr(network, "_compiled_call_impl", None) is not None
     if torch.is_grad_enabled():
-        if compiled or not x.requires_grad or _learns(network):
+        if compiled or not x.requires_grad or t.requires_grad or _learns(network):
             return network(x, t, labels)
         ways = (parts, threads)
         return _Dealt.apply(x, network, t, labels, ways)  # type: ignore[no-untyped-call, no-any-return]

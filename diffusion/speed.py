@@ -25,7 +25,7 @@ def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool =
     network.conv_in = conv_in
     if compile:
         network.compile(options=cores.compile_options() if model.device.type == "cpu" else None)
-    return Model(model.config, network, model.digest)
+    return Model(model.config, network, model.digest, presets=model.presets, tuned=model.tuned)
 
 
 def fast_dtype(model: Model) -> torch.dtype:

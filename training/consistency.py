@@ -29,8 +29,10 @@ class Stages:
 
     def earlier(self, t: Tensor, positions: Tensor) -> Tensor:
         """r of each t, [N], index −1..t−1; positions: [N], images since the start of the run."""
+        if self._earlier.device != t.device:  # once: each copy would wait for the device
+            self._earlier = self._earlier.to(t.device)
         stage = (positions // self._images).clamp(max=len(self._earlier) - 1)
-        return self._earlier.to(t.device)[stage, t]
+        return self._earlier[stage, t]
 
 
 def earlier(schedule: Schedule, gap: float) -> NDArray[np.int64]:

@@ -58,6 +58,7 @@ class EvaluateOptions:
     quality_samplers: tuple[str, ...]
     quality_spacings: tuple[str, ...]
     quality_steps: tuple[int, ...]
+    quality_against: Path | None
     sampler: str | None
     steps: int | None
     pictures: int
@@ -96,6 +97,7 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
         "dims_unpadded": run.dims_unpadded,
         "variance": variance,
         "seed": options.seed,
+        "features": options.features,
         "dtype": str(dtype).removeprefix("torch."),
         "dtype_cost": None if cost is None else cost.to_dict(),
         "torch": torch.__version__,

@@ -42,7 +42,8 @@ POSITIVE = click.IntRange(min=1)
 @click.option(
     "--quality-samplers",
     default="",
-    help="Default: ddpm, ddim, and to 50 steps dpmpp_2m, dpmpp_3m and unipc.",
+    help="Default: ddpm, ddim, to 50 steps dpmpp_2m, dpmpp_3m and unipc, and tuned tables if there "
+    "are any; of a consistency model its own.",
 )
 @click.option(
     "--quality-spacings",
@@ -51,6 +52,12 @@ POSITIVE = click.IntRange(min=1)
     "lambda and karras for the others.",
 )
 @click.option("--quality-steps", default="5,10,15,20,50,100,250", show_default=True)
+@click.option(
+    "--quality-against",
+    type=PATH,
+    help="results.json of an earlier table, whose first line is the one to equal; default: T steps "
+    "of ddpm, drawn anew.",
+)
 @click.option("--sampler", help="Of the samples; default what the model's config says.")
 @click.option("--steps", type=POSITIVE, help="Of the sampler; default the model's, or 100.")
 @click.option("--pictures", default=6, show_default=True, type=COUNT, help="In progressive.png.")

@@ -10,7 +10,7 @@ import numpy as np
 
 from training.bits import Chosen
 from training.features import Draw, Features, Looked, distance, real, sampled
-from training.quality import Quality, Real, table, ways
+from training.quality import Quality, Real, Way, aim_of, table, ways
 
 if TYPE_CHECKING:
     from training.evaluate import Run
@@ -83,6 +83,22 @@ def quality(run: Run, echo: Callable[[str], None]) -> dict[str, Any]:
         batch_size=options.batch_size,
         progress=not options.quiet,
     )
-    T = run.model.schedule.T
-    cells = ways(T, options.quality_samplers, options.quality_spacings, options.quality_steps)
-    return table(judge, cells, echo)
+    aim = None
+    if options.quality_against is not None:
+        said = {"data": options.data, "seed": options.seed, "features": options.features}
+        aim = aim_of(options.quality_against, said)
+    return table(judge, _cells(run)[aim is not None :], echo, aim=aim)
+
+
+def _cells(run: Run) -> list[Way]:
+    """What is asked for; of a consistency model, by default, its own sampler alone."""
+    options, model, samplers = run.options, run.model, run.options.quality_samplers
+    if not samplers and model.config.sampling.sampler == "consistency":
+        samplers = ("consistency",)
+    return ways(
+        model.schedule.T,
+        samplers,
+        options.quality_spacings,
+        options.quality_steps,
+        tuned=tuple(model.tuned),
+    )

@@ -79,13 +79,13 @@ class Loss:
         self, network: Callable[..., Tensor], batch: Batch, r: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """x̂_0 at r, or x_0 itself where r = −1: without gradient, with the dropout of t's."""
-        at_image = r < 0
-        if bool(at_image.all()):
+        at_image, device = r < 0, batch.x_start.device
+        # On a GPU the question would wait for the device in each step, which costs more.
+        if device.type == "cpu" and bool(at_image.all()):
             return batch.x_start
-        device = batch.x_start.device
+        r = r.clamp(min=0)
         # What is drawn here is drawn again at t, where the generator stands as it did.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            r = r.clamp(min=0)
             x_r, out = self._output(network, batch, r, dtype)
         found = to_x_start(self.schedule, self.config.prediction, x_t=x_r, t=r, out=out)
         return torch.where(at_image.view(-1, 1, 1, 1), batch.x_start, found)

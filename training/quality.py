@@ -9,16 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.files import read_json
 from diffusion.model import Model
 from diffusion.schedule import Float64
 from diffusion.table import SamplerTable
-from training.features import Draw, FeatureError, Features, Looked, distance, sampled
+from diffusion.tuned import TUNED
+from training.features import Draw, FeatureError, Features, Looked, sampled
+from training.frechet import Gaussian
 
 RESAMPLES = 40
 
@@ -36,6 +41,8 @@ _QUICK = Worth(("uniform", "trailing", "lambda", "karras"), most=50)  # exact lo
 WORTH = {
     "ddpm": _SLOW, "ddim": _SLOW, "dpmpp_2m": _QUICK, "dpmpp_3m": _QUICK, "unipc": _QUICK,
 }  # fmt: skip
+# Of the samplers that are a model's own: one spacing, or none that counts.
+OWN = {"consistency": ("trailing",), TUNED: ("uniform",)}
 
 
 @dataclass(frozen=True)
@@ -87,19 +94,34 @@ class Real:
 
     def ratio(self, samples: Float64, *, seed: int) -> tuple[float, float]:
         """The Fréchet ratio of samples [n, F] and its standard error."""
-        found = self._ratio(samples, self.others)
-        generator = np.random.Generator(np.random.Philox(key=seed))
-        n, m = len(samples), len(self.others)
-        again = [
-            self._ratio(
-                samples[generator.integers(n, size=n)], self.others[generator.integers(m, size=m)]
-            )
-            for _ in range(RESAMPLES)
-        ]
+        drawn = self._resampled(len(samples), seed)
+        found = self._distance(samples) / self._distance(self.others)
+        again = [self._distance(samples[which]) / theirs for which, theirs in drawn]
         return found, float(np.std(again, ddof=1))
 
-    def _ratio(self, samples: Float64, others: Float64) -> float:
-        return distance(samples, self.reference) / distance(others, self.reference)
+    def _resampled(self, n: int, seed: int) -> list[tuple[NDArray[np.int64], float]]:
+        """Of each resampling: which of n samples, and the distance of as many others."""
+        if (n, seed) not in self._drawn:
+            generator, m = np.random.Generator(np.random.Philox(key=seed)), len(self.others)
+            self._drawn[n, seed] = [
+                (
+                    generator.integers(n, size=n),
+                    self._distance(self.others[generator.integers(m, size=m)]),
+                )
+                for _ in range(RESAMPLES)
+            ]
+        return self._drawn[n, seed]
+
+    @cached_property
+    def _drawn(self) -> dict[tuple[int, int], list[tuple[NDArray[np.int64], float]]]:
+        return {}
+
+    @cached_property
+    def _gaussian(self) -> Gaussian:
+        return Gaussian.of(self.reference)
+
+    def _distance(self, features: Float64) -> float:
+        return Gaussian.of(features).distance(self._gaussian)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,26 +173,37 @@ class Quality:
         return share, float(np.sqrt(share * (1 - share) / len(self.labels)))
 
 
+Way = tuple[str, str, int]  # sampler, spacing, steps
+
+
 def ways(
-    T: int, samplers: Sequence[str], spacings: Sequence[str], steps: Iterable[int]
-) -> list[tuple[str, str, int]]:
-    """(sampler, spacing, steps) of the cells, the first all T steps of ddpm.
+    T: int,
+    samplers: Sequence[str],
+    spacings: Sequence[str],
+    steps: Iterable[int],
+    *,
+    tuned: Sequence[int] = (),
+) -> list[Way]:
+    """The cells, the first all T steps of ddpm.
 
     samplers, spacings: every one of the first with every one of the second. Without samplers those
-    of WORTH with at most so many steps; without spacings those that suit each sampler.
+    of WORTH with at most so many steps; without spacings those that suit each sampler. tuned: of
+    how many steps the model has learned tables: of these all, whatever `steps` are.
     """
     some = [n for n in dict.fromkeys(steps) if n <= T]
     cells = [
         (a, b, n)
         for a in samplers or WORTH
-        for b in spacings or WORTH.get(a, _SLOW).spacings
-        for n in some
+        for b in OWN.get(a) or spacings or WORTH.get(a, _SLOW).spacings
+        for n in (sorted(tuned) if a == TUNED else some)
         if samplers or n <= WORTH[a].most
     ]
+    if not samplers:
+        cells += [(TUNED, *OWN[TUNED], n) for n in sorted(tuned)]
     return list(dict.fromkeys([("ddpm", "uniform", T), *cells]))
 
 
-def outlook(cells: Sequence[tuple[str, str, int]], images: int) -> str:
+def outlook(cells: Sequence[Way], images: int) -> str:
     """What the cells cost, by sampler."""
     lines = []
     for sampler in dict.fromkeys(sampler for sampler, _, _ in cells):
@@ -183,20 +216,43 @@ def outlook(cells: Sequence[tuple[str, str, int]], images: int) -> str:
 
 
 def table(
-    quality: Quality, cells: Sequence[tuple[str, str, int]], echo: Callable[[str], None]
+    quality: Quality,
+    cells: Sequence[Way],
+    echo: Callable[[str], None],
+    *,
+    aim: Cell | None = None,
 ) -> dict[str, Any]:
-    """Measure the cells in turn, the first of which is the one to equal; JSON form of all."""
+    """Measure the cells in turn; JSON form of all.
+
+    aim: the one to equal, measured before; else the first.
+    """
     if len(quality.real.others) < 2:
         raise FeatureError(f"{len(quality.real.others)} images: at least 2 are needed")
     echo(outlook(cells, len(quality.real.others)))
-    found = []
+    found = [] if aim is None else [aim]
     for cell in cells:
         found.append(quality.measure(*cell))
         echo(str(found[-1]))
-    best = cheapest(found)
-    echo(f"\n{markdown(found)}\n\nas good as {found[0].steps} steps of ddpm, in the fewest: {best}")
+    best, first = cheapest(found), found[0]
+    equal = f"as good as {first.steps} steps of {first.sampler}, in the fewest"
+    echo(f"\n{markdown(found)}\n\n{equal}: {best}")
     default = {"sampler": best.sampler, "spacing": best.spacing, "steps": best.steps}
     return {"cells": [dataclasses.asdict(cell) for cell in found], "sampling": default}
+
+
+def aim_of(path: Path, said: dict[str, Any]) -> Cell:
+    """The first cell of an earlier table, made with the same data, features and seed.
+
+    said: what its results.json must say. Raises FeatureError, CheckpointError.
+    """
+    raw = read_json(path)
+    for name, value in said.items():
+        if raw.get(name) != value:
+            raise FeatureError(f"{path}: {name} = {raw.get(name)!r}, must be {value!r} as here")
+    try:
+        return Cell(**raw["quality"]["cells"][0])
+    except (KeyError, IndexError, TypeError) as error:
+        raise FeatureError(f"{path}: holds no table of `ddpm evaluate --quality`") from error
 
 
 def cheapest(cells: Sequence[Cell]) -> Cell:

@@ -86,9 +86,10 @@ class Student(nn.Module):
         return torch.stack([a, b, d * (reach > 0), f * (reach > 1)], 1)
 
     def forward(self, model: Model, x: Tensor, labels: Tensor | None) -> Tensor:
-        """The image of x_T [N, C, H, W], clipped."""
-        times, rows = self.times(), self.rows().to(x.dtype)
-        bound = self.clip
+        """The image of x_T [N, C, H, W], clipped. On a GPU all that the way back needs is kept; on
+        a CPU, as a rule with less memory for an image, it is made again."""
+        times, rows = self.times().to(x.device), self.rows().to(x.device, x.dtype)
+        bound, again = self.clip, x.device.type == "cpu"
         prev = older = torch.zeros_like(x)
         for time, row in zip(times, rows, strict=True):
 
@@ -96,7 +97,9 @@ class Student(nn.Module):
                 found = model.estimate(x, time.expand(len(x)), labels).x_start
                 return found.clamp(-bound, bound) if math.isfinite(bound) else found
 
-            x_start = checkpoint(evaluate, x, time, use_reentrant=False)
+            x_start = (
+                checkpoint(evaluate, x, time, use_reentrant=False) if again else evaluate(x, time)
+            )
             a, b, d, f = row
             x = a * x_start + b * x + d * prev + f * older
             prev, older = x_start, prev
@@ -228,7 +231,7 @@ class Tuner:
         return {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "moved": self.moved,
+            "moved": self.moved.cpu(),
             "iteration": self.iteration,
             "best": self.best.to_dict(),
             "best_error": self.best_error,
@@ -238,5 +241,6 @@ class Tuner:
         """Go on from `state`."""
         self.student.load_state_dict(state["student"])  # type: ignore[arg-type]
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
-        self.moved, self.iteration = state["moved"], state["iteration"]  # type: ignore[assignment]
+        self.moved.copy_(state["moved"])  # type: ignore[arg-type]
+        self.iteration = state["iteration"]  # type: ignore[assignment]
         self.best, self.best_error = from_dict(state["best"]), state["best_error"]  # type: ignore[arg-type, assignment]

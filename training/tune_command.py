@@ -23,6 +23,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--rate", default=0.01, show_default=True, type=float, help="Of Adam.")
 @click.option("--radius", default=0.05, show_default=True, help="Of the ball x_T may move in.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default runs/tune- and the name.")
+@click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
 @THREADS
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def tune(
@@ -36,6 +37,7 @@ def tune(
     rate: float,
     radius: float,
     out: Path | None,
+    device: str | None,
     threads: int | None,
     quiet: bool,
 ) -> None:
@@ -58,7 +60,9 @@ def tune(
     learning = Options(iterations, batch_size, rate, radius)
     try:
         rows = numbers_of(evaluations.split(","))
-        options = TuneOptions(folder, out, rows, pairs, held, teacher_steps, quiet, learning)
+        options = TuneOptions(
+            folder, out, rows, pairs, held, teacher_steps, quiet, device, learning
+        )
         made = run(options, click.echo)
     except KeyboardInterrupt:
         sys.exit(f"ddpm tune: interrupted; {out} holds what was done, run it again to go on")

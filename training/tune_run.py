@@ -27,13 +27,15 @@ from training.tune import Options, Pairs, Tuner, best_fixed, run
 
 SEED = 2**40  # of the x_T: none that people draw
 TEACHER: dict[str, Any] = {"sampler": "dpmpp_3m", "spacing": "lambda"}
-CHUNK = 16  # pairs, and Adam steps, between two savings
+CHUNK = 16  # Adam steps between two savings, and pairs on a CPU
+LARGE_CHUNK = 512  # pairs on a GPU
 
 
 @dataclass(frozen=True)
 class TuneOptions:
     """model: a folder of ours. evaluations: of the tables, in the order to learn them. pairs, held:
-    x_T to learn from, and to choose by. teacher_steps: of the fine solver."""
+    x_T to learn from, and to choose by. teacher_steps: of the fine solver. device: default cuda
+    where there is one."""
 
     model: Path
     out: Path
@@ -42,6 +44,7 @@ class TuneOptions:
     held: int = 256
     teacher_steps: int = 50
     quiet: bool = False
+    device: str | None = None
     learning: Options = field(default_factory=Options)
 
 
@@ -50,7 +53,8 @@ def tune(options: TuneOptions, echo: Callable[[str], None]) -> Path:
 
     Raises CheckpointError, SamplerError, PartialError.
     """
-    model = diffusion.load(options.model)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = diffusion.load(options.model, device)
     if not model.schedule.alphas_cumprod[-1]:
         raise SamplerError("the model's x_T holds no signal (ᾱ_T = 0), so that it has no λ to tune")
     for rows in options.evaluations:
@@ -79,8 +83,8 @@ def _told(tuned: Tuned) -> str:
 def _pairs(model: Model, options: TuneOptions, weights: str) -> Pairs:
     """x_T and the teacher's images, those that are not there yet being made."""
     n = options.pairs + options.held
-    x_T = image_normals(SEED, torch.arange(n), row=0, purpose=Purpose.X_T, shape=model.shape)
-    labels = _labels(model, n)
+    indices, labels = torch.arange(n, device=model.device), _labels(model, n)
+    x_T = image_normals(SEED, indices, row=0, purpose=Purpose.X_T, shape=model.shape)
     key = {"weights": weights, "steps": options.teacher_steps, "images": n, **TEACHER}
     kept = PartialArrays(options.out / "teacher.npz", {"images": (n, *model.shape)}, key)
     table = model.table(
@@ -90,13 +94,15 @@ def _pairs(model: Model, options: TuneOptions, weights: str) -> Pairs:
     )
     done = int(np.isfinite(kept.arrays["images"].reshape(n, -1)).all(axis=1).sum())
     with tqdm(total=n, initial=done, desc="teacher", unit="image", disable=options.quiet) as bar:
-        for first in range(done, n, CHUNK):
-            part = slice(first, min(first + CHUNK, n))
+        chunk = CHUNK if model.device.type == "cpu" else LARGE_CHUNK
+        for first in range(done, n, chunk):
+            part = slice(first, min(first + chunk, n))
             made = run(model, table, x_T[part], None if labels is None else labels[part])
-            kept.arrays["images"][part] = made.numpy()
+            kept.arrays["images"][part] = made.cpu().numpy()
             kept.save()
             bar.update(len(made))
-    return Pairs(x_T, torch.tensor(kept.arrays["images"], dtype=torch.float32), labels)
+    images = torch.tensor(kept.arrays["images"], dtype=torch.float32, device=model.device)
+    return Pairs(x_T, images, labels)
 
 
 def _labels(model: Model, n: int) -> Tensor | None:
@@ -104,7 +110,7 @@ def _labels(model: Model, n: int) -> Tensor | None:
     network = model.config.network
     if not network.num_classes:
         return None
-    return torch.arange(n) % (network.num_classes + network.null_class)
+    return torch.arange(n, device=model.device) % (network.num_classes + network.null_class)
 
 
 def _learn(model: Model, rows: int, learn: Pairs, held: Pairs, options: TuneOptions) -> Tuned:

@@ -100,6 +100,24 @@ def test_the_table_has_every_cell_and_goes_on_where_it_was(place: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_table_beside_an_earlier_one_draws_its_aim_no_more(place: Path) -> None:
+    judge = ("--features", str(place / "judge.pt"))
+    invoke(place, *judge, "--quality-steps", "2")
+    earlier = place / "out" / "results.json"
+    first = json.loads(earlier.read_text())["quality"]["cells"][0]
+    against = ("--quality-against", str(earlier), "--quality-samplers", "ddim")
+    invoke(place, *judge, *against, "--out", str(place / "beside"), "--quality-steps", "5")
+    found = json.loads((place / "beside" / "results.json").read_text())["quality"]["cells"]
+    assert found[0] == first and [cell["steps"] for cell in found[1:]] == [5, 5]
+    assert not [*(place / "beside" / "partial").glob(f"*-{T}.npz")]
+    other = [str(place / "model"), str(place / "data"), "--quality", *judge, *against]
+    result = CliRunner().invoke(
+        evaluate, [*other, "--splits", "train,test", "--images", "0", "--seed", "1"]
+    )
+    assert result.exit_code == 1 and "seed = 0, must be 1 as here" in result.output
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_features_alone_give_ratios_alone(place: Path) -> None:
     printed = invoke(place, "--features", str(place / "features.pt"))
     found = json.loads((place / "out" / "results.json").read_text())["quality"]
@@ -155,6 +173,11 @@ def test_by_default_every_sampler_is_asked_where_it_tells_something() -> None:
     assert {a for a, _, _ in cells} == {"ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc"}
     assert ("unipc", "karras", 5) in cells and ("ddim", "karras", 5) not in cells
     assert ("ddim", "uniform", 250) in cells and ("unipc", "uniform", 250) not in cells
+    assert ways(1000, ("tuned", "consistency"), ("karras",), (1, 2), tuned=(6, 4))[1:] == [
+        ("tuned", "uniform", 4), ("tuned", "uniform", 6),
+        ("consistency", "trailing", 1), ("consistency", "trailing", 2),
+    ]  # fmt: skip
+    assert ways(1000, (), (), (5,), tuned=(4,))[-1] == ("tuned", "uniform", 4)
     named = ways(1000, ("unipc",), (), (250,))  # what is named is measured
     assert named[1:] == [("unipc", spacing, 250) for spacing in WORTH["unipc"].spacings]
     first, *_, last = outlook(ways(1000, ("ddim",), ("uniform",), (5, 10)), 20).splitlines()

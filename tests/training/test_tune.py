@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import diffusion
-from diffusion import ScheduleConfig
+from diffusion import ScheduleConfig, cores
 from diffusion.samplers import build_table
+from diffusion.speed import prepare
 from diffusion.table import SamplerError
 from diffusion.tuned import TUNED_NAME
 from tests.diffusion.networks import TINY, build_model
@@ -69,6 +70,7 @@ def test_what_is_tuned_is_nearer_and_is_a_sampler_of_the_model(
         diffusion.sample(model, 1, sampler="tuned", steps=4)
     with pytest.raises(SamplerError, match="neither Langevin steps nor travel"):
         diffusion.sample(model, 1, sampler="tuned", steps=3, corrector_steps=1)
+    assert prepare(model).table(sampler="tuned", steps=3) is table  # a copy has them too
     # Of other weights they are none.
     other = build_model(replace(TINY, channels=(8, 8)), schedule=model.config.schedule)
     diffusion.save(other, tmp_path / "other")
@@ -104,6 +106,28 @@ def test_an_interrupted_run_goes_on_to_the_same_table(
     np.testing.assert_array_equal(found.coefficients, wanted.coefficients)
     with pytest.raises(ValueError, match="holds results of another evaluation"):
         tune(replace(options(folder, tmp_path / "part"), teacher_steps=10), whole.append)
+
+
+def test_rows_dealt_to_cores_lose_no_gradient_of_the_times(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = diffusion.load(folder)
+    model.network.time1.weight.mul_(10)  # so that it hears the time
+    table = build_table(model.schedule, sampler="dpmpp_2m", steps=3, spacing="lambda")
+    x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
+
+    def slope() -> torch.Tensor:
+        student = Student(model.schedule, table)
+        image = student(model, x.clone().requires_grad_(), torch.zeros(8, dtype=torch.long))
+        image.square().mean().backward()
+        assert student.shares.grad is not None
+        return student.shares.grad
+
+    found = slope()
+    monkeypatch.setattr(cores, "evaluate", lambda network, *given, large: network(*given))
+    wanted = slope()
+    assert wanted.abs().max() > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-9)
 
 
 def test_numbers_of_evaluations() -> None:
