@@ -145,6 +145,8 @@ class Model:
         self.presets = presets_of(config.sampling, self.schedule.T, presets)
         self.tuned = dict(tuned or {})
         self._reading = torch.tensor(reading_table(self.schedule, config.prediction))  # [4, T]
+        # How `output` evaluates the network: `prepare` puts something quicker here on a GPU.
+        self.evaluator: cores.Network = network
 
     def __repr__(self) -> str:
         network, schedule = self.config.network, self.config.schedule
@@ -212,7 +214,7 @@ class Model:
     def output(self, x_t: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
         """The network's raw output, float32 [N, C or 2C, H, W]."""
         dtype = self.network.conv_in.weight.dtype
-        out = cores.evaluate(self.network, x_t.to(dtype), t, class_label, large=self.is_large)
+        out = cores.evaluate(self.evaluator, x_t.to(dtype), t, class_label, large=self.is_large)
         return out.to(torch.promote_types(x_t.dtype, torch.float32))
 
     def read(self, out: Tensor, x_t: Tensor, t: Tensor) -> Estimate:
@@ -252,9 +254,20 @@ def build_network(
         network = UNet(config.network)
     _check_fit(network.state_dict(), weights)
     _check_finite(weights)
+    _keep_float32(torch.device(device))
     network = network.to_empty(device=device)
     network.load_state_dict(weights, strict=True)
     return network.eval().requires_grad_(False)
+
+
+def _keep_float32(device: torch.device) -> None:
+    """Let float32 mean float32 on a GPU: by default torch lets its convolutions round to TF32.
+
+    Those 10 bits would be in every figure, x_t's own among them. Set it again after loading to get
+    that back.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def _check_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -8,24 +8,45 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from diffusion import cores
+from diffusion.graphs import Graphs
 from diffusion.model import Model
+from diffusion.unet import UNet
 
 
 def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> Model:
     """A copy of the model for fast evaluation: `dtype`, channels last, compiled if asked.
 
-    The first layer takes x_t in float32 at least, and hands on `dtype`: see `UNet`.
+    The first layer takes x_t in float32 at least, and hands on `dtype`: see `UNet`. On a GPU an
+    evaluation is one launch, see `diffusion.graphs`.
     """
     network = deepcopy(model.network).eval().requires_grad_(False)
     first = {"dtype": torch.promote_types(dtype, torch.float32)}
     conv_in = deepcopy(network.conv_in).to(**first, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = network.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.conv_in = conv_in
+    on_cpu = model.device.type == "cpu"
     if compile:
-        network.compile(options=cores.compile_options() if model.device.type == "cpu" else None)
-    return Model(model.config, network, model.digest, presets=model.presets, tuned=model.tuned)
+        network.compile(options=cores.compile_options() if on_cpu else None)
+    fast = Model(model.config, network, model.digest, presets=model.presets, tuned=model.tuned)
+    if not on_cpu:
+        fast.evaluator = Graphs(_any_batch(network) if compile else network)
+    return fast
+
+
+def _any_batch(network: UNet) -> cores.Network:
+    """A compiled network whose code is made for batches of any size, at the first of them."""
+
+    def evaluate(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        for given in (x, t, labels):
+            if given is not None:
+                torch._dynamo.maybe_mark_dynamic(given, 0)
+        out: Tensor = network(x, t, labels)
+        return out
+
+    return evaluate
 
 
 def fast_dtype(model: Model) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.noise import Purpose, normals, uniform_words
 from training.consistency import Stages
-from training.data import Images
+from training.data import Images, InMemoryImages
 from training.timesteps import Timesteps, UniformTimesteps
 
 _TWO32 = 2**32
@@ -80,7 +80,8 @@ class Batches:
         timesteps: Timesteps | None = None,
         stages: Stages | None = None,
     ) -> None:
-        self.images, self.seed, self.device = images, seed, device
+        self.images = images.to(device) if isinstance(images, InMemoryImages) else images
+        self.seed, self.device = seed, device
         self.timesteps = UniformTimesteps(T) if timesteps is None else timesteps
         self.stages = stages
         self.flips, self.labelled = flips, labelled
@@ -90,7 +91,7 @@ class Batches:
     def at(self, first: int, count: int) -> Batch:
         """The batch of positions first..first+count−1."""
         positions = np.arange(first, first + count, dtype=np.int64)
-        pixels, labels = self.images.batch(self.order(positions))
+        pixels, labels = self.images.batch(self.order(positions).to(self.device))
         x_start = pixels.to(self.device).float() / 127.5 - 1
         labels = labels.to(self.device)
 

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,6 +63,10 @@ class InMemoryImages:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self.pixels[indices], self.labels[indices]
+
+    def to(self, device: torch.device) -> InMemoryImages:
+        """The same, held on a device, where batches are then put together."""
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
 
 class LazyImages:

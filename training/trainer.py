@@ -92,6 +92,8 @@ class Trainer:
             stages=self._stages(),
         )
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Batches are all of one size: the first tells which of a GPU's kernels are quickest.
+        torch.backends.cudnn.benchmark = True
         optimizer = config.optimizer
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
