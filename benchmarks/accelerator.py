@@ -122,8 +122,8 @@ def write_pictures(folder: Path, count: int) -> None:
     """Random ones, as a parquet file."""
     import io
 
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
     from PIL import Image
 
     rng, rows = np.random.default_rng(0), []
