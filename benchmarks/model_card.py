@@ -23,11 +23,12 @@ import torch
 import diffusion
 from training.config import TrainConfig, load_config, parse_config
 from training.pictures import grid
+from training.quality import Cell, markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-CONFIG = "training/configs/mnist.toml"
+CONFIG, TUNING = "training/configs/mnist.toml", "training/configs/mnist-fast.toml"
 STAGES, METRICS = "stages.jsonl", "metrics.jsonl"
 SAMPLED: dict[str, Any] = {"sampler": "ddpm", "steps": 250, "variance": "small", "seed": 0}
 
@@ -43,7 +44,7 @@ class Stage:
     def of_run(cls, run: Path) -> Stage:
         """What `ddpm train` left in its folder, but for where the images lay on that machine."""
         config = json.loads((run / "train.json").read_text())
-        config["data"]["source"] = load_config(CONFIG).data.source
+        config["data"]["source"] = load_config(base_of(config["objective"])).data.source
         return cls(parse_config(config, "train.json"), read_lines(run / METRICS))
 
     @classmethod
@@ -65,8 +66,9 @@ class Stage:
         ]
 
     def overrides(self) -> list[str]:
-        """What the run's configuration changed of CONFIG, as `ddpm train` takes it."""
-        own, base = (flat(config) for config in (self.config, load_config(CONFIG)))
+        """What the run's configuration changed of its base, as `ddpm train` takes it."""
+        base_config = load_config(base_of(self.config.objective))
+        own, base = (flat(config) for config in (self.config, base_config))
         changed = {key: value for key, value in own.items() if value != base[key]}
         shown = {k: json.dumps(v, separators=(",", ":")).strip('"') for k, v in changed.items()}
         return [f"{key}={value}" for key, value in shown.items()]
@@ -90,6 +92,20 @@ class Stage:
         return sum(m["loss"] for m in tail) / len(tail)
 
 
+def base_of(objective: str) -> str:
+    """The configuration that a run of this objective changes."""
+    return TUNING if objective == "consistency" else CONFIG
+
+
+def sampled(model: diffusion.Model) -> tuple[dict[str, Any], str]:
+    """How the card's picture is drawn, and in words: as a consistency model says, else SAMPLED."""
+    own = model.config.sampling
+    if own.sampler != "consistency":
+        return SAMPLED, f"ancestral, {SAMPLED['steps']} steps, σ² small, no guidance, seed 0"
+    evaluations = "1 evaluation" if own.steps == 1 else f"{own.steps} evaluations"
+    return {"seed": 0}, f"{evaluations} each, no guidance, seed 0"
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -110,11 +126,13 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def commands(stages: list[Stage]) -> str:
-    """How each stage was run, on from the weights of the one before."""
+    """How each stage was run, on from the weights of the one before; tuning, from `mnist`."""
     lines = []
     for i, stage in enumerate(stages, 1):
-        begin = [f"--init runs/{i - 1}"] if i > 1 else []
-        words = [f"ddpm train {CONFIG}", *begin, f"--out runs/{i}", *stage.overrides()]
+        config = base_of(stage.config.objective)
+        first = ["--init mnist"] if config == TUNING else []
+        begin = [f"--init runs/{i - 1}"] if i > 1 else first
+        words = [f"ddpm train {config}", *begin, f"--out runs/{i}", *stage.overrides()]
         wrapped = textwrap.wrap(
             " ".join(words), 96, subsequent_indent="    ", break_on_hyphens=False
         )
@@ -189,6 +207,8 @@ def quality_lines(path: Path | None) -> list[str]:
     if path is None:
         return ["Not measured for these weights: run `benchmarks/quality.py`."]
     report = json.loads(path.read_text())
+    if "quality" in report:
+        return table_lines(report["quality"]["cells"])
     lines = [
         f"A small classifier ({report['real_accuracy']:.2%} right on the real test set) and the",
         "Fréchet distance in its 128 penultimate features (`benchmarks/quality.py`):",
@@ -206,11 +226,26 @@ def quality_lines(path: Path | None) -> list[str]:
     return lines
 
 
+def table_lines(cells: list[dict[str, Any]]) -> list[str]:
+    """Of a table of `ddpm evaluate --quality`."""
+    found = [Cell(**cell) for cell in cells]
+    return [
+        f"{found[0].images} samples, in the features of the classifier of `benchmarks/quality.py`:",
+        "Fréchet distance to the test set, as a ratio to that of as many training images, and the",
+        "share recognised as the class asked for (`ddpm evaluate --quality`). The first line is of",
+        "`mnist`, which this was tuned from:",
+        "",
+        markdown(found),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("runs", type=Path, nargs="*")
-    parser.add_argument("--quality", type=Path)
+    parser.add_argument(
+        "--quality", type=Path, help="of quality.py, or of `ddpm evaluate --quality`"
+    )
     parser.add_argument("--evaluation", type=Path)
     parser.add_argument("--machine", default="2 CPU cores")
     arguments = parser.parse_args()
@@ -223,7 +258,8 @@ def main() -> None:
     plot_loss(stages, arguments.model / "loss.png")
     classes = config.network.num_classes
     labels = [i % classes for i in range(100)] if classes else None
-    images = diffusion.sample(model, 100, class_label=labels, **SAMPLED)
+    drawn, how = sampled(model)
+    images = diffusion.sample(model, 100, class_label=labels, **drawn)
     grid(images, columns=10).save(arguments.model / "samples.png", optimize=True)
     rows = [{"stage": i, **m} for i, stage in enumerate(stages, 1) for m in stage.metrics]
     write_lines(arguments.model / METRICS, rows)
@@ -242,7 +278,7 @@ def main() -> None:
 
 ![Samples: one class a column]({"samples.png"})
 
-100 samples, one class a column: ancestral, {SAMPLED["steps"]} steps, σ² small, no guidance, seed 0.
+100 samples, one class a column: {how}.
 
 | | |
 |---|---|
