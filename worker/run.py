@@ -39,11 +39,15 @@ def run_job(job_id: str) -> Retry | None:
     runtime = Runtime(settings, store, folder, threads=False)
     try:
         runtime.start()
-        begun = runtime.begin(job_id, _execution_id(), "rq")
+        execution = _execution_id()
+        while (begun := runtime.begin(job_id, execution, "rq")) is None:
+            time.sleep(SHORTEST_S)
         error: BaseException | None = None
         if isinstance(begun, Flight):
             outcome = runtime.run_to_end(begun)
             begun, error = outcome.ending, outcome.error
+        if begun is Ending.LOST:
+            store.returned(job_id, execution, worker="rq")
         if begun is Ending.UNREAD:
             time.sleep(SHORTEST_S)  # such a worker has nothing else to do, and must not spin
             return Retry(max=_FOR_EVER)

@@ -14,7 +14,7 @@ from jobs.kinds.stored import Unread
 from jobs.settings import Settings
 from jobs.states import ACTIVE, Status
 from jobs.store.records import JobRecord
-from jobs.store.started import MAX_LONE_CRASHES, Started
+from jobs.store.started import MAX_LONE_CRASHES, Started, StillSilent
 from jobs.store.tolerance import is_data_fault, tell_once
 from jobs.store.writer import JobStore
 from worker.engine.loop import Engine
@@ -65,12 +65,14 @@ class Starter:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._silent: set[str] = set()  # jobs that wait for workers that fell silent
 
     def begin(self, job_id: str, execution: str, worker: str) -> AnyFlight | Ending | None:
         """Start a job, or say how it stands already where there is nothing to run.
 
-        None: its model is being loaded; ask again soon (only with threads). One job must not end
-        the worker, whatever its record holds.
+        None: ask again soon. Its model is being loaded (only with threads), or workers that fell
+        silent over it may yet come back. One job must not end the worker, whatever its record
+        holds.
         """
         record = self._host.store.record(job_id)
         if record is not None and _is_unread(record):
@@ -119,6 +121,7 @@ class Starter:
                     room=record is not None and self._has_room(record)
                 ),
             )
+            self._silent.discard(job_id)
             if started is None or record is None:
                 now = self._host.store.record(job_id)
                 return Ending.LOST if now is None else _ENDINGS.get(now.status, Ending.LOST)
@@ -127,6 +130,9 @@ class Starter:
             return flight
         except redis.exceptions.RedisError:
             raise
+        except StillSilent:
+            self._tell_of_silence(job_id)
+            return None
         except JobRefused as error:
             self._host.store.fail(job_id, execution, code=error.code, detail=str(error))
             if record is not None:
@@ -137,6 +143,12 @@ class Starter:
             log.exception("job %s cannot be started", job_id)
             self._host.store.fail(job_id, execution, code="worker_error", detail=str(error))
         return Ending.FAILED
+
+    def _tell_of_silence(self, job_id: str) -> None:
+        if job_id not in self._silent:
+            self._silent.add(job_id)
+            what = f"{MAX_LONE_CRASHES} workers fell silent while they ran it and no other"
+            log.warning("job %s waits: %s; unless one comes back, it fails", job_id, what)
 
     def _provenance(self, record: JobRecord, served: Served) -> dict[str, Any]:
         spec, network = record.spec, None

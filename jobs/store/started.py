@@ -16,6 +16,13 @@ from jobs.store.records import JobRecord
 from jobs.store.tolerance import UNREADABLE, json_object, text
 
 MAX_LONE_CRASHES = 3  # deaths of workers that ran nothing else, before a job is given up
+# A worker that was silent for so long is dead, as far as a job is to be given up for it. RQ hands
+# its jobs on after 20 s; but machines sleep, swap and are moved, and then go on.
+SILENT_S = 300.0
+
+
+class StillSilent(Exception):
+    """Whether a job has killed those that ran it alone is not known yet: ask again."""
 
 
 @dataclass(frozen=True)

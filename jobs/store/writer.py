@@ -12,7 +12,7 @@ a job popped    started = store.start(job_id, execution, worker=…, digest=…,
                 Else run started.record.spec, skip the images in `started.finished`, resume the
                 others from `started.states`. If `started.crashes`, let nothing else be in the
                 batch until it has made progress; refuse if `started.lone_crashes` has come to
-                MAX_LONE_CRASHES.
+                MAX_LONE_CRASHES. StillSilent: keep it, and ask again soon.
 each tick       batch = store.batch(); batch.progress / image / snapshot / checkpoint for any
                 number of jobs; fates = batch.send(): one round trip, one Lua script a job.
                 LOST: not ours any more, drop it without another word. CANCEL: stop it, then
@@ -20,6 +20,7 @@ each tick       batch = store.batch(); batch.progress / image / snapshot / check
 every 0.5 s     store.cancel_requested(ids), where ticks are rare
 at the end      store.succeed / fail / canceled; False: it was not ours any more
 on SIGTERM      store.requeue(job_id, execution), then RQ's own requeue
+taken from us   store.returned(job_id, execution, worker=…): it was silent, and not dead
 at exit         store.goodbye(worker)
 
 Order: first the store, then RQ. A job that RQ ends while our record is still active counts as
@@ -53,7 +54,13 @@ from jobs.store.outputs import open_outputs
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.rq_queue import queue_key
 from jobs.store.sending import send_all
-from jobs.store.started import Started, read_started
+from jobs.store.started import (
+    MAX_LONE_CRASHES,
+    SILENT_S,
+    Started,
+    StillSilent,
+    read_started,
+)
 from jobs.store.tolerance import each, is_data_fault, items, tell_once
 from jobs.store.workers import WorkerInfo
 
@@ -69,6 +76,7 @@ class JobStore:
         self._cancel = connection.register_script(scripts.CANCEL)
         self._purge = connection.register_script(scripts.PURGE)
         self._requeue = connection.register_script(scripts.REQUEUE)
+        self._return = connection.register_script(scripts.RETURN)
         self._next = connection.register_script(scripts.NEXT)
         self._unlock = connection.register_script(scripts.UNLOCK)
         self.outputs = open_outputs(settings, connection)
@@ -92,14 +100,19 @@ class JobStore:
 
         provenance: library versions, device, schedule: JSON. It is there before the first image,
         which carries it. in_batch: SHARED if it is to be stepped at once; not heeded for a job
-        with crashes.
+        with crashes. Raises StillSilent.
         """
         earlier: Any = self.redis.hmget(keys.job(job_id), ["run_digest", "provenance"])
         done = events.last_event(Status.CANCELED, None)[1]
-        queued, canceled = (events.status_data(s) for s in (Status.RUNNING, Status.CANCELED))
+        running, canceled, queued = (
+            events.status_data(s) for s in (Status.RUNNING, Status.CANCELED, Status.QUEUED)
+        )
         entered = [job_id, execution, worker, str(time.time()), digest]
-        said = [queued, canceled, done, _dump(provenance), in_batch.value]
-        what, crashes, lone_crashes, best = self._start(args=[*entered, *said])
+        said = [running, canceled, done, _dump(provenance), in_batch.value]
+        limits: list[Any] = [queued, MAX_LONE_CRASHES, SILENT_S]
+        what, crashes, lone_crashes, best = self._start(args=[*entered, *said, *limits])
+        if what == b"silent":
+            raise StillSilent
         if what != b"run":
             return None
         with self.redis.pipeline(transaction=False) as pipe:
@@ -178,6 +191,11 @@ class JobStore:
     def requeue(self, job_id: str, execution: str) -> bool:
         """Running → queued, given back by its worker, which so has not died of it."""
         return bool(self._requeue(args=[job_id, execution, events.status_data(Status.QUEUED)]))
+
+    def returned(self, job_id: str, execution: str, *, worker: str) -> bool:
+        """A worker that finds an execution to be its own no more has not died of the job. True: it
+        was thought so, and that is taken back."""
+        return bool(self._return(args=[job_id, worker, execution]))
 
     def cancel_requested(self, job_ids: Iterable[str]) -> set[str]:
         """Those of the jobs that were asked to stop, or are no longer there."""

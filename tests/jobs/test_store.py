@@ -10,11 +10,11 @@ from redis.exceptions import ResponseError
 from rq.job import Job
 
 from jobs.states import TRANSITIONS, Status
-from jobs.store import keys
+from jobs.store import keys, writer
 from jobs.store.batch import Fate, InBatch
 from jobs.store.janitor import Janitor
 from jobs.store.rq_queue import Queues
-from jobs.store.started import Started
+from jobs.store.started import MAX_LONE_CRASHES, Started, StillSilent
 from jobs.store.workers import WorkerInfo
 from jobs.store.writer import JobStore
 
@@ -131,6 +131,82 @@ def test_who_gives_a_job_back_or_lives_on_blames_nobody(store: JobStore, submit:
     assert store.requeue(job_id, "")  # by the janitor, which knows of no reason
     last = store.start(job_id, "e4", worker="c", **how)
     assert last is not None and last.crashes == 1
+
+
+def alone(store: JobStore, job_id: str, *workers: str) -> None:
+    """Each runs the job and no other, and falls silent."""
+    for worker in workers:
+        assert store.start(job_id, f"e-{worker}", worker=worker, digest="d") is not None
+        batch = store.batch()
+        batch.in_batch(job_id, f"e-{worker}", InBatch.ALONE)
+        assert batch.send() == {job_id: Fate.OK}
+
+
+def counts(store: JobStore, job_id: str) -> tuple[int, int]:
+    found = store.redis.hmget(keys.job(job_id), "crashes", "lone_crashes")
+    return int(found[0] or 0), int(found[1] or 0)
+
+
+def test_who_comes_back_takes_its_blame_back_once(store: JobStore, submit: Submit) -> None:
+    job_id = submit()
+    alone(store, job_id, "a", "b", "c")
+    assert counts(store, job_id) == (2, 2)  # of c nothing is known yet
+    assert store.returned(job_id, "e-a", worker="a") and counts(store, job_id) == (1, 1)
+    assert not store.returned(job_id, "e-a", worker="a")
+    assert not store.returned(job_id, "e-c", worker="c")  # before it was blamed: it never is
+    alone(store, job_id, "d")
+    assert counts(store, job_id) == (1, 1)  # b is dead
+    alone(store, job_id, "a")
+    assert counts(store, job_id) == (2, 2)  # and d
+    assert not store.returned(job_id, "e-d", worker="nobody") and counts(store, job_id) == (2, 2)
+
+
+def test_an_old_execution_that_ends_says_nothing_of_the_new(
+    store: JobStore, submit: Submit
+) -> None:
+    """A worker that was thought dead took the job again before it found that it had lost it."""
+    job_id = submit()
+    alone(store, job_id, "a", "b")
+    started = store.start(job_id, "again", worker="a", digest="d", in_batch=InBatch.ALONE)
+    assert started is not None and counts(store, job_id) == (2, 2)
+    assert store.returned(job_id, "e-a", worker="a") and counts(store, job_id) == (1, 1)
+    alone(store, job_id, "c")  # for a has died of it at last
+    assert counts(store, job_id) == (2, 2)
+
+
+def test_cleared_jobs_have_nothing_to_take_back(store: JobStore, submit: Submit) -> None:
+    job_id = submit()
+    alone(store, job_id, "a", "b")
+    batch = store.batch()
+    batch.in_batch(job_id, "e-b", InBatch.CLEARED)
+    batch.send()
+    assert counts(store, job_id) == (0, 0)
+    alone(store, job_id, "c")
+    assert not store.returned(job_id, "e-a", worker="a") and counts(store, job_id) == (1, 0)
+    store.redis.hset(keys.job(job_id), "blamed:b", "no count")
+    assert not store.returned(job_id, "e-b", worker="b")  # and still: damaged data stop nobody
+    assert not store.returned("nobody", "e", worker="b")
+
+
+def test_no_job_is_given_up_while_workers_may_come_back(
+    store: JobStore, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = submit()
+    alone(store, job_id, "a", "b", "c")
+    before = len(names(store, job_id))
+    for _ in range(2):
+        with pytest.raises(StillSilent):
+            store.start(job_id, "e-d", worker="d", digest="d")
+    record = store.record(job_id)
+    assert record is not None and record.status is Status.QUEUED and record.execution is None
+    assert len(names(store, job_id)) == before + 1 and counts(store, job_id) == (3, 3)
+    monkeypatch.setattr(writer, "SILENT_S", 0.0)
+    dead = store.start(job_id, "e-d", worker="d", digest="d")
+    assert dead is not None and dead.lone_crashes == MAX_LONE_CRASHES
+    monkeypatch.undo()
+    assert store.requeue(job_id, "e-d") and store.returned(job_id, "e-b", worker="b")
+    lives = store.start(job_id, "e-d", worker="d", digest="d")
+    assert lives is not None and lives.lone_crashes == MAX_LONE_CRASHES - 1
 
 
 def test_cancel_reaches_a_running_job_between_writes(store: JobStore, submit: Submit) -> None:

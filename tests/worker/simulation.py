@@ -45,6 +45,7 @@ from jobs.store import keys
 from jobs.store.admission import Admission, Order
 from jobs.store.janitor import Janitor
 from jobs.store.records import JobRecord, parse_record
+from jobs.store.started import MAX_LONE_CRASHES, SILENT_S
 from jobs.store.writer import JobStore
 from worker.engine.chain_pool import ChainPool, task_of
 from worker.models import ModelFolder
@@ -160,18 +161,24 @@ class Puppet:
         quiet._compiler.poll = lambda served, busy: None
         self.rq = EngineWorker(self.runtime, connection, name=name)
         self.rq.register_birth()  # type: ignore[no-untyped-call]
+        self.clock = world.clock
         self.frozen = self.dead = False
+        self.let_go: dict[str, float] = {}  # job → when it was last found to be no more this one's
 
     def act(self, what: Callable[[], object]) -> None:
         """Do something, as far as this worker lives and is heard."""
         if self.frozen or self.dead:
             return
+        before = dict(self.rq._boarded)
         try:
             what()
         except Killed:
             self.die()
         except Away:
             pass  # as `execute_job` does: the next round tries again
+        if not self.dead:
+            gone = [boarded for key, boarded in before.items() if key not in self.rq._boarded]
+            self.let_go.update((boarded.job.id, self.clock.at) for boarded in gone)
 
     def die(self) -> None:
         self.dead = True
@@ -217,12 +224,12 @@ class World:
         self.janitor = Janitor(self.store)
         self.admission = Admission(self.store)
         self.workers: list[Puppet] = []
+        self.ever: dict[str, Puppet] = {}
         self.jobs: list[str] = []
         self.raw: dict[str, dict[bytes, bytes]] = {}
         self.looked_at: set[tuple[str, Status]] = set()
         self.endings: Counter[Status] = Counter()
         self.pictures: dict[tuple[Any, ...], bytes] = {}
-        self._named = 0
 
     @staticmethod
     def install(patch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -252,9 +259,10 @@ class World:
         self.workers = [puppet for puppet in self.workers if not puppet.dead]
         if which < len(self.workers):
             return self.workers[which]
-        self._named += 1
-        self.workers.append(Puppet(self, f"w{self._named}"))
-        return self.workers[-1]
+        puppet = Puppet(self, f"w{len(self.ever) + 1}")
+        self.ever[puppet.rq.name] = puppet
+        self.workers.append(puppet)
+        return puppet
 
     def wait(self, seconds: float) -> None:
         """Let time pass, in Redis too: the locks of the dead lapse."""
@@ -356,9 +364,9 @@ class World:
         """Of a job that has ended."""
         poison = record.spec.seed == POISON
         self.endings[record.status] += 1
-        assert record.status is not Status.FAILED or (
-            poison and record.fault is not None and record.fault.code == "gave_up"
-        ), record
+        if record.status is Status.FAILED:
+            assert record.fault is not None and record.fault.code == "gave_up", record
+            self._check_blame(record.id)
         rows = self.redis.xrange(keys.events(record.id))
         ends = [row for _, row in rows if row[b"event"] in (b"done", b"error")]
         assert len(ends) == 1 or (record.outputs_gone and not rows), "last events"
@@ -369,6 +377,19 @@ class World:
             for name, plane in outputs.items():
                 key = (record.spec.seed, getattr(record.spec, "steps", None), name)
                 assert self.pictures.setdefault(key, plane) == plane, "another picture"
+
+    def _check_blame(self, job_id: str) -> None:
+        """Of a job that was given up: it ran alone in so many workers, and each of them is dead, or
+        has been silent for very long. (It need not be poison: others kill workers too.)"""
+        deaths = 0
+        for field, value in self.raw[job_id].items():
+            if field.startswith(b"blamed:"):
+                lone, since = int(value.split()[1]), float(value.split()[2])
+                puppet = self.ever[field.removeprefix(b"blamed:").decode()]
+                assert puppet.dead or self.clock.at - since >= SILENT_S, f"{field!r} may come back"
+                assert puppet.let_go.get(job_id, 0.0) <= since, f"{field!r} has come back"
+                deaths += lone
+        assert deaths >= MAX_LONE_CRASHES, f"only {deaths} workers have died of it"
 
     def close(self) -> None:
         for puppet in self.workers:

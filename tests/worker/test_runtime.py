@@ -16,6 +16,7 @@ import diffusion
 from app.views import manifest
 from diffusion import Model
 from jobs.settings import Settings
+from jobs.store import writer
 from jobs.store.batch import InBatch
 from jobs.store.events import JobFault
 from jobs.store.janitor import Janitor
@@ -101,8 +102,9 @@ def test_a_job_that_ended_is_not_run_again(service: Service, runtime: Runtime) -
 
 @pytest.mark.parametrize("how", [InBatch.ALONE, InBatch.SHARED, InBatch.NO])
 def test_only_a_job_that_kills_workers_alone_is_given_up(
-    service: Service, runtime: Runtime, how: InBatch
+    service: Service, runtime: Runtime, how: InBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(writer, "SILENT_S", 0.0)
     job_id = service.admit(steps=2)
     for attempt in range(2 * MAX_LONE_CRASHES):
         named = {"worker": f"w{attempt}", "digest": "", "in_batch": how}

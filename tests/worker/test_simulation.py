@@ -18,7 +18,9 @@ import torch
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from tests.worker.simulation import POISON, Clock, World
+from jobs.states import Status
+from jobs.store.started import SILENT_S
+from tests.worker.simulation import POISON, Clock, Puppet, World
 from worker.models import ModelFolder, card_of
 from worker.network.networks import Networks
 
@@ -164,6 +166,52 @@ def machine(redis_url: str, model_folder: Path) -> Iterator[type[Machine]]:
         Machine.parts = (redis_url, folder, networks, card_of(served.model, "tiny", "ddpm"))
         Machine.clock = clock
         yield Machine
+
+
+def freeze_at_the_job(state: Machine, which: int) -> Puppet:
+    """A worker takes the only job, steps it a little, and is silent until the job is taken away."""
+    puppet = state.world.worker(which)
+    puppet.act(puppet.board)
+    for _ in range(3):
+        puppet.act(puppet.round)
+        puppet.act(puppet.runtime.engine.tick)
+    assert puppet.rq._boarded
+    puppet.frozen = True
+    state.clean(26.0)
+    return puppet
+
+
+def go_on(state: Machine, puppet: Puppet, *, rounds: int = 4) -> None:
+    for _ in range(rounds):
+        state.clock.sleep(0.6)
+        puppet.act(puppet.round)
+        puppet.act(puppet.runtime.engine.tick)
+
+
+@pytest.mark.parametrize("thawed", [0, 1, 4])
+def test_a_job_over_which_workers_froze_waits_for_them(machine: type[Machine], thawed: int) -> None:
+    """The first had it in its batch, the others ran it alone: were they dead, it killed them."""
+    state = machine()
+    state.admit(client="a", images=1, steps=8, seed=0, high=False)
+    [job_id] = state.world.jobs
+    silent = [freeze_at_the_job(state, which) for which in range(4)]
+    heir = state.world.worker(4)
+    heir.act(heir.board)
+    go_on(state, heir)
+    [record] = state.world.records()
+    assert record.status is Status.QUEUED and record.crashes == 4
+    for puppet in silent[4 - thawed :]:
+        puppet.frozen = False
+        go_on(state, puppet)
+        assert not puppet.rq._boarded
+    assert state.world.records()[0].crashes == 4 - thawed
+    state.clock.sleep(0 if thawed else SILENT_S)
+    go_on(state, heir, rounds=20)
+    [record] = state.world.records()
+    assert record.status is (Status.SUCCEEDED if thawed else Status.FAILED)
+    assert record.id == job_id and heir.rq.name == record.worker
+    state.holds()
+    state.world.close()
 
 
 def run(machine: type[Machine], *, examples: int, steps: int) -> None:

@@ -193,6 +193,7 @@ class EngineWorker(HoldingWorker):
     def _land(self, boarded: Boarded, outcome: Outcome) -> None:
         job, queue, execution = boarded.job, boarded.queue, boarded.execution
         if boarded.left or not self._ours([boarded])[0]:
+            self.runtime.store.returned(outcome.job_id, execution.id, worker=self.name)
             self._clean_up(boarded)
         elif outcome.ending is Ending.SUCCEEDED:
             self._finalize_success(job, queue, execution, None)

@@ -84,17 +84,63 @@ local function finish(id, status, now, status_data, final, final_data)
   if get(id, 'webhook') == '1' then redis.call('ZADD', P .. 'webhooks', now, id) end
 end
 
+-- Running → queued.
+local function give_back(id, status_data)
+  redis.call('HDEL', key(id), 'execution', 'worker', 'eta_s')
+  move(id, 'queued')
+  emit(id, 'status', status_data)
+end
+
+-- What was counted when a worker fell silent: crashes, lone ones among them, and the time of it.
+local function counted(id, worker)
+  local said = get(id, 'blamed:' .. worker) or ''
+  local crashes, lone, since = string.match(said, '^(%d+) (%d+) ([%d.]+)$')
+  return tonumber(crashes) or 0, tonumber(lone) or 0, tonumber(since) or 0
+end
+
 -- What the end of a worker says of a job it had: nothing, unless the job was in the batch that was
--- being stepped, or was just being begun. A worker that goes on itself has not died.
-local function blame(id, worker)
+-- being stepped, or was just being begun. A worker that goes on itself has not died. What is
+-- counted is noted by worker: one that was only silent takes it back (return.lua).
+local function blame(id, worker, now)
   local last, how = get(id, 'last_worker'), get(id, 'in_batch')
   redis.call('HDEL', key(id), 'in_batch')
   if not last or last == worker then return end
+  redis.call('HDEL', key(id), 'last_worker')
   add(P .. 'totals', 'recovered', 1)
-  if how == 'alone' then redis.call('HINCRBY', key(id), 'lone_crashes', 1) end
-  if how == 'alone' or how == 'shared' or redis.call('HGET', P .. 'begun', last) == id then
-    redis.call('HINCRBY', key(id), 'crashes', 1)
+  local begun = redis.call('HGET', P .. 'begun', last) == id
+  if how ~= 'alone' and how ~= 'shared' and not begun then return end
+  local crashes, lone = counted(id, last)
+  crashes = crashes + 1
+  redis.call('HINCRBY', key(id), 'crashes', 1)
+  if how == 'alone' then
+    lone = lone + 1
+    redis.call('HINCRBY', key(id), 'lone_crashes', 1)
   end
+  redis.call('HSET', key(id), 'blamed:' .. last, crashes .. ' ' .. lone .. ' ' .. now)
+end
+
+local function blamed(id)
+  local workers = {}
+  for _, field in ipairs(redis.call('HKEYS', key(id))) do
+    workers[#workers + 1] = string.match(field, '^blamed:(.*)$')
+  end
+  return workers
+end
+
+-- Lone crashes that may yet turn out to be silences, which began less than so many seconds ago.
+local function unsettled(id, now, seconds)
+  local found = 0
+  for _, worker in ipairs(blamed(id)) do
+    local _, lone, since = counted(id, worker)
+    if math.abs(now - since) < seconds then found = found + lone end  -- the clock may be set back
+  end
+  return found
+end
+
+-- Nothing of what happened is held against the job.
+local function clear(id)
+  redis.call('HDEL', key(id), 'crashes', 'lone_crashes')
+  for _, worker in ipairs(blamed(id)) do redis.call('HDEL', key(id), 'blamed:' .. worker) end
 end
 
 local function active(status) return status == 'queued' or status == 'running' end

@@ -7,7 +7,5 @@ if ARGV[2] ~= '' then
   if get(id, 'execution') ~= ARGV[2] then return 0 end
   redis.call('HDEL', key(id), 'last_worker', 'in_batch')
 end
-redis.call('HDEL', key(id), 'execution', 'worker', 'eta_s')
-move(id, 'queued')
-emit(id, 'status', ARGV[3])
+give_back(id, ARGV[3])
 return 1

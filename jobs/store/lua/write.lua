@@ -28,7 +28,7 @@ while n <= #ARGV do
     local how = ARGV[n + 1]
     if how == 'cleared' then
       how = 'shared'
-      redis.call('HDEL', key(id), 'crashes', 'lone_crashes')
+      clear(id)
     end
     redis.call('HSET', key(id), 'in_batch', how)
     n = n + 2
