@@ -11,7 +11,7 @@ import pytest
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
-from jobs.states import ACTIVE
+from jobs.states import ACTIVE, Status
 from jobs.store import keys
 
 Service = Any  # of conftest.py; tests cannot import it
@@ -27,6 +27,21 @@ def poisoned(self, batch, shape):
     return step(self, batch, shape)
 ChainPool.step = poisoned
 """
+# What is silent for a second is dead.
+HASTY = """
+from jobs.store import writer
+writer.SILENT_S = 1.0
+"""
+# One that needs so long for a step that it can be stopped before it has made two.
+SLOW = """
+import time
+from worker.engine.chain_pool import ChainPool
+step = ChainPool.step
+def slow(self, batch, shape):
+    time.sleep(0.5)
+    return step(self, batch, shape)
+ChainPool.step = slow
+"""
 
 
 def find_abandoned(service: Service) -> None:
@@ -41,7 +56,7 @@ def test_a_job_that_kills_workers_fails_alone(service: Service, nursery: Any) ->
     after = [service.admit(steps=150, num_images=2) for _ in range(4)]
     deaths = 0
     while service.record(poison).status in ACTIVE:
-        worker = nursery.worker(service, fault=POISON, DDPM_CHECKPOINT_S="0.1")
+        worker = nursery.worker(service, fault=POISON + HASTY, DDPM_CHECKPOINT_S="0.1")
         service.until(
             lambda worker=worker: not worker.alive() or service.record(poison).status not in ACTIVE
         )
@@ -54,6 +69,37 @@ def test_a_job_that_kills_workers_fails_alone(service: Service, nursery: Any) ->
     assert deaths == 4  # once with its neighbours, and then alone
     for job_id in before + after:
         assert service.ended(job_id).crashes <= 1
+
+
+@pytest.mark.slow
+def test_a_job_that_workers_froze_over_goes_on_when_they_do(service: Service, nursery: Any) -> None:
+    job_id = service.admit(steps=3)
+    frozen = []
+    for how in (b"shared", b"alone", b"alone", b"alone"):
+        frozen.append(nursery.worker(service, fault=SLOW))
+        service.until(lambda how=how: holder(service, job_id) == (frozen[-1].pid, how))
+        os.kill(frozen[-1].pid, signal.SIGSTOP)
+        find_abandoned(service)
+    heir = nursery.worker(service)
+    service.until(lambda: "4 3" in counts(service, job_id))
+    time.sleep(1)  # it could have been given up many times
+    assert service.record(job_id).status is Status.QUEUED
+    for worker in frozen:
+        os.kill(worker.pid, signal.SIGCONT)
+    record = service.ended(job_id)
+    assert f".{heir.pid}." in record.worker
+    service.until(lambda: counts(service, job_id) == "0 0")
+
+
+def holder(service: Service, job_id: str) -> tuple[int, bytes]:
+    """The process that has a job, and how it is in its batch."""
+    name, how = service.redis.hmget(keys.job(job_id), "worker", "in_batch")
+    return int(name.split(b".")[-2]) if name else 0, how
+
+
+def counts(service: Service, job_id: str) -> str:
+    found = service.redis.hmget(keys.job(job_id), "crashes", "lone_crashes")
+    return " ".join((value or b"0").decode() for value in found)
 
 
 @pytest.mark.slow
