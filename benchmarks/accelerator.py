@@ -198,12 +198,13 @@ def diffusers_rate(place: Place, folder: Path, batch: int, dtype: torch.dtype) -
     """Image-steps/s of diffusers' pipeline with the same weights."""
     from diffusers import DDPMPipeline
 
-    pipeline = DDPMPipeline.from_pretrained(folder, torch_dtype=dtype).to(place.device)
+    pipeline = DDPMPipeline.from_pretrained(folder).to(place.device)
     pipeline.set_progress_bar_config(disable=True)
     steps = 20
 
-    def draw() -> None:
-        pipeline(batch_size=batch, num_inference_steps=steps, output_type="np")
+    def draw() -> None:  # it turns its result into NumPy, which has no bfloat16
+        with torch.autocast(place.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            pipeline(batch_size=batch, num_inference_steps=steps, output_type="np")
 
     draw()
     place.wait()

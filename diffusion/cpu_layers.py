@@ -14,18 +14,20 @@ def group_norm(x: Tensor, groups: int, *, weight: Tensor, bias: Tensor, eps: flo
     Inductor, left to itself, looks up the statistics of a channel's group for each element, in
     scalar code. A small matrix product with the membership of channels in groups does it once.
     """
-    n, channels = x.shape[:2]
-    each = channels // groups
-    member = torch.arange(channels) // each == torch.arange(groups)[:, None]
-    to_channels = member.to(torch.float32)  # [G, C]
-    to_groups = to_channels.T / each  # [C, G]
-    x32 = x.to(torch.float32)
-    moments = torch.cat([x32.mean((2, 3)), x32.square().mean((2, 3))]) @ to_groups
-    mean, mean_square = moments[:n], moments[n:]  # [N, G]
-    inverse = torch.rsqrt((mean_square - mean.square()).clamp(min=0) + eps)
-    spread = torch.cat([inverse, -mean * inverse]) @ to_channels  # [2N, C]
-    scale, shift = spread[:n] * weight, spread[n:] * weight + bias
-    return (x32 * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
+    # Autocast would round the moments to bfloat16, whose difference is the variance.
+    with torch.autocast(x.device.type, enabled=False):
+        n, channels = x.shape[:2]
+        each = channels // groups
+        member = torch.arange(channels) // each == torch.arange(groups)[:, None]
+        to_channels = member.to(torch.float32)  # [G, C]
+        to_groups = to_channels.T / each  # [C, G]
+        x32 = x.to(torch.float32)
+        moments = torch.cat([x32.mean((2, 3)), x32.square().mean((2, 3))]) @ to_groups
+        mean, mean_square = moments[:n], moments[n:]  # [N, G]
+        inverse = torch.rsqrt((mean_square - mean.square()).clamp(min=0) + eps)
+        spread = torch.cat([inverse, -mean * inverse]) @ to_channels  # [2N, C]
+        scale, shift = spread[:n] * weight, spread[n:] * weight + bias
+        return (x32 * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:

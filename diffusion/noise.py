@@ -107,41 +107,37 @@ def normals(
 
 
 def _normals_on_device(streams: tuple[Tensor, ...], count: int) -> Tensor:
-    """float32 [N, count], by operations that every device has. streams: as in `normals`.
-
-    On a GPU of integers alone, compiled into one kernel, it gives the same bits: two hundred that
-    start one by one take longer than a small network's evaluation.
-    """
-    block = torch.arange(-(-count // _NORMALS_A_BLOCK), device=streams[0].device)[None, :]
-    table = _table_on(streams[0].device)
-    draw = _fused() if block.is_cuda else _drawn
-    return draw(streams, block, table)[:, :count]
-
-
-def _drawn(streams: tuple[Tensor, ...], block: Tensor, table: Tensor) -> Tensor:
-    """float32 [N, 8·blocks]. block: int64 [1, blocks]; table: that of `normal_table`."""
-    seeds, indices, rows, purposes = streams
-    blocks = block.shape[1]
-    counter = (
-        indices[:, None].expand(-1, blocks),
-        rows[:, None].expand(-1, blocks),
-        purposes[:, None].expand(-1, blocks),
-        block.expand(seeds.shape[0], -1),
-    )
-    key = ((seeds & _MASK)[:, None], (seeds >> 32)[:, None])
-    words = torch.stack(philox(counter, key), dim=-1)  # [N, blocks, 4]
+    """float32 [N, count], by operations that every device has. streams: as in `normals`."""
+    device = streams[0].device
+    words = _words(streams, torch.arange(-(-count // _NORMALS_A_BLOCK), device=device))
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)  # [N, blocks, 4, 2]
-    return table[halves.flatten(1)]
+    return _table_on(device)[halves.flatten(1)[:, :count]]
+
+
+def _words(streams: tuple[Tensor, ...], block: Tensor) -> Tensor:
+    """Uniform 32-bit integers, int64 [N, blocks, 4]. block: int64 [blocks].
+
+    On a GPU as one kernel: of integers alone, it gives the same bits, and two hundred that start
+    one by one take longer than a small network's evaluation.
+    """
+    draw = _fused() if block.is_cuda else _drawn
+    return draw(streams, block)
+
+
+def _drawn(streams: tuple[Tensor, ...], block: Tensor) -> Tensor:
+    seeds, *counters = (stream[:, None].expand(-1, len(block)) for stream in streams)
+    counter = (*counters, block.expand(len(streams[0]), -1))
+    return torch.stack(philox(counter, (seeds & _MASK, seeds >> 32)), dim=-1)
 
 
 @lru_cache(maxsize=1)
 def _fused() -> Callable[..., Tensor]:
-    """`_drawn` as one kernel, or as it is where nothing can be compiled for the device."""
+    """`_drawn` compiled, or as it is where nothing can be compiled for the device."""
     fused = torch.compile(_drawn, dynamic=True)
-    two = torch.arange(2, device="cuda")
+    some = torch.arange(3, device="cuda")
     try:
-        fused((two, two, two, two), two[None], _table_on(two.device))
-    except Exception:  # no compiler for the device, or none for this version of Python
+        fused((some, some, some, some), some)
+    except Exception:  # no compiler here, or none for this version of Python
         return _drawn
     return fused
 
@@ -165,8 +161,8 @@ def _normals_on_cpu(streams: tuple[Tensor, ...], count: int) -> Tensor:
 
 def uniform_words(seeds: Tensor, indices: Tensor, *, rows: Tensor, purpose: Purpose) -> Tensor:
     """Four uniform 32-bit integers an image, int64 [N, 4]: block 0 of its counter, as it comes."""
-    counter = (indices, rows, torch.full_like(indices, int(purpose)), torch.zeros_like(indices))
-    return torch.stack(philox(counter, (seeds & _MASK, seeds >> 32)), dim=-1)
+    streams = (seeds, indices, rows, torch.full_like(indices, int(purpose)))
+    return _words(streams, torch.zeros_like(indices[:1]))[:, 0]
 
 
 def check_seed(seed: int) -> int:

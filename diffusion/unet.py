@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import cpu_layers
+from diffusion import cpu_layers, gpu_layers
 
 
 class NetworkConfigError(ValueError):
@@ -180,16 +180,25 @@ def _compiling_for_cpu(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
+def _compiling_for_gpu(x: Tensor) -> bool:
+    """In less than float32, whose digits are torch's own layers' to keep."""
+    return torch.compiler.is_compiling() and x.is_cuda and x.dtype == torch.bfloat16
+
+
 def _training_on_cpu(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad and x.device.type == "cpu"
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm; compiled for a CPU, in a form that its compiler makes fast."""
+    """GroupNorm; compiled, in a form that the device's compiler makes fast."""
 
     def forward(self, x: Tensor) -> Tensor:
         if _compiling_for_cpu(x):
             return cpu_layers.group_norm(
+                x, self.num_groups, weight=self.weight, bias=self.bias, eps=self.eps
+            )
+        if _compiling_for_gpu(x):
+            return gpu_layers.group_norm(
                 x, self.num_groups, weight=self.weight, bias=self.bias, eps=self.eps
             )
         return super().forward(x)
@@ -266,7 +275,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        fast = _compiling_for_cpu(x)
+        fast = _compiling_for_cpu(x) or _compiling_for_gpu(x)
         x = cpu_layers.double(x) if fast else F.interpolate(x, scale_factor=2.0, mode="nearest")
         out: Tensor = self.conv(x)
         return out

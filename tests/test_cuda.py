@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
@@ -167,6 +168,7 @@ def pictures(tmp_path: Path) -> Path:
 def test_training_takes_the_same_steps(pictures: Path, tmp_path: Path, objective: str) -> None:
     losses = {}
     for device in ("cpu", "cuda"):
+        AcceleratorState._reset_state(reset_partial_state=True)  # of a process, which has one run
         config = tmp_path / f"{device}.toml"
         config.write_text(
             f'steps = 6\nbatch_size = 16\nsample_every = 0\ndevice = "{device}"\n'

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion import UNet, cpu_layers
+from diffusion import UNet, cpu_layers, gpu_layers
 from tests.diffusion.networks import TINY, randomize
 
 
@@ -41,6 +42,16 @@ def test_group_norm(channels: int) -> None:
         leaf(channels, seed=3),
         leaf(channels, seed=4),
     )
+
+
+@pytest.mark.parametrize("layers", [cpu_layers, gpu_layers], ids=["cpu", "gpu"])
+def test_group_norm_keeps_its_digits_under_autocast(layers: ModuleType) -> None:
+    """The difference of two moments is nothing for bfloat16."""
+    x = 3 + leaf(2, 16, 8, 8).detach()
+    weight, bias = leaf(16, seed=3).detach(), leaf(16, seed=4).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layers.group_norm(x, 4, weight=weight, bias=bias, eps=1e-6)
+    torch.testing.assert_close(found, F.group_norm(x, 4, weight, bias, 1e-6), atol=2e-5, rtol=0)
 
 
 def test_silu() -> None:
