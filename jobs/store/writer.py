@@ -54,13 +54,7 @@ from jobs.store.outputs import open_outputs
 from jobs.store.records import JobRecord, parse_record, parse_reply
 from jobs.store.rq_queue import queue_key
 from jobs.store.sending import send_all
-from jobs.store.started import (
-    MAX_LONE_CRASHES,
-    SILENT_S,
-    Started,
-    StillSilent,
-    read_started,
-)
+from jobs.store.started import MAX_LONE_CRASHES, SILENT_S, Started, StillSilent, read_started
 from jobs.store.tolerance import each, is_data_fault, items, tell_once
 from jobs.store.workers import WorkerInfo
 
