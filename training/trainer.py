@@ -253,8 +253,14 @@ class Trainer:
         network, optimizer = self.accelerator.prepare(self.network, self.optimizer)
         if not self.config.compile:
             return network, optimizer
-        options = None if self.dealt is None else cores.compile_options()
-        return torch.compile(network, options=options), optimizer
+        if self.dealt is not None:
+            return torch.compile(network, options=cores.compile_options()), optimizer
+        # A GPU would wait for Python, which starts a thousand kernels a step: as two CUDA graphs it
+        # starts them at once. Their memory is written over by the next pass, so that no gradient
+        # can wait there for another's.
+        parts = self.config.accumulate * self.accelerator.num_processes
+        recorded = self.device.type == "cuda" and parts == 1
+        return torch.compile(network, mode="reduce-overhead" if recorded else None), optimizer
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal: all must leave the loop at the same step."""
@@ -275,6 +281,7 @@ class Trainer:
         norm = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
             batch = self.batches.at(first + part * micro * accelerator.num_processes, micro)
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             with accelerator.accumulate(network), self._dropout_of(first + part):
                 loss = self._backward(network, batch)
                 if accelerator.sync_gradients:
