@@ -33,7 +33,10 @@ from worker.engine.tasks import Event, Failed, Finished, Images, Start, Task
 from worker.network.device import pick_device
 from worker.network.network import Network
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+]
 
 SHIPPED = Path(__file__).parents[1] / "models" / "mnist"
 GREY_LEVEL = 2 / 255

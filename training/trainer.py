@@ -116,6 +116,7 @@ class Trainer:
         self.step = 0
         self.dtype = self._precision()
         self.dealt = self._dealt()
+        self._recorded = False  # whether the compiled network is of CUDA graphs
         self._stop = Stop()
         self.keeper = Keeper(
             folder, config, self.network, self.ema, self.optimizer, self.timesteps, self.is_main
@@ -259,8 +260,9 @@ class Trainer:
         # starts them at once. Their memory is written over by the next pass, so that no gradient
         # can wait there for another's.
         parts = self.config.accumulate * self.accelerator.num_processes
-        recorded = self.device.type == "cuda" and parts == 1
-        return torch.compile(network, mode="reduce-overhead" if recorded else None), optimizer
+        self._recorded = self.device.type == "cuda" and parts == 1
+        mode = "reduce-overhead" if self._recorded else None
+        return torch.compile(network, mode=mode), optimizer
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal: all must leave the loop at the same step."""
@@ -281,7 +283,8 @@ class Trainer:
         norm = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
             batch = self.batches.at(first + part * micro * accelerator.num_processes, micro)
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            if self._recorded:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             with accelerator.accumulate(network), self._dropout_of(first + part):
                 loss = self._backward(network, batch)
                 if accelerator.sync_gradients:
