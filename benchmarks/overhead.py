@@ -32,7 +32,8 @@ from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
 from worker.engine.tasks import Advanced, Event, Finished, Start, Task
 from worker.models import ModelFolder
-from worker.network.compiling import Compiler, example
+from worker.network.compiling import Compiler
+from worker.network.network import example
 from worker.network.networks import Networks
 
 IMAGES, STEPS, CLIENTS = 16, 50, 8  # a job, and how many are under way: 128 chains
@@ -94,7 +95,7 @@ class BareEngine:
         while True:
             self.rate(4)
             compiler.poll([self.served])
-            if compiler._job is None and compiler._most_wanted([self.served]) is None:
+            if not compiler.working and compiler._most_wanted([self.served]) is None:
                 return
 
     def bare_rate(self, seconds: float, uses: dict[int, int]) -> float:

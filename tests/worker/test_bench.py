@@ -14,7 +14,7 @@ from diffusion.speed import prepare
 from worker.bench.command import Figures, forward_rate, machine, table, verdict
 from worker.bench.limit import fastest, limit_rate, products
 from worker.bench.load import EngineLoad, LoadError, service
-from worker.network.compiling import example
+from worker.network.network import example
 from worker.network.networks import Networks
 
 

@@ -1,26 +1,32 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
 
 import diffusion
-from diffusion import Model
+from diffusion import Model, ModelConfig, UNet, UNetConfig
 from diffusion.samplers import build_table
 from diffusion.speed import prepare
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
-from worker.engine.tasks import Event, Images, Start, Task
+from worker.engine.tasks import Event, Failed, Finished, Images, Start, Task
 from worker.models import ModelFolder, Served
-from worker.network import compiling
-from worker.network.compiling import TOLERANCE, Compiler, difference, example
+from worker.network import compiling, in_process
+from worker.network.compiling import TOLERANCE, Compiler, difference
+from worker.network.network import ANY_ROWS, Network, example
 from worker.network.networks import Networks
 
 
@@ -218,3 +224,151 @@ def test_no_operation_comes_from_a_file_outside_of_the_key(served: Served) -> No
     }
     assert any(file.endswith("unet.py") for file in ours)
     assert ours <= set(compiling.SOURCES)
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Served:
+    """A model that compiles as fast as any."""
+    network = UNetConfig(
+        image_size=8,
+        in_channels=1,
+        channels=(8,),
+        attention=(False,),
+        res_blocks=1,
+        groups=4,
+        num_classes=3,
+        null_class=True,
+    )
+    torch.manual_seed(0)
+    unet = UNet(network)
+    for weight in unet.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    model = Model(ModelConfig(network=network), unet.eval().requires_grad_(False))
+    diffusion.save(model, tmp_path / "models" / "smallest")
+    (one,) = ModelFolder(tmp_path / "models", queue="q").rescan().loaded
+    return one
+
+
+def in_process_network(model: Model, max_rows: int = 64) -> Network:
+    """As on a GPU."""
+    return Networks(torch.float32, max_rows, in_process=True).prepare(model)
+
+
+def test_what_is_compiled_in_process_serves_all_sizes(model: Model) -> None:
+    network = in_process_network(model)
+    network.costs.spent = {1: 3.0, 3: 4.0, 64: 5.0}
+    tile = network.tile(1)
+    assert tile == network.tile(64) and tile.rows == ANY_ROWS
+    assert compiling._spent(network) == {tile: 12.0}
+    called: list[int] = []
+
+    def compiled(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        called.append(x.shape[0])
+        return model.output(x, t, labels)
+
+    network.add_compiled(tile, compiled)
+    assert all(shape.compiled for shape in network.shapes)
+    assert network.provenance()["compiled_batches"] == [shape.rows for shape in network.shapes]
+    x, t, labels = example(model, 5)
+    for shape in network.shapes[4:]:
+        found = network.output(x, t, labels, shape)
+        torch.testing.assert_close(found, model.output(x, t, labels), atol=1e-4, rtol=0)
+    assert called == [shape.rows for shape in network.shapes[4:]], "padded to the shape, one call"
+    assert difference(network, compiled, tile) < 1e-4
+
+
+def test_what_is_built_in_process_holds_up_no_heartbeat(
+    served: Served,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nor does what it is built of end with a failure: the marker goes, eager code serves."""
+    caplog.set_level(logging.INFO, logger="ddpm.worker")
+    networks = Networks(torch.float32, 8, in_process=True)
+    network = networks.prepare(served.model)
+    compiler = Compiler(networks, tmp_path / "cache")
+    marker = compiler._package(served, network, network.tile(1))
+    marker.write_text("{}")
+    go_on = threading.Event()
+
+    caches: list[str] = []
+
+    def build(*arguments: object, **options: object) -> None:
+        caches.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert go_on.wait(60)
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # set back at the end
+    monkeypatch.setattr(in_process, "build", build)
+    network.costs.spent = {1: 60.0}
+    compiler.poll([served])
+    assert compiler.working and compiler.leaves < 1
+    compiler.poll([served])  # nothing else meanwhile
+    go_on.set()
+    compiler._beside.shutdown()  # once it is done
+    assert caches == [str(tmp_path / "cache" / "inductor")]
+    assert "cannot be used: no kernel image" in caplog.text and not marker.exists()
+    compiler.poll([served])  # not once more
+    assert compiler.leaves == 1 and not any(shape.compiled for shape in network.shapes)
+    compiler.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it begins to compile
+def test_code_is_built_in_process_from_the_cache_that_another_filled(
+    smallest: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # set back at the end
+    events: list[Event] = []
+    engine = Engine(events.extend, EngineOptions(dtype=torch.float32))
+    engine.networks = Networks(torch.float32, 64, in_process=True)
+    network, model = engine.networks.prepare(smallest.model), smallest.model
+    network.costs.spent = {1: 60.0}
+    compiler = Compiler(engine.networks, tmp_path / "cache")
+    deadline = time.monotonic() + 800
+    compiler.poll([smallest])
+    while compiler.working:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        misses = counters["inductor"]["fxgraph_cache_miss"]
+        compiler.poll([smallest])
+    compiler.close()
+    marker = compiler._package(smallest, network, network.tile(1))
+    assert json.loads(marker.read_text())["model"] == model.digest
+    assert all(shape.compiled for shape in network.shapes)
+    assert counters["inductor"]["fxgraph_cache_miss"] == misses, "compiled once more"
+    graphs = counters["stats"]["unique_graphs"]
+    forward = network._compiled[network.tile(1)]
+    assert 0 < difference(network, forward, network.tile(1)) < TOLERANCE[torch.float32]
+    table = build_table(model.schedule, sampler="ddim", steps=5)
+    in_python: list[str] = []
+
+    def seen(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code is UNet.embed.__code__:
+            in_python.append(frame.f_code.co_name)
+
+    threading.setprofile(seen)
+    engine.start()  # on a thread of its own
+    for n in (1, 2, 7):
+        starts = tuple(Start(i, class_label=i % 3) for i in range(n))
+        engine.submit(Task(id=str(n), model=model, table=table, seed=n, starts=starts))
+    while sum(isinstance(event, Finished | Failed) for event in list(events)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    engine.stop()
+    threading.setprofile(None)
+    assert not in_python, "it ran eagerly"
+    for n in (1, 2, 7):
+        expected = diffusion.sample(
+            model, n, seed=n, sampler="ddim", steps=5, dtype=torch.float32,
+            class_label=[i % 3 for i in range(n)],
+        )  # fmt: skip
+        for e in (e for e in events if isinstance(e, Images) and e.task_id == str(n)):
+            found = e.x.clamp(-1, 1)
+            torch.testing.assert_close(found, expected[list(e.indices)], atol=1e-4, rtol=0)
+    assert counters["stats"]["unique_graphs"] == graphs, "the engine compiled"
+    exact = engine.networks.prepare(model, exact=True)
+    assert not any(shape.compiled for shape in exact.shapes)

@@ -232,6 +232,26 @@ def test_batches_have_the_sizes_of_the_buckets(
     assert max(seen) <= 16
 
 
+def test_a_gpu_may_be_given_more_than_256_rows(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(max_rows=1000, capacity=1000)
+    harness.run(task(model, "warm"))
+    network = harness.engine.lanes[LaneKey(model.digest)].pool.network
+    assert max(shape.rows for shape in network.shapes) == 768
+    seen: set[int] = set()
+    output = network.output
+
+    def watched(x: Tensor, t: Tensor, labels: Tensor | None, shape: Shape) -> Tensor:
+        seen.add(shape.rows)
+        return output(x, t, labels, shape)
+
+    monkeypatch.setattr(network, "output", watched)
+    harness.run(task(model, "large", n=1000, steps=6))
+    assert harness.of(Finished, "large") and len(harness.images("large")) == 1000
+    assert 512 <= max(seen) <= 768
+
+
 def test_fewer_slots_than_samples_gives_the_same_images(model: Model) -> None:
     roomy, tight = Harness(), Harness(max_rows=8, capacity=8)
     tasks = [task(model, f"t{i}", n=3, seed=i, steps=5 + i, deterministic=True) for i in range(6)]

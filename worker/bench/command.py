@@ -23,9 +23,9 @@ from worker.bench.load import (
     service_rate,
 )
 from worker.models import ModelFolder, Served
-from worker.network.compiling import Compiler, example
+from worker.network.compiling import Compiler
 from worker.network.costs import Shape
-from worker.network.network import Network
+from worker.network.network import Network, example
 from worker.network.networks import Networks
 
 GOOD = {"network": 0.75, "engine": 0.95, "service": 0.90}  # of the part above each

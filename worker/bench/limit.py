@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusion import cores
 from diffusion.model import Model
-from worker.network.compiling import example
+from worker.network.network import example
 
 Call = Callable[[], object]
 

@@ -1,6 +1,7 @@
 """Compile one batch shape of one model, in a process of its own (see `worker.network.compiling`).
 
 Arguments: model folder, expected digest, device, data type, rows, CPU threads, package to write.
+Rows `ANY_ROWS`: fill Inductor's cache for batches of all sizes, and write a marker.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 
 import diffusion
 from diffusion.speed import prepare
-from worker.network.compiling import example
+from worker.network.in_process import fill_cache
+from worker.network.network import ANY_ROWS, example
 
 # Beside a worker that is never idle a third of one core: it is done in a minute or two, and the
 # sooner the better, as it repays what it took in as long again.
@@ -21,13 +23,16 @@ NICENESS = 3
 
 
 def main(arguments: list[str]) -> None:
-    """Write the package; it appears whole or not at all."""
+    """Write the package or the marker; it appears whole or not at all."""
     os.nice(NICENESS)
     folder, digest, device, dtype, rows, threads, out = arguments
     torch.set_num_threads(int(threads))  # the generated code has this number built in
     model = diffusion.load(Path(folder), device)
     if model.digest != digest:
         raise SystemExit(f"{folder} has changed")
+    if int(rows) == ANY_ROWS:
+        fill_cache(model, getattr(torch, dtype), Path(out))
+        return
     fast = prepare(model, dtype=getattr(torch, dtype))
     x, t, labels = example(model, int(rows))
     with torch.no_grad():

@@ -3,6 +3,8 @@
 A process of low priority exports the network and compiles it ahead of time; the worker serves
 eagerly meanwhile, then loads the result in milliseconds. The code is kept on disk, so the next
 start has it at once. It is built for this processor, this number of threads and these weights.
+On a GPU it fills Inductor's cache instead, and the worker builds from it in a thread: see
+`worker.network.in_process`.
 """
 
 from __future__ import annotations
@@ -16,27 +18,27 @@ import platform
 import shutil
 import subprocess
 import time
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Protocol
 
 import torch
-from torch import Tensor
 
-import diffusion.cpu_layers
+import diffusion.graphs
 import diffusion.speed
 import diffusion.unet
 from diffusion import cores
 from jobs.processes import command_of, environment
+from worker.network import in_process
 from worker.network.compiled import Compiled
-from worker.network.network import Forward, Network, Tile
+from worker.network.network import ANY_ROWS, Forward, Network, Tile, example
 from worker.network.networks import Networks
 
 log = logging.getLogger("ddpm.worker")
-MOST_SHAPES = 7  # compiled a model: on a GPU batches of 1 to 64
+MOST_SHAPES = 7  # compiled a model; on a GPU there is but one, for all sizes
 COSTS = 0.15  # of the network's speed, while one is being compiled
 KEEP_S = 30 * 86_400.0
 # Seconds of stepping before a size is compiled, which takes half a minute of one core and makes its
@@ -52,8 +54,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest output
 # these files is another code.
 SOURCES = (
     diffusion.unet.__file__,
-    diffusion.cpu_layers.__file__,
+    *map(str, sorted(Path(diffusion.unet.__file__).parent.glob("*_layers.py"))),
     diffusion.speed.__file__,
+    diffusion.graphs.__file__,
+    in_process.__file__,
     str(Path(__file__).with_name("compile_one.py")),
 )
 
@@ -90,6 +94,9 @@ class Compiler:
         self._networks = networks
         self._folder = folder
         self._job: Job | None = None
+        # Building code takes seconds, and no heartbeat may wait for it.
+        self._beside = ThreadPoolExecutor(1, "compiled", initializer=cores.keep_to_one)
+        self._building: Future[None] | None = None
         self._tried: set[Path] = set()
         self._idle_looks = 0
         self._enabled = enabled and _usable(folder)
@@ -101,36 +108,48 @@ class Compiler:
         if not self._enabled:
             return
         self._idle_looks = 0 if busy else self._idle_looks + 1
-        if self._job is not None:
-            if self._job.process.poll() is None:
-                return
+        if self._job is not None and self._job.process.poll() is not None:
             self._collect(self._job)
             self._job.lock.close()
             self._job = None
+        if self.working:
+            return
         wanted = self._most_wanted(served)
         if wanted is not None:
             self._begin(*wanted)
 
     @property
+    def working(self) -> bool:
+        """Whether something is being compiled, or built of what was."""
+        building = self._building is not None and not self._building.done()
+        return building or self._job is not None
+
+    @property
     def leaves(self) -> float:
         """The share of its speed that the network keeps beside what is being compiled."""
-        return 1.0 if self._job is None else 1 - COSTS
+        return 1 - COSTS if self.working else 1.0
 
     def take_up(self, one: Compilable) -> None:
         """Use all code of a model that was made in an earlier life, whatever is asked for."""
         network = self._networks.prepare(one.model)
         for tile in {network.tile(shape.rows) for shape in network.eager_shapes}:
-            package = self._folder / f"{_key(one, network, tile)}.pt2"
+            package = self._package(one, network, tile)
             if self._enabled and package.is_file():
                 self._tried.add(package)
                 self._swap_in(one, network, tile, package)
 
     def close(self) -> None:
         """End a compilation that is under way."""
+        self._beside.shutdown(wait=False, cancel_futures=True)
         if self._job is not None:
             self._job.process.kill()
             self._job.process.wait()
             self._job.lock.close()
+
+    def _package(self, served: Compilable, network: Network, tile: Tile) -> Path:
+        """What was compiled; in process, a marker: Inductor's cache has it."""
+        kind = "json" if network.in_process else "pt2"
+        return self._folder / f"{_key(served, network, tile)}.{kind}"
 
     def _most_wanted(
         self, served: Iterable[Compilable]
@@ -140,7 +159,7 @@ class Compiler:
         for one in served:
             network = self._networks.prepare(one.model)
             for tile, spent in _spent(network).items():
-                package = self._folder / f"{_key(one, network, tile)}.pt2"
+                package = self._package(one, network, tile)
                 if package in self._tried:
                     continue
                 if package.is_file():  # made in an earlier life
@@ -152,7 +171,7 @@ class Compiler:
     def _begin(self, served: Compilable, network: Network, tile: Tile, package: Path) -> None:
         if package.is_file():
             self._tried.add(package)
-            self._swap_in(served, network, tile, package)
+            self._take(served, network, tile, package)
             return
         if network.model.device.type == "cpu" and shutil.which("g++") is None:
             log.info("no g++ here: the network stays uncompiled")
@@ -162,7 +181,7 @@ class Compiler:
         if lock is None:  # another worker's turn; what it makes may be what is wanted here
             return
         self._tried.add(package)
-        log.info("compiling %s for %d rows at once in the background", served.name, tile.rows)
+        log.info("compiling %s for %s in the background", served.name, tile)
         arguments = [str(served.folder), served.model.digest, str(network.model.device)]
         arguments += [str(network.dtype).removeprefix("torch."), str(tile.rows)]
         arguments += [str(tile.threads), str(package)]
@@ -171,23 +190,30 @@ class Compiler:
                 command_of("worker.network.compile_one", *arguments),
                 stdout=output,
                 stderr=output,
-                env={**environment(), "TORCHINDUCTOR_CACHE_DIR": str(self._folder / "inductor")},
+                env={**environment(), "TORCHINDUCTOR_CACHE_DIR": str(_inductor(self._folder))},
             )
         self._job = Job(served, network, tile, package, process, lock)
 
     def _collect(self, job: Job) -> None:
         if job.process.returncode == 0:
-            self._swap_in(job.served, job.network, job.tile, job.package)
+            self._take(job.served, job.network, job.tile, job.package)
             return
         output = job.package.with_suffix(".log").read_text(errors="replace").strip()
         reason = (output.splitlines() or [f"exit status {job.process.returncode}"])[-1]
         name = job.served.name
-        log.warning("%d rows at once of %s stay uncompiled: %s", job.tile.rows, name, reason)
+        log.warning("%s of %s stay uncompiled: %s", job.tile, name, reason)
+
+    def _take(self, served: Compilable, network: Network, tile: Tile, package: Path) -> None:
+        if network.in_process:
+            work = (served, network, tile, package)
+            self._building = self._beside.submit(self._swap_in, *work)
+        else:
+            self._swap_in(served, network, tile, package)
 
     def _swap_in(self, served: Compilable, network: Network, tile: Tile, package: Path) -> None:
         try:
             package.touch()
-            forward = load(package, network.model.device)
+            forward = load(package, network)
             error = difference(network, forward, tile)
         except Exception as failure:
             log.warning("compiled code of %s cannot be used: %s", served.name, failure)
@@ -197,39 +223,34 @@ class Compiler:
             log.warning("compiled code of %s differs by %.2g: not used", served.name, error)
             return
         network.add_compiled(tile, forward)
-        log.info("%d rows at once of %s run compiled code", tile.rows, served.name)
+        log.info("%s of %s run compiled code, which differs by %.1g", tile, served.name, error)
 
 
-def load(package: Path, device: torch.device) -> Forward:
+def load(package: Path, network: Network) -> Forward:
     """The compiled network (x, labels and t of the right size) → raw output, for all cores."""
-    if device.type == "cpu":
+    if not network.in_process:
         return Compiled(package, cores.count())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Callable[..., Tensor] = torch._inductor.aoti_load_package(str(package))
+    in_process.use_cache(_inductor(package.parent))
+    return in_process.build(network.model, network.dtype, threads=1)  # no processes of ours stay
 
-    def forward(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        return model(x.contiguous(), t.contiguous(), labels)
 
-    return forward
+def _inductor(folder: Path) -> Path:
+    return folder / "inductor"
 
 
 @torch.inference_mode()
 def difference(network: Network, forward: Forward, tile: Tile) -> float:
     """How far compiled code is from eager code on some batch, relative to its largest value."""
+    if tile.rows == ANY_ROWS:
+        tiles = [Tile(rows, tile.threads) for rows in in_process.SIZES]
+        return max(difference(network, forward, tile) for tile in tiles)
     x, t, labels = example(network.model, tile.rows)
     eager = network.eager(x, t, labels)
-    compiled = cores.side_by_side(forward, x, t, labels, parts=1, threads=tile.threads).float()
+    if network.in_process:  # by this thread, with whose settings it was made
+        compiled = forward(x, t, labels).float()
+    else:
+        compiled = cores.side_by_side(forward, x, t, labels, parts=1, threads=tile.threads).float()
     return float((compiled - eager).abs().max() / eager.abs().max().clamp(min=1e-12))
-
-
-def example(model: diffusion.Model, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A batch of noise at all sorts of timesteps and labels."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, *model.shape, generator=generator).to(model.device)
-    t = torch.linspace(0, model.schedule.T - 1, rows, device=model.device)
-    classes = model.config.network.num_classes
-    return x, t, t.long() % classes if classes else None
 
 
 def _spent(network: Network) -> dict[Tile, float]:
@@ -250,6 +271,9 @@ def _key(served: Compilable, network: Network, tile: Tile) -> str:
         str((network.dtype, network.model.device, *tile, "t in float32")),
         torch.__version__,
         _processor(),
+        torch.cuda.get_device_name(device)
+        if (device := network.model.device).type == "cuda"
+        else "",
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 

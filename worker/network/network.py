@@ -17,11 +17,35 @@ from diffusion.speed import fast_dtype, prepare
 from worker.network.costs import CostModel, Shape
 
 # A CPU gains nothing from one more row of padding, and its kernels are set up anew for each shape.
-EAGER_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+EAGER_SIZES = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    12,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+)
 EXACT_SIZES = (8, 4, 2, 1)
 WARM_UP_SIZES = (1, 4, 16, 64)
 WARM_UP_S = 0.3  # for each: a size is not tried that would take longer
 WARM_UPS = 5  # the quickest counts
+ANY_ROWS = 0  # of code that serves batches of all sizes
 MOST_AT_ONCE = 8  # rows a call of compiled code on one core: no size is faster, and few are needed
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -40,8 +64,11 @@ def _cpu_has_bf16() -> bool:
 class Tile(NamedTuple):
     """Rows that a network is called with, and the CPU threads of the call: one compiled code."""
 
-    rows: int
+    rows: int  # or ANY_ROWS
     threads: int
+
+    def __str__(self) -> str:
+        return f"{self.rows or 'any number of'} rows at once"
 
 
 class BatchError(ValueError):
@@ -70,12 +97,21 @@ class Network:
     dtype: of weights and activations behind the first layer, which takes x_t in float32; ε̂ comes
     back in float32. exact: the result of a row
     depends on neither its place nor its neighbours, to the bit: eager float32, one batch shape.
+    in_process: compiled code is made in this process, one for batches of all sizes, and not a
+    package of a size each (None: on all devices but a CPU).
     """
 
     def __init__(
-        self, model: Model, *, dtype: torch.dtype, max_rows: int, exact: bool = False
+        self,
+        model: Model,
+        *,
+        dtype: torch.dtype,
+        max_rows: int,
+        exact: bool = False,
+        in_process: bool | None = None,
     ) -> None:
         self.model = model
+        self.in_process = model.device.type != "cpu" if in_process is None else in_process
         self.dtype = torch.float32 if exact else dtype
         self._fast = prepare(model, dtype=self.dtype)
         self._compiled: dict[Tile, Forward] = {}
@@ -108,11 +144,12 @@ class Network:
     def tile(self, rows: int) -> Tile:
         """What compiled code is called with for a batch of `rows`, as often as it needs.
 
-        On a GPU the whole batch. On a CPU of few sizes, since each takes half a minute to compile:
-        1, 2, 4 and 8 rows serve all batches, and whichever core is done takes the next ones.
+        On a GPU the whole batch, whatever its size. On a CPU of few sizes, since each takes half a
+        minute to compile: 1, 2, 4 and 8 rows serve all batches, and whichever core is done takes
+        the next ones.
         """
-        if self.model.device.type != "cpu":
-            return Tile(rows, 1)
+        if self.in_process:
+            return Tile(ANY_ROWS, 1)
         parts, threads = cores.deal(rows, cores.count(), large=self.model.is_large)
         each = 1 << (-(-rows // parts) - 1).bit_length()
         return Tile(min(each, MOST_AT_ONCE), threads)
@@ -151,9 +188,10 @@ class Network:
         self.uses[rows] += 1
         if rows > shape.rows:
             raise BatchError(f"{rows} rows do not fit a batch of {shape.rows}")
-        tile = self.tile(shape.rows)
-        parts = -(-shape.rows // tile.rows)
-        padding = (parts * tile.rows if shape.compiled else shape.rows) - rows
+        tile, wanted = self.tile(shape.rows), shape.rows
+        if shape.compiled and tile.rows != ANY_ROWS:
+            wanted = -(-shape.rows // tile.rows) * tile.rows
+        padding = wanted - rows
         if padding:
             x, t = _pad(x, padding), _pad(t, padding)
             labels = None if labels is None else _pad(labels, padding)
@@ -166,9 +204,9 @@ class Network:
         return self._fast.output(x, t, labels)
 
     def compiled(self, x: Tensor, t: Tensor, labels: Tensor | None, tile: Tile) -> Tensor:
-        """The raw output, float32, by compiled code; x: float32, of so many tiles."""
+        """The raw output, float32, by compiled code; x: float32, of whole tiles."""
         forward = self._compiled[tile]
-        if x.device.type != "cpu":
+        if tile.rows == ANY_ROWS:
             return forward(x, t, labels).to(torch.float32)
         parts, at_once = x.shape[0] // tile.rows, max(1, cores.count() // tile.threads)
         out = cores.side_by_side(
@@ -220,6 +258,15 @@ class Network:
         first_labels = None if labels is None else labels[:1].expand(size)
         alone = self.eager(x[:1].repeat(size, 1, 1, 1), t[:1].expand(size), first_labels)
         return torch.equal(alone[:1], whole[:1])
+
+
+def example(model: Model, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A batch of noise at all sorts of timesteps and labels."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, *model.shape, generator=generator).to(model.device)
+    t = torch.linspace(0, model.schedule.T - 1, rows, device=model.device)
+    classes = model.config.network.num_classes
+    return x, t, t.long() % classes if classes else None
 
 
 def _pad(v: Tensor, rows: int) -> Tensor:

@@ -33,11 +33,15 @@ class Networks:
     """May be used from any thread.
 
     dtype: None: as a probe of the device advises. max_rows: the largest batch.
+    in_process: see `Network`.
     """
 
-    def __init__(self, dtype: torch.dtype | None, max_rows: int) -> None:
+    def __init__(
+        self, dtype: torch.dtype | None, max_rows: int, *, in_process: bool | None = None
+    ) -> None:
         self._dtype = dtype
         self._max_rows = max_rows
+        self._in_process = in_process
         self._ready: dict[LaneKey, Network] = {}
         self._preparing = threading.Lock()
 
@@ -57,7 +61,13 @@ class Networks:
     def _make(self, model: Model, key: LaneKey) -> Network:
         in_float32 = key.exact or key.mode != "chains"
         dtype = torch.float32 if in_float32 else self._dtype or worker_dtype(model)
-        return Network(model, dtype=dtype, max_rows=self._max_rows, exact=key.exact)
+        return Network(
+            model,
+            dtype=dtype,
+            max_rows=self._max_rows,
+            exact=key.exact,
+            in_process=self._in_process,
+        )
 
     def is_prepared(self, model: Model, *, exact: bool = False, mode: Mode = "chains") -> bool:
         """Whether a task of this model can be submitted without a wait."""
