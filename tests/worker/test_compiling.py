@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import diffusion
-from diffusion import Model, ModelConfig, UNet, UNetConfig
+from diffusion import Model, ModelConfig, UNet, UNetConfig, cores
 from diffusion.samplers import build_table
 from diffusion.speed import prepare
 from worker.engine.lane import EngineOptions
@@ -322,6 +322,7 @@ def test_code_is_built_in_process_from_the_cache_that_another_filled(
     smallest: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # set back at the end
+    monkeypatch.setattr(cores, "_cores", 1)  # as in a worker
     events: list[Event] = []
     engine = Engine(events.extend, EngineOptions(dtype=torch.float32))
     engine.networks = Networks(torch.float32, 64, in_process=True)

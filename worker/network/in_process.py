@@ -36,17 +36,20 @@ def build(model: Model, dtype: torch.dtype, *, threads: int | None = None) -> Fo
     """The compiled network (x, t, labels) → raw output, for batches of any size, in inference mode.
 
     Takes seconds where the cache has it, else a minute or more. threads: that compile (None: as
-    torch sees fit, in processes of their own). Any thread that runs as many threads as this one may
-    call what is made, and none compiles ever after: a call of a kind not met here runs eagerly. The
-    engine must not stand still for a minute, which is what a device that hangs looks like.
+    torch sees fit, in processes of their own). Any thread may call what is made, and none compiles
+    ever after: a call of a kind not met here runs eagerly. The engine must not stand still for a
+    minute, which is what a device that hangs looks like.
     """
     import torch._dynamo.config
     import torch._inductor.config
 
     fast = prepare(model, dtype=dtype, compile=True)
     network: Any = fast.network
+    team = torch.get_num_threads()
 
     def forward(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        if torch.get_num_threads() != team:  # of the calling thread: with another it runs eagerly
+            torch.set_num_threads(team)
         out: Tensor = fast.evaluator(
             _plain(x), _plain(t), labels if labels is None else _plain(labels)
         )
