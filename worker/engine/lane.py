@@ -53,10 +53,10 @@ class Lane:
         self.pool = pool
         self.runs: dict[str, Run] = {}
         self.rate = RateMeter()
-        self.waiting_rows = 0  # network rows that could run now
-        self.ready_rows = 0  # of these, rows of tasks that are admitted to the batch
-        self.weights: Counter[str] = Counter()  # client → images that wait, against other lanes'
+        self._waiting_rows = self._ready_rows = 0
+        self._weights: Counter[str] = Counter()
         self._need = 1  # rows of the most demanding sample
+        self._counted = True  # whether these four are of the samples as they are
         self._max_rows = self._most_rows = options.max_rows
         self._turn = self._call_at = self._grow_at = 0
         self._batches: dict[tuple[bool, int], Batch] = {}
@@ -89,14 +89,38 @@ class Lane:
     def changed(self) -> None:
         """Samples came or went: choose anew."""
         self._batches.clear()
-        costs = [sample.cost for run in self.runs.values() for sample in run.samples]
-        self.waiting_rows = sum(costs)
-        self.ready_rows = sum(run.rows for run in self.runs.values() if run.admitted)
         self._call_at = self._turn
-        self.weights.clear()
+        self._counted = False
+
+    @property
+    def waiting_rows(self) -> int:
+        """Network rows that could run now."""
+        self._count()
+        return self._waiting_rows
+
+    @property
+    def ready_rows(self) -> int:
+        """Of these, rows of tasks that are admitted to the batch."""
+        self._count()
+        return self._ready_rows
+
+    @property
+    def weights(self) -> Counter[str]:
+        """Client → images that wait, against other lanes'."""
+        self._count()
+        return self._weights
+
+    def _count(self) -> None:
+        """Once a step, and not for each of the many chains that end in it."""
+        if self._counted:
+            return
+        self._counted = True
+        costs = [sample.cost for run in self.runs.values() for sample in run.samples]
+        self._waiting_rows, self._need = sum(costs), max(costs, default=1)
+        self._ready_rows = sum(run.rows for run in self.runs.values() if run.admitted)
+        self._weights.clear()
         for run in (run for run in self.runs.values() if run.samples):
-            self.weights[run.client] += run.task.weight(len(run.samples))
-        self._need = max(costs, default=1)
+            self._weights[run.client] += run.task.weight(len(run.samples))
 
     def next_batch(self) -> tuple[Batch, Shape]:
         """The samples to step next, and the shape to do it in. There must be some."""
