@@ -19,7 +19,7 @@ from diffusion.checks import check_real, check_whole
 from diffusion.langevin import annealed_langevin, with_correctors
 from diffusion.multistep import dpmpp_2m, dpmpp_3m, unipc
 from diffusion.schedule import Schedule
-from diffusion.spacings import SPACINGS, spaced_times
+from diffusion.spacings import LEVEL_SPACINGS, SPACINGS, spaced_times
 from diffusion.table import (
     SamplerError,
     SamplerTable,
@@ -117,7 +117,8 @@ class Sampler:
     it is told besides. corrector_only: it is made of Langevin steps, `corrector_steps` at each
     level; after the rows of any other, correctors can follow. least: evaluations from pure noise,
     of a T of 1000, below which what comes out is clearly worse. own_only: it is for models that are
-    trained for it, and say so as their default.
+    trained for it, and say so as their default. open_end: spacings by noise level leave out the
+    image's end of the schedule, where x̂_0 is x but for rounding.
     """
 
     table: Callable[..., SamplerTable]
@@ -125,6 +126,7 @@ class Sampler:
     corrector_only: bool = False
     least: int = 1
     own_only: bool = False
+    open_end: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -146,7 +148,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m": Sampler(dpmpp_2m, least=8),
     "dpmpp_3m": Sampler(dpmpp_3m, least=8),
     "unipc": Sampler(unipc, least=6),
-    "consistency": Sampler(consistency, own_only=True),
+    "consistency": Sampler(consistency, own_only=True, open_end=True),
     "langevin": Sampler(
         annealed_langevin, ("corrector_steps", "branch"), corrector_only=True, least=200
     ),
@@ -241,13 +243,14 @@ def build_table(
     travel: how often each jump but the last is walked, (steps − 1)·travel + 1 rows; see
     `diffusion.travel`. Not with Langevin steps.
     """
-    if start is None:
-        timesteps = spaced_times(schedule, steps, spacing)
-    elif 0 <= start < schedule.T:
-        timesteps = [start, *spaced_times(schedule, steps, spacing, T=start + 1)[1:]]
-    else:
-        raise SamplerError(f"start = {start}: must be 0..{schedule.T - 1}")
     check_name("sampler", sampler, SAMPLERS)
+    if start is not None and not 0 <= start < schedule.T:
+        raise SamplerError(f"start = {start}: must be 0..{schedule.T - 1}")
+    T = schedule.T if start is None else start + 1
+    more = int(SAMPLERS[sampler].open_end and spacing in LEVEL_SPACINGS and steps < T)
+    timesteps = spaced_times(schedule, steps + more, spacing, T=T)[:steps]
+    if start is not None:
+        timesteps = [start, *timesteps[1:]]
     if corrector_steps is not None:
         check_whole("corrector_steps", corrector_steps, least=0, error=SamplerError)
     chosen = SAMPLERS[sampler]

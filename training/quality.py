@@ -41,8 +41,8 @@ _QUICK = Worth(("uniform", "trailing", "lambda", "karras"), most=50)  # exact lo
 WORTH = {
     "ddpm": _SLOW, "ddim": _SLOW, "dpmpp_2m": _QUICK, "dpmpp_3m": _QUICK, "unipc": _QUICK,
 }  # fmt: skip
-# Of the samplers that are a model's own: one spacing, or none that counts.
-OWN = {"consistency": ("trailing",), TUNED: ("uniform",)}
+# Of the samplers that are a model's own; a tuned table has no spacing, so one stands for all.
+OWN = {"consistency": ("trailing", "lambda"), TUNED: ("uniform",)}
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def ways(
     cells = [
         (a, b, n)
         for a in samplers or WORTH
-        for b in OWN.get(a) or spacings or WORTH.get(a, _SLOW).spacings
+        for b in (a != TUNED and spacings) or OWN.get(a) or WORTH.get(a, _SLOW).spacings
         for n in (sorted(tuned) if a == TUNED else some)
         if samplers or n <= WORTH[a].most
     ]

@@ -79,6 +79,21 @@ def test_a_model_that_is_not_trained_for_it_is_not_sampled_so() -> None:
         diffusion.sample(build_model(), sampler="consistency", steps=2)
 
 
+def test_spacings_by_level_do_not_spend_an_evaluation_on_the_image() -> None:
+    schedule = ScheduleConfig(T=1000).build()
+    for spacing in ("lambda", "karras"):
+        table = build_table(schedule, sampler="consistency", steps=3, spacing=spacing)
+        whole = build_table(schedule, sampler="dpmpp_2m", steps=4, spacing=spacing)
+        assert table.time.tolist() == whole.time[:3].tolist() and table.time[0] == 999
+    one = build_table(schedule, sampler="consistency", steps=1, spacing="lambda")
+    assert one.time.tolist() == [999]
+    middle = build_table(schedule, sampler="consistency", steps=2, spacing="lambda").time[1]
+    ends = schedule.lambda_at(999) + schedule.lambda_at(0)
+    assert schedule.lambda_at(float(middle)) == pytest.approx(ends / 2, abs=0.01)
+    whole = build_table(schedule, sampler="consistency", steps=1000, spacing="lambda")
+    assert len(whole) == 1000
+
+
 def test_presets_of_a_consistency_model_are_all_of_a_few_evaluations() -> None:
     own = SamplingDefaults("consistency", spacing="trailing", steps=2)
     found = presets_of(own, 1000)

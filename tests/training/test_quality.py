@@ -175,7 +175,7 @@ def test_by_default_every_sampler_is_asked_where_it_tells_something() -> None:
     assert ("ddim", "uniform", 250) in cells and ("unipc", "uniform", 250) not in cells
     assert ways(1000, ("tuned", "consistency"), ("karras",), (1, 2), tuned=(6, 4))[1:] == [
         ("tuned", "uniform", 4), ("tuned", "uniform", 6),
-        ("consistency", "trailing", 1), ("consistency", "trailing", 2),
+        ("consistency", "karras", 1), ("consistency", "karras", 2),
     ]  # fmt: skip
     assert ways(1000, (), (), (5,), tuned=(4,))[-1] == ("tuned", "uniform", 4)
     named = ways(1000, ("unipc",), (), (250,))  # what is named is measured
