@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -15,6 +16,7 @@ from diffusion import checkpoint
 from diffusion.about import MOST_THUMBNAIL, About, read_about, write_about
 from diffusion.diffusers.folder import is_diffusers_folder
 from diffusion.model import Model
+from diffusion.samplers import SAMPLERS
 from diffusion.sampling import sample
 from diffusion.tuned import TUNED_NAME
 from training.pictures import encoded, grid
@@ -95,9 +97,10 @@ def draw(model: Model) -> bytes:
     classes = model.config.network.num_classes
     labels = [i % classes for i in range(_SHOWN)] if classes else None
     steps = min(_STEPS, model.schedule.T)
-    images = sample(
-        model, _SHOWN, sampler="ddim", steps=steps, spacing="uniform", class_label=labels
-    )
+    few: dict[str, Any] = {"sampler": "ddim", "steps": steps, "spacing": "uniform"}
+    if SAMPLERS[model.config.sampling.sampler].own_only:  # what it is trained for, and no other
+        few = {}
+    images = sample(model, _SHOWN, class_label=labels, **few)
     picture = grid(images, columns=4)
     factor = max(1, _SIDE // max(picture.size))
     picture = enlarge(picture, factor)

@@ -14,14 +14,19 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
 import diffusion
 from diffusion.about import MOST_DESCRIPTION, MOST_THUMBNAIL, About, read_about, write_about
+from diffusion.samplers import SamplingDefaults
+from jobs.settings import MODEL_OF_NO_NAME
 from tests.diffusion.networks import build_model
 from training.commands import convert, serve_model
+from training.pictures import grid
+from training.publish import draw
 from worker.models import ModelFolder
 
 ROOT = Path(__file__).parents[2]
@@ -145,9 +150,28 @@ def test_about_is_written_as_it_is_read(tmp_path: Path) -> None:
     assert read_about(tmp_path / "nowhere") == About()
 
 
-def test_the_model_that_comes_with_us_says_what_it_is() -> None:
-    about = read_about(ROOT / "models" / "mnist")
-    assert "digits" in about.description and about.thumbnail
+def test_the_models_that_come_with_us_say_what_they_are() -> None:
+    """The one of requests that name none is loaded before the other, which is small too."""
+    folder = ModelFolder(ROOT / "models", queue="ddpm")
+    [first] = folder.rescan(only_first=True).loaded
+    [other] = folder.rescan().loaded
+    assert (first.name, other.name) == (MODEL_OF_NO_NAME, "mnist-fast")
+    for served in (first, other):
+        assert "digits" in served.card.description and served.card.thumbnail
+        assert sum(path.stat().st_size for path in served.folder.iterdir()) < 7_100_000
+    assert first.card.samplers["tuned"].steps == (4, 5, 6)
+    assert other.card.sampling.sampler == "consistency"
+    assert [preset.steps for preset in other.card.presets.values()] == [1, 2, 3]
+
+
+def test_the_picture_of_a_consistency_model_is_made_by_its_own_sampler() -> None:
+    own = SamplingDefaults("consistency", spacing="trailing", steps=2)
+    model = build_model(class_names=("cat", "dog", "owl"), sampling=own)
+    images = diffusion.sample(model, 8, class_label=[i % 3 for i in range(8)])
+    expected = grid(images, columns=4)
+    with Image.open(io.BytesIO(draw(model))) as picture:
+        smaller = picture.resize(expected.size, Image.Resampling.NEAREST)
+        assert np.array_equal(np.asarray(smaller), np.asarray(expected))
 
 
 class Hub(BaseHTTPRequestHandler):
