@@ -194,13 +194,19 @@ def ways(
     cells = [
         (a, b, n)
         for a in samplers or WORTH
-        for b in (a != TUNED and spacings) or OWN.get(a) or WORTH.get(a, _SLOW).spacings
+        for b in _spacings(a, spacings)
         for n in (sorted(tuned) if a == TUNED else some)
         if samplers or n <= WORTH[a].most
     ]
     if not samplers:
-        cells += [(TUNED, *OWN[TUNED], n) for n in sorted(tuned)]
+        cells += [(TUNED, OWN[TUNED][0], n) for n in sorted(tuned)]
     return list(dict.fromkeys([("ddpm", "uniform", T), *cells]))
+
+
+def _spacings(sampler: str, asked: Sequence[str]) -> Sequence[str]:
+    """Those asked for, else those that suit the sampler; a tuned table has none to choose."""
+    own = OWN.get(sampler, WORTH.get(sampler, _SLOW).spacings)
+    return own if sampler == TUNED else asked or own
 
 
 def outlook(cells: Sequence[Way], images: int) -> str:
