@@ -1,7 +1,7 @@
 """Write a model card: what was trained, on what, how long, and how well.
 
     .venv/bin/python benchmarks/model_card.py MODEL [RUN…] [--quality QUALITY.json]
-        [--evaluation RESULTS.json] [--machine "…"]
+        [--evaluation RESULTS.json] [--evaluated "on …, date"] [--machine "…"]
 
 MODEL is the checkpoint folder; it gets README.md, loss.png and samples.png, and keeps how it was
 trained: stages.jsonl has each stage's configuration, metrics.jsonl what it logged. RUN… are the
@@ -176,16 +176,19 @@ def training_facts(stages: list[Stage]) -> list[tuple[str, str]]:
     ]
 
 
-def evaluation_lines(path: Path | None) -> list[str]:
-    """Bits/dim of each split, as `ddpm evaluate` found them."""
+def evaluation_lines(path: Path | None, where: str) -> list[str]:
+    """Bits/dim of each split, as `ddpm evaluate` found them; where: the machine and the date."""
     if path is None:
         return []
     report = json.loads(path.read_text())
     variance = report["variance"]
     lines = [
         "",
-        f"Bits/dim without the label (`ddpm evaluate`, σ² {variance}, D = {report['dims']}, the",
-        f"black border included; beside it, of the {report['dims_unpadded']} pixels of a digit):",
+        f"Bits/dim without the label (`ddpm evaluate`, {report['dtype']}, σ² {variance}, "
+        f"D = {report['dims']},",
+        "the black border included; beside it, of the "
+        f"{report['dims_unpadded']} pixels of a digit),",
+        f"{where}, torch {report['torch']}:",
         "",
         "| split | how | images | bits/dim | L_0 | L_1 … L_{T−1} | L_T | of the digit's pixels |",
         "|---|---|---|---|---|---|---|---|",
@@ -211,7 +214,8 @@ def quality_lines(path: Path | None) -> list[str]:
         return table_lines(report["quality"]["cells"])
     lines = [
         f"A small classifier ({report['real_accuracy']:.2%} right on the real test set) and the",
-        "Fréchet distance in its 128 penultimate features (`benchmarks/quality.py`):",
+        f"Fréchet distance in its 128 penultimate features (`benchmarks/quality.py`, drawn in "
+        f"{report.get('dtype', 'bfloat16')}):",
         "",
         "| samples | recognised | Fréchet to the test set | as many training images |",
         "|---|---|---|---|",
@@ -247,6 +251,9 @@ def main() -> None:
         "--quality", type=Path, help="of quality.py, or of `ddpm evaluate --quality`"
     )
     parser.add_argument("--evaluation", type=Path)
+    parser.add_argument(
+        "--evaluated", default="on 2 CPU cores", help="where, and when: of --evaluation"
+    )
     parser.add_argument("--machine", default="2 CPU cores")
     arguments = parser.parse_args()
     stages = Stage.of_model(arguments.model)
@@ -274,6 +281,7 @@ def main() -> None:
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
     null = config.network.null_label
+    evaluated = evaluation_lines(arguments.evaluation, arguments.evaluated)
     text = f"""# {arguments.model.name}
 
 ![Samples: one class a column]({"samples.png"})
@@ -294,7 +302,7 @@ Each stage goes on from the weights of the one before:
 
 ## How good
 
-{chr(10).join(quality_lines(arguments.quality) + evaluation_lines(arguments.evaluation))}
+{chr(10).join(quality_lines(arguments.quality) + evaluated)}
 
 ## The loss
 
