@@ -1,12 +1,14 @@
 """Quality against evaluations: one table and one figure of what `ddpm evaluate --quality` found.
 
     .venv/bin/python benchmarks/curve.py RESULTS.json… [--figure docs/figures/mnist_quality.png]
+        [--page docs/quality.md]
 
 RESULTS.json are of `ddpm evaluate --quality` (--quality-against the first of them) and of
 quality_peer.py, all of one model or of its tuned tables and consistency models. Printed are every
 cell, spacings side by side; for each number of evaluations the best of each sampler; and the
 fewest evaluations whose pictures are those of the aim, the first cell of the first file: a Fréchet
-ratio within 10 % or two standard errors of it, and a recognised share within one point.
+ratio within 10 % or two standard errors of it, and a recognised share within one point. --page
+puts the same between the marks of a page. A new table is added by naming its file too.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import matplotlib.pyplot as plt
 
 WITHIN, ERRORS, POINT = 1.1, 2.0, 0.01
 PEER = "diffusers"
+BEGIN, END = "<!-- what curve.py found -->", "<!-- until here -->"
 
 
 def read(path: Path) -> list[Cell]:
@@ -33,13 +36,15 @@ def read(path: Path) -> list[Cell]:
     return [Cell(**cell) for cell in json.loads(path.read_text())["quality"]["cells"]]
 
 
-def equal(cell: Cell, aim: Cell) -> bool:
-    """Whether its pictures are as good as those of the aim."""
+def equal(cell: Cell, aim: Cell) -> str:
+    """Whether it is as good as the aim: "near" it, within the "error", or no: ""."""
     error = float(np.hypot(cell.ratio_error, aim.ratio_error))
-    near = cell.ratio <= max(WITHIN * aim.ratio, aim.ratio + ERRORS * error)
-    if cell.recognised is None or aim.recognised is None:
-        return near
-    return near and cell.recognised >= aim.recognised - POINT
+    shares = (cell.recognised, aim.recognised)
+    if None not in shares and (cell.recognised or 0) < (aim.recognised or 0) - POINT:
+        return ""
+    if cell.ratio <= WITHIN * aim.ratio:
+        return "near"
+    return "error" if cell.ratio <= aim.ratio + ERRORS * error else ""
 
 
 def best(cells: Iterable[Cell]) -> dict[str, dict[int, Cell]]:
@@ -53,7 +58,7 @@ def best(cells: Iterable[Cell]) -> dict[str, dict[int, Cell]]:
 
 
 def whole_table(cells: Sequence[Cell], aim: Cell) -> str:
-    """A line a sampler and number of evaluations, a column a spacing; what is equal is bold."""
+    """A line a sampler and number of evaluations, a column a spacing; near the aim is bold."""
     spacings = list(dict.fromkeys(cell.spacing for cell in cells))
     lines = [
         f"| sampler | evaluations | {' | '.join(spacings)} |",
@@ -72,7 +77,8 @@ def told(cell: Cell | None, aim: Cell) -> str:
         return ""
     share = "" if cell.recognised is None else f", {100 * cell.recognised:.1f}"
     text = f"{cell.ratio:.2f} ± {cell.ratio_error:.2f}{share}"
-    return f"**{text}**" if equal(cell, aim) else text
+    mark = {"near": "**", "error": "*", "": ""}[equal(cell, aim)]
+    return f"{mark}{text}{mark}"
 
 
 def short_table(cells: Sequence[Cell], aim: Cell) -> str:
@@ -87,12 +93,13 @@ def short_table(cells: Sequence[Cell], aim: Cell) -> str:
 
 
 def fewest(cells: Sequence[Cell], aim: Cell) -> str:
-    """What is equal in the fewest evaluations, of each sampler."""
-    lines = []
+    """What is equal in the fewest evaluations, of each sampler: near the aim; within the error."""
+    lines = ["| sampler | within 10 % | within two errors |", "|---|---|---|"]
     for sampler, mine in best(cells).items():
-        good = [cell for n, cell in sorted(mine.items()) if equal(cell, aim)]
-        said = str(good[0]) if good else f"{sampler}: none"
-        lines.append(f"- {said}")
+        good = [cell for _, cell in sorted(mine.items()) if equal(cell, aim)]
+        near = [cell for cell in good if equal(cell, aim) == "near"]
+        said = [f"{c[0].steps} ({c[0].spacing})" if c else "none" for c in (near, good)]
+        lines.append(f"| {sampler} | {' | '.join(said)} |")
     return "\n".join(lines)
 
 
@@ -121,10 +128,13 @@ def plot(cells: Sequence[Cell], aim: Cell, path: Path) -> None:
         xscale="log",
         yscale="log",
         xlabel="evaluations of the network an image",
-        ylabel="Fréchet distance to the test set / that of training images",
+        ylabel="Fréchet ratio to as many training images",
     )
-    ticks = [n for n in (1, 2, 3, 5, 10, 20, 50, 100, 250) if n < aim.steps]
+    most = max(cell.steps for cell in cells if cell != aim)
+    ticks = [n for n in (1, 2, 3, 5, 10, 20, 50, 100, 250) if n <= most]
     axes.set_xticks(ticks, [str(n) for n in ticks])
+    levels = (0.5, 0.7, 1, 1.5, 2, 3, 5)
+    axes.set_yticks(levels, [str(level) for level in levels])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -132,16 +142,39 @@ def plot(cells: Sequence[Cell], aim: Cell, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def put_into(page: Path, found: str) -> None:
+    """Between the marks of a page, in the place of what was there."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{page}: must have {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n\n{found}\n\n{END}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Print the tables, and draw the figure if asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--page", type=Path)
     asked = parser.parse_args()
     aim = read(asked.results[0])[0]
     cells = [aim, *(cell for path in asked.results for cell in read(path) if cell != aim)]
-    print(f"The aim: {aim}\n")
-    print(whole_table(cells, aim), short_table(cells, aim), fewest(cells, aim), sep="\n\n")
+    titles = ("The best spacing of each sampler:", "As good as the aim, in the fewest evaluations:")
+    found = "\n\n".join(
+        (
+            f"The aim: {aim}.",
+            titles[0],
+            short_table(cells, aim),
+            titles[1],
+            fewest(cells, aim),
+            "All:",
+            whole_table(cells, aim),
+        )
+    )
+    print(found)
+    if asked.page is not None:
+        put_into(asked.page, found)
     if asked.figure is not None:
         plot(cells, aim, asked.figure)
 

@@ -117,7 +117,8 @@ class Sampler:
     it is told besides. corrector_only: it is made of Langevin steps, `corrector_steps` at each
     level; after the rows of any other, correctors can follow. least: evaluations from pure noise,
     of a T of 1000, below which what comes out is clearly worse. own_only: it is for models that are
-    trained for it, and say so as their default. open_end: spacings by noise level leave out the
+    trained for it, and say so as their default. draws: by default each of its steps adds noise, so
+    that chains from one x_t differ. open_end: spacings by noise level leave out the
     image's end of the schedule, where x̂_0 is x but for rounding.
     """
 
@@ -126,6 +127,7 @@ class Sampler:
     corrector_only: bool = False
     least: int = 1
     own_only: bool = False
+    draws: bool = False
     open_end: bool = False
 
     @property
@@ -143,14 +145,18 @@ class Sampler:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(ancestral, ("variance",), least=20),
+    "ddpm": Sampler(ancestral, ("variance",), least=20, draws=True),
     "ddim": Sampler(ddim, ("eta", "rederive_eps", "landing", "stride"), least=10),
     "dpmpp_2m": Sampler(dpmpp_2m, least=8),
     "dpmpp_3m": Sampler(dpmpp_3m, least=8),
     "unipc": Sampler(unipc, least=6),
-    "consistency": Sampler(consistency, own_only=True, open_end=True),
+    "consistency": Sampler(consistency, own_only=True, draws=True, open_end=True),
     "langevin": Sampler(
-        annealed_langevin, ("corrector_steps", "branch"), corrector_only=True, least=200
+        annealed_langevin,
+        ("corrector_steps", "branch"),
+        corrector_only=True,
+        least=200,
+        draws=True,
     ),
 }
 

@@ -18,7 +18,8 @@ class SamplerTraits(BaseModel):
     of Langevin steps, `corrector_steps` a level, and of nothing else. least: evaluations from pure
     noise, of a T of 1000, below which what comes out is clearly worse. steps: the only numbers of
     them that there are, of tables made for chains from noise; empty: any. tables: of each of those,
-    the SHA-256 (hex) of its table."""
+    the SHA-256 (hex) of its table. draws: by default its steps add noise, so that chains from one
+    x_t differ; of an older worker's samplers nothing is known."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,6 +28,7 @@ class SamplerTraits(BaseModel):
     least: int = 1
     steps: tuple[int, ...] = ()
     tables: dict[int, str] = {}
+    draws: bool = True
 
     def needs(self, length: int, T: int) -> int:
         """Evaluations that a chain over `length` of T timesteps should have, in proportion.
@@ -156,8 +158,13 @@ def to_store(card: ModelCard) -> tuple[str, str]:
     old = {name: value for name, value in raw.items() if name in _FIELDS_0_1}
     new = {name: value for name, value in raw.items() if name not in _FIELDS_0_1}
     names = [name for name in raw["samplers"] if name in _TRAITS_0_1]
-    more = {"digest": card.digest, "samplers": raw["samplers"], **new}
-    return json.dumps({**old, "samplers": names}), json.dumps(more)
+    more = {"digest": card.digest, "samplers": raw["samplers"], "sampling": raw["sampling"], **new}
+    sampling = dict(raw["sampling"])  # of what it knows: it would refuse all that says nothing
+    if sampling["sampler"] not in names:
+        sampling["sampler"] = names[0] if names else sampling["sampler"]
+    if sampling["spacing"] not in _SPACINGS_0_1:
+        sampling["spacing"] = _SPACINGS_0_1[0]
+    return json.dumps({**old, "samplers": names, "sampling": sampling}), json.dumps(more)
 
 
 def from_store(old: bytes, more: bytes | None) -> ModelCard:

@@ -76,6 +76,19 @@ def test_concepts(tmp_path: Path) -> None:
     assert (tmp_path / "chain.gif").is_file() and (tmp_path / "noised.png").is_file()
 
 
+def test_the_table_of_quality_is_of_its_results(tmp_path: Path) -> None:
+    results = sorted((ROOT / "docs" / "quality").glob("*.json"))
+    page = tmp_path / "quality.md"
+    said = (ROOT / "docs" / "quality.md").read_text("utf-8")
+    page.write_text(said.replace("| unipc | 8 |", ""), "utf-8")
+    script = ROOT / "benchmarks" / "curve.py"
+    command = [sys.executable, str(script), *map(str, results), "--page", str(page)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=ROOT)
+    made = page.read_text("utf-8")
+    mark = "<!-- what curve.py found -->"
+    assert made.partition(mark)[2] == said.partition(mark)[2] and "| unipc | 8 |" in made
+
+
 def test_every_page_with_commands_is_run() -> None:
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
     with_commands = {page for page in pages if blocks(page, "(?:bash|python)")}

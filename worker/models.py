@@ -164,7 +164,7 @@ def _about(folder: Path) -> About:
 
 def _tuned_traits(model: Model) -> SamplerTraits:
     tables = {steps: table_digest(table) for steps, table in sorted(model.tuned.items())}
-    return SamplerTraits(steps=tuple(tables), tables=tables)
+    return SamplerTraits(steps=tuple(tables), tables=tables, draws=False)
 
 
 def card_of(model: Model, name: str, queue: str, about: About | None = None) -> ModelCard:
@@ -186,6 +186,7 @@ def card_of(model: Model, name: str, queue: str, about: About | None = None) -> 
                 options=sampler.options,
                 corrector_only=sampler.corrector_only,
                 least=sampler.least,
+                draws=sampler.draws,
             )
             for name, sampler in samplers_of(config.sampling).items()
         }

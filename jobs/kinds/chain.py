@@ -180,7 +180,7 @@ class ChainSpec(PathSpec):
         None,
         max_length=100,
         description="one of the model's `samplers` (GET /models); default: the model's own, "
-        "mostly ddpm",
+        "but for many images from one x_t ddpm, where its own adds no noise",
         examples=["ddpm"],
     )
     steps: int | None = Field(

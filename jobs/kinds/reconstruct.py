@@ -12,6 +12,8 @@ from jobs.kinds.chain import ChainSpec, Kept
 from jobs.kinds.common import Input, Timestep, check_timestep
 from jobs.settings import Settings
 
+SAMPLER = "ddpm"
+
 
 class SnapshotSource(Kept):
     """An x_t that another job kept."""
@@ -53,6 +55,13 @@ class ReconstructSpec(ChainSpec):
         """Of a snapshot, its own."""
         source = self.source
         return [(source.t, source.index)] if isinstance(source, SnapshotSource) else []
+
+    def own_sampler(self, card: ModelCard) -> str:
+        """The model's own if its chains from one x_t differ, else ddpm."""
+        own = super().own_sampler(card)
+        if own not in card.samplers or card.samplers[own].draws or SAMPLER not in card.samplers:
+            return own
+        return SAMPLER
 
     def first_t(self, card: ModelCard) -> int:
         """t of the one x_t."""

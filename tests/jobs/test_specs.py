@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from jobs.cards import ModelCard, Preset, SamplerTraits, Sampling, schedule_tables
+from jobs.cards import (
+    ModelCard,
+    Preset,
+    SamplerTraits,
+    Sampling,
+    from_store,
+    schedule_tables,
+    to_store,
+)
 from jobs.errors import SpecError
 from jobs.kinds.chain import Snapshots
 from jobs.kinds.common import JobSpec
@@ -226,6 +236,24 @@ def test_steps_are_the_models_own_for_its_own_sampler(card: ModelCard) -> None:
         assert isinstance(spec, GenerateSpec) and spec.steps == steps
     part, _ = admit(ReconstructSpec(t=9), own, Settings(), 1)
     assert isinstance(part, ReconstructSpec) and part.steps == 9
+
+
+def test_images_from_one_x_t_are_of_a_sampler_that_draws_noise(card: ModelCard) -> None:
+    quiet = SamplerTraits(draws=False)
+    unipc = Sampling(sampler="unipc", variance="small", spacing="trailing")
+    samplers = {**card.samplers, "unipc": quiet}
+    own = card.model_copy(update={"steps": 8, "sampling": unipc, "samplers": samplers})
+    whole, _ = admit(GenerateSpec(), own, Settings())
+    part, _ = admit(ReconstructSpec(t=400), own, Settings(), 1)
+    asked, _ = admit(ReconstructSpec(t=400, sampler="unipc"), own, Settings(), 1)
+    assert [(spec.sampler, spec.steps) for spec in (whole, part, asked)] == [
+        ("unipc", 8), ("ddpm", 100), ("unipc", 8),
+    ]  # fmt: skip
+    only = own.model_copy(update={"samplers": {"unipc": quiet}})
+    assert admit(ReconstructSpec(t=400), only, Settings(), 1)[0].sampler == "unipc"
+    old, more = to_store(own)  # release 0.1 is told of a sampler that it knows
+    assert json.loads(old)["sampling"]["sampler"] in json.loads(old)["samplers"]
+    assert from_store(old.encode(), more.encode()) == own
 
 
 def test_seeds_are_drawn_anew(card: ModelCard) -> None:

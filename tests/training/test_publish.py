@@ -160,7 +160,11 @@ def test_the_models_that_come_with_us_say_what_they_are() -> None:
         assert "digits" in served.card.description and served.card.thumbnail
         assert sum(path.stat().st_size for path in served.folder.iterdir()) < 7_100_000
     assert first.card.samplers["tuned"].steps == (4, 5, 6)
-    assert other.card.sampling.sampler == "consistency"
+    own = first.card.sampling
+    assert (own.sampler, own.spacing, first.card.steps) == ("unipc", "trailing", 8)
+    draws = {name for name, its in first.card.samplers.items() if its.draws}
+    assert draws == {"ddpm", "langevin"}
+    assert other.card.sampling.sampler == "consistency" and other.card.samplers["consistency"].draws
     assert [preset.steps for preset in other.card.presets.values()] == [1, 2, 3]
 
 

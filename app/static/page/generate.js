@@ -58,9 +58,9 @@ export function Generate({ run }) {
     ask("generate", request, { title: subject(request, model) });
   };
   const branch = (t, index) => {
-    const steps = stepsFrom(t, model.T, settings.steps);
+    const walk = many(model, settings);
     const request = {
-      ...many(chain(model, settings, BRANCHES, steps)),
+      ...chain(model, walk, BRANCHES, stepsFrom(t, model.T, walk.steps)),
       num_images: BRANCHES,
       seed: shortSeed(),
       source: { job: run.id, t, index },

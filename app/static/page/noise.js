@@ -87,10 +87,10 @@ export function Noise({ run }) {
       say(error);
     }
   };
-  const walk = (images) => ({
-    ...chain(model, now, images, stepsFrom(at, model.T, now.steps)), t: at, seed });
+  const walk = (images, how = now) => ({
+    ...chain(model, how, images, stepsFrom(at, model.T, how.steps)), t: at, seed });
   const denoise = () => ask("reconstruct",
-    { ...many(walk(VARIATIONS)), num_images: VARIATIONS, images: [slots.a.png] },
+    { ...walk(VARIATIONS, many(model, now)), num_images: VARIATIONS, images: [slots.a.png] },
     { title: `${VARIATIONS} from t = ${at}`, picture: slots.a.src });
   const mix = () => ask("interpolate",
     { ...walk(LAMBDAS.length), lambdas: LAMBDAS, images: [slots.a.png, slots.b.png] },

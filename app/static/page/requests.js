@@ -35,10 +35,11 @@ export function generation(model, settings) {
 }
 
 /* The same for many ways from one x_t: where the sampler draws no noise they would all be one. */
-const NOISY = new Set(["ddpm", "langevin"]);
+const MANY = { sampler: "ddpm", steps: 100 };
 
-export const many = (request) =>
-  (NOISY.has(request.sampler) ? request : { ...request, sampler: "ddim", eta: 1 });
+export const many = (model, settings) =>
+  (model.samplers[settings.sampler]?.draws === false
+    ? { ...settings, ...MANY, steps: Math.min(model.T, Math.max(settings.steps, MANY.steps)) } : settings);
 
 /* From t on, as densely as the whole chain would go. */
 export const stepsFrom = (t, T, steps) => Math.max(1, Math.min(t, Math.round((steps * t) / T)));
