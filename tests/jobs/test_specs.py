@@ -16,7 +16,7 @@ from jobs.cards import (
     to_store,
 )
 from jobs.errors import SpecError
-from jobs.kinds.chain import Snapshots
+from jobs.kinds.chain import ChainSpec, Snapshots
 from jobs.kinds.common import JobSpec
 from jobs.kinds.encode import EncodeSpec
 from jobs.kinds.generate import GenerateSpec
@@ -243,14 +243,17 @@ def test_images_from_one_x_t_are_of_a_sampler_that_draws_noise(card: ModelCard) 
     unipc = Sampling(sampler="unipc", variance="small", spacing="trailing")
     samplers = {**card.samplers, "unipc": quiet}
     own = card.model_copy(update={"steps": 8, "sampling": unipc, "samplers": samplers})
-    whole, _ = admit(GenerateSpec(), own, Settings())
-    part, _ = admit(ReconstructSpec(t=400), own, Settings(), 1)
-    asked, _ = admit(ReconstructSpec(t=400, sampler="unipc"), own, Settings(), 1)
-    assert [(spec.sampler, spec.steps) for spec in (whole, part, asked)] == [
-        ("unipc", 8), ("ddpm", 100), ("unipc", 8),
-    ]  # fmt: skip
+
+    def found(spec: ChainSpec, served: ModelCard = own) -> tuple[str | None, int | None]:
+        filled, _ = admit(spec, served, Settings(), spec.input is not None)
+        assert isinstance(filled, ChainSpec)
+        return filled.sampler, filled.steps
+
+    assert found(GenerateSpec()) == ("unipc", 8)
+    assert found(ReconstructSpec(t=400)) == ("ddpm", 100)
+    assert found(ReconstructSpec(t=400, sampler="unipc")) == ("unipc", 8)
     only = own.model_copy(update={"samplers": {"unipc": quiet}})
-    assert admit(ReconstructSpec(t=400), only, Settings(), 1)[0].sampler == "unipc"
+    assert found(ReconstructSpec(t=400), only) == ("unipc", 8)
     old, more = to_store(own)  # release 0.1 is told of a sampler that it knows
     assert json.loads(old)["sampling"]["sampler"] in json.loads(old)["samplers"]
     assert from_store(old.encode(), more.encode()) == own
