@@ -23,7 +23,7 @@ from worker.engine.loop import Engine
 from worker.engine.tasks import Advanced, Canceled, Event, Failed, Finished, Start, Task, Terms
 from worker.engine.terms import TermTask
 from worker.kinds.inputs import x_start_of
-from worker.network.networks import LaneKey
+from worker.network.networks import LaneKey, Mode, Networks
 
 Service = Any  # of conftest.py; tests cannot import it
 PICTURES = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
@@ -307,3 +307,11 @@ def test_a_stock_rq_worker_runs_it(service: Service) -> None:
     for i in range(2):
         bits = float(expected.bits_per_dim[i])
         assert found[i]["bits_per_dim"] == pytest.approx(bits, abs=1e-4)
+
+
+def test_a_worker_in_bfloat16_keeps_float32_for_bits(model: Model) -> None:
+    networks = Networks(torch.bfloat16, 8)
+    modes: tuple[Mode, ...] = ("chains", "terms", "products", "flow")
+    found = {mode: networks.prepare(model, mode=mode).dtype for mode in modes}
+    assert found.pop("chains") == torch.bfloat16
+    assert set(found.values()) == {torch.float32}
