@@ -50,10 +50,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="models/mnist")
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--dtype", help="of chains, float32 or bfloat16: default as a worker's")
     asked = parser.parse_args()
     model = diffusion.load(asked.model)
     cores.use(cores.usable())
-    chains = Network(model, dtype=worker_dtype(model), max_rows=max(BATCHES))
+    dtype = getattr(torch, asked.dtype) if asked.dtype else worker_dtype(model)
+    chains = Network(model, dtype=dtype, max_rows=max(BATCHES))
     products = Network(model, dtype=torch.float32, max_rows=max(BATCHES))
     print(f"{cores.count()} cores; chains in {chains.dtype}, products in float32")
     print(
