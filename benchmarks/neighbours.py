@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from serving import HERE, OUR_PORT, PEER_PORT, Client, ask_peer, ask_us, closed_loop, server
+from serving import HERE, OUR_PORT, PEER_PORT, PEERS, Client, ask_peer, ask_us, closed_loop, server
 from training_speed import CONFIG, write_pictures
 
 import diffusion
 from diffusion import cores
-from diffusion.diffusers.folder import export_diffusers
+from diffusion.checkpoint import convert
 from diffusion.speed import fast_dtype, prepare
 from training.config import load_config
 from training.trainer import Trainer
@@ -149,7 +149,7 @@ def service(folder: Path, seconds: float, only: str | None) -> None:
     logs = Path(tempfile.mkdtemp(prefix="ddpm-bench-"))
     print(f"logs: {logs}", file=sys.stderr)
     os.environ["DDPM_MODELS"] = str(folder.resolve().parent)
-    export_diffusers(diffusion.load(folder), logs / "peer")
+    convert(folder, logs / "peer", "diffusers", sampling=PEERS)
     ours = [sys.executable, "-m", "ddpm", "up", "--port", str(OUR_PORT)]
     peer = [sys.executable, str(HERE / "peer.py"), str(logs / "peer"), str(PEER_PORT), "bfloat16"]
     print("\n| image-steps/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |")

@@ -27,11 +27,11 @@ from pathlib import Path
 import httpx
 from storm import free_port
 
-import diffusion
-from diffusion.diffusers.folder import export_diffusers
+from diffusion.checkpoint import convert
 
 HERE = Path(__file__).parent
 STEPS = (10, 20, 50, 100)
+PEERS = {"sampler": "ddpm", "spacing": "uniform"}  # defaults that diffusers has, too
 OUR_PORT, PEER_PORT = free_port(), free_port()
 
 
@@ -194,7 +194,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="ddpm-bench-"))  # kept: it holds the servers' logs
     print(f"logs: {folder}", file=sys.stderr)
     os.environ["DDPM_MODELS"] = str(arguments.model.resolve().parent)
-    export_diffusers(diffusion.load(arguments.model), folder / "peer")
+    convert(arguments.model, folder / "peer", "diffusers", sampling=PEERS)
     ours = [sys.executable, "-m", "ddpm", "up", "--port", str(OUR_PORT)]
     ours += ["--data", str(folder / "ddpm")]
     peer = [sys.executable, str(HERE / "peer.py"), str(folder / "peer"), str(PEER_PORT)]
