@@ -111,8 +111,11 @@ def _resampled(config: ModelConfig, sampling: Mapping[str, Any]) -> ModelConfig:
     for name in sampling:
         if name not in known:
             raise CheckpointError(f"sampling: {name}: must be one of {', '.join(known)}")
+    own = config.sampling
+    if sampling.get("sampler", own.sampler) != own.sampler:
+        own = dataclasses.replace(own, steps=None)  # they were those of the sampler that goes
     try:
-        changed = dataclasses.replace(config.sampling, **sampling)
+        changed = dataclasses.replace(own, **sampling)
     except SamplerError as error:
         raise CheckpointError(f"sampling: {error}") from error
     return dataclasses.replace(config, sampling=changed)

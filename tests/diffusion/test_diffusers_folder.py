@@ -532,5 +532,8 @@ def test_conversion_never_overwrites(model: Model, folder: Path, tmp_path: Path)
         folder, tmp_path / "new", "diffusers", sampling={"spacing": "trailing", "variance": "small"}
     )
     assert diffusion.load(tmp_path / "new").config.sampling.spacing == "trailing"
+    diffusion.save(build_model(sampling=SamplingDefaults("unipc", steps=8)), tmp_path / "few")
+    convert(tmp_path / "few", tmp_path / "other", sampling={"sampler": "ddpm"})
+    assert diffusion.load(tmp_path / "other").config.sampling == SamplingDefaults("ddpm")
     x, t = torch.randn(1, 1, 8, 8), torch.tensor([5])
     assert torch.equal(diffusion.load(tmp_path / "empty").eps(x, t), model.eps(x, t))
