@@ -74,6 +74,7 @@ def test_cancel_stops_a_long_job_and_keeps_what_there_was(page: Any, served: Ser
 
 @pytest.mark.slow
 def test_what_is_refused_is_said(page: Any) -> None:
+    page.wait_for_selector("form")
     page.evaluate("document.querySelector('form').noValidate = true")
     ask(page, images=1, steps=1001)
     page.locator("[role=alert]", has_text="steps").wait_for()
