@@ -253,8 +253,9 @@ def build_table(
     if start is not None and not 0 <= start < schedule.T:
         raise SamplerError(f"start = {start}: must be 0..{schedule.T - 1}")
     T = schedule.T if start is None else start + 1
-    more = int(SAMPLERS[sampler].open_end and spacing in LEVEL_SPACINGS and steps < T)
-    timesteps = spaced_times(schedule, steps + more, spacing, T=T)[:steps]
+    timesteps = spaced_times(schedule, steps, spacing, T=T)
+    if SAMPLERS[sampler].open_end and spacing in LEVEL_SPACINGS and steps < T:
+        timesteps = spaced_times(schedule, steps + 1, spacing, T=T)[:-1]
     if start is not None:
         timesteps = [start, *timesteps[1:]]
     if corrector_steps is not None:

@@ -32,6 +32,7 @@ EXAMPLE: dict[str, Any] = {
     "prediction": "epsilon",
     "learned_variance": False,
     "samplers": ["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc"],
+    "draws": ["ddpm"],
     "spacings": ["uniform", "quadratic", "leading", "trailing", "lambda", "karras"],
     "sampling": {"sampler": "ddpm", "variance": "small", "spacing": "uniform"},
     "steps": 100,
@@ -66,6 +67,9 @@ class ModelView(BaseModel):
     prediction: str
     learned_variance: bool
     samplers: tuple[str, ...]
+    draws: tuple[str, ...] = Field(
+        description="those of them whose steps draw noise: their chains from one x_t differ"
+    )
     spacings: tuple[str, ...]
     sampling: Sampling = Field(description="what holds where a request says nothing")
     steps: int = Field(description="the same of its own sampler")
@@ -172,6 +176,7 @@ async def _view(request: Request, card: ModelCard) -> ModelView:
         prediction=card.prediction,
         learned_variance=card.learned_variance,
         samplers=tuple(card.samplers),
+        draws=tuple(name for name, traits in card.samplers.items() if traits.draws),
         spacings=card.spacings,
         sampling=card.sampling,
         steps=min(card.steps or DEFAULT_STEPS, card.T),

@@ -140,6 +140,7 @@ class ModelInfo(Model):
     prediction: str
     learned_variance: bool
     samplers: tuple[str, ...]
+    draws: tuple[str, ...] = ()
     spacings: tuple[str, ...]
     sampling: Sampling
     steps: int

@@ -42,7 +42,8 @@ def test_a_branch_goes_on_from_a_state_and_hangs_in_the_tree(page: Any, served: 
     request = served.client.get(f"/jobs/{branch}").json()["request"]
     fast = served.client.get(f"/models/{request['model']}").json()["presets"]["fast"]
     assert request["source"] == {"job": trunk, "t": t, "index": 2}
-    assert request["class_label"] == 1 and request["steps"] == int(fast["steps"] * t / 1000 + 0.5)
+    assert fast["steps"] < 100 and request["sampler"] == "ddpm"
+    assert request["class_label"] == 1 and request["steps"] == int(100 * t / 1000 + 0.5)
     assert len(set(drawn(page))) == 4
     tree = page.locator(".branches li")
     assert tree.count() == 2

@@ -38,8 +38,8 @@ export function generation(model, settings) {
 const MANY = { sampler: "ddpm", steps: 100 };
 
 export const many = (model, settings) =>
-  (model.samplers[settings.sampler]?.draws === false
-    ? { ...settings, ...MANY, steps: Math.min(model.T, Math.max(settings.steps, MANY.steps)) } : settings);
+  (model.draws.includes(settings.sampler) ? settings
+    : { ...settings, ...MANY, steps: Math.min(model.T, Math.max(settings.steps, MANY.steps)) });
 
 /* From t on, as densely as the whole chain would go. */
 export const stepsFrom = (t, T, steps) => Math.max(1, Math.min(t, Math.round((steps * t) / T)));
