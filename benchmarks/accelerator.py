@@ -1,39 +1,34 @@
-"""What a GPU gives: its own limits, training, sampling beside diffusers, and the whole service.
+"""What a GPU gives: its own limits, training, and sampling beside diffusers.
 
     .venv/bin/python benchmarks/accelerator.py limits
     .venv/bin/python benchmarks/accelerator.py train [--batches 128,256,512]
     .venv/bin/python benchmarks/accelerator.py sample [--model FOLDER] [--batches 1,16,64,256,1024]
-    .venv/bin/python benchmarks/accelerator.py serve [--model FOLDER] [--seconds 20]
 
 The network is the paper's for CIFAR-10 (35.7 million weights), with random ones unless a folder is
-given. `--device cpu --small` rehearses everything on a small network without a GPU.
+given. `--device cpu --small` rehearses everything on a small network without a GPU. The service:
+`accelerator_service.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import os
-import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.checkpoint import load, save
+from diffusion.checkpoint import load
 from diffusion.diffusers.folder import export_diffusers
 from diffusion.model import Model, ModelConfig
 from diffusion.noise import Purpose, image_normals
-from diffusion.samplers import build_table
+from diffusion.samplers import SamplingDefaults, build_table
 from diffusion.sampling import chain
 from diffusion.speed import prepare
 from diffusion.unet import UNet, UNetConfig
@@ -41,7 +36,6 @@ from training.config import TrainConfig, load_config
 from training.trainer import Trainer
 
 SMALL = UNetConfig(channels=(8, 16), attention=(False, False), res_blocks=1, groups=4)
-STEPS = (10, 20, 50, 100)  # of the service's jobs, evenly mixed
 
 
 @dataclass(frozen=True)
@@ -238,7 +232,8 @@ def sample(place: Place, folder: Path | None, batches: list[int], peers: list[in
             )
     print("\n| diffusers' DDPMPipeline | images/s at T = 1000 | ours |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        export_diffusers(model, Path(scratch) / "peer")
+        plain = replace(model.config, sampling=SamplingDefaults())  # diffusers lacks some
+        export_diffusers(Model(plain, model.network), Path(scratch) / "peer")
         for dtype in (torch.float32, torch.bfloat16):
             for batch in peers:
                 rate = diffusers_rate(place, Path(scratch) / "peer", batch, dtype)
@@ -247,127 +242,9 @@ def sample(place: Place, folder: Path | None, batches: list[int], peers: list[in
                 print(f"| {name}, batch {batch} | {rate / 1000:.2f} | {times:.2f} × |", flush=True)
 
 
-# The service
-
-
-@contextmanager
-def up(folder: Path, model: Model, data: Path) -> Iterator[str]:
-    """The whole service with this model alone; gives its address."""
-    from worker.bench.load import service
-
-    save(model, folder / "models" / "paper")
-    data.mkdir(parents=True, exist_ok=True)
-    with service(data, folder / "models") as url:
-        yield url
-
-
-async def job(http: httpx.AsyncClient, url: str, steps: int, images: int, seed: int) -> float:
-    """Seconds from asking to the last picture's being there."""
-    body = {"model": "paper", "sampler": "ddim", "steps": steps, "num_images": images, "seed": seed}
-    began = time.perf_counter()
-    answer = await http.post(f"{url}/generate", json=body, headers={"Prefer": "wait=60"})
-    answer.raise_for_status()
-    found = answer.json()
-    while found["status"] != "succeeded":
-        if found["status"] not in ("queued", "running"):
-            raise RuntimeError(f"{found['status']}: {found.get('error')}")
-        found = (await http.get(f"{url}/jobs/{found['id']}", params={"wait": 20})).json()
-    return time.perf_counter() - began
-
-
-async def closed(url: str, seconds: float, clients: int, images: int) -> float:
-    """Image-steps/s with so many clients, each with a job at a time, as the service counts them."""
-    from worker.bench.load import image_steps
-
-    until = time.perf_counter() + seconds * 4 / 3
-    rng = random.Random(0)
-
-    async def client(http: httpx.AsyncClient) -> None:
-        while time.perf_counter() < until:
-            await job(http, url, rng.choice(STEPS), images, rng.randrange(2**31))
-
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as http:
-        tasks = [asyncio.create_task(client(http)) for _ in range(clients)]
-        await asyncio.sleep(seconds / 3)
-        before, began = await asyncio.to_thread(image_steps, url), time.perf_counter()
-        await asyncio.sleep(seconds - 1)
-        done = await asyncio.to_thread(image_steps, url)
-        rate = (done - before) / (time.perf_counter() - began)
-        await asyncio.gather(*tasks)
-    return rate
-
-
-async def arrivals(url: str, seconds: float, rate: float) -> list[tuple[int, int, float]]:
-    """(steps, images, latency) of Poisson arrivals, so many a second."""
-    rng = random.Random(1)
-
-    async def one(http: httpx.AsyncClient, at: float) -> tuple[int, int, float]:
-        steps, images = rng.choice(STEPS), rng.choice((1, 1, 2, 4, 8))
-        seed = rng.randrange(2**31)
-        await asyncio.sleep(at)
-        return steps, images, await job(http, url, steps, images, seed)
-
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as http:
-        tasks, at = [], rng.expovariate(rate)
-        while at < seconds:
-            tasks.append(asyncio.create_task(one(http, at)))
-            at += rng.expovariate(rate)
-        return await asyncio.gather(*tasks)
-
-
-def serve(
-    place: Place, folder: Path | None, seconds: float, slots: int, warm: float, crowds: list[int]
-) -> None:
-    """Capacity under closed-loop clients, then latencies of Poisson arrivals at shares of it."""
-    os.environ["DDPM_SLOTS"] = str(slots)
-    os.environ.setdefault("DDPM_DEVICE", str(place.device))
-    model = place.model(folder)
-    mean = statistics.mean(STEPS) * 3.2  # image-steps a job
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        up(Path(scratch), model, Path(scratch) / "data") as url,
-    ):
-        asyncio.run(
-            closed(url, warm, max(crowds) // 2 or 1, 8)
-        )  # shapes are met, and what gains is compiled
-        print("| clients, 8 images a job | image-steps/s |\n|---|---|")
-        capacity = 0.0
-        for clients in crowds:
-            found = asyncio.run(closed(url, seconds / 2, clients, 8))
-            capacity = max(capacity, found)
-            print(f"| {clients} | {found:.0f} |", flush=True)
-        print(
-            "\n| Poisson arrivals, of capacity | jobs | jobs/s | p50 s | p95 s | p99 s | p50 of 10 "
-            "steps |\n|---|---|---|---|---|---|---|"
-        )
-        for share in (0.3, 0.6, 0.8):
-            rate = share * capacity / mean
-            found_jobs = asyncio.run(arrivals(url, seconds, rate))
-            every = np.array([latency for _, _, latency in found_jobs])
-            short = np.array([latency for steps, _, latency in found_jobs if steps == 10])
-            p50, p95, p99 = np.percentile(every, [50, 95, 99])
-            print(
-                f"| {share} | {len(every)} | {rate:.1f} | {p50:.3f} | {p95:.3f} | {p99:.3f} "
-                f"| {np.median(short):.3f} |",
-                flush=True,
-            )
-        log = Path(scratch) / "data" / "data"
-        for path in sorted(log.rglob("*worker*.log"))[:1]:
-            print(path.read_text(errors="replace")[-1500:])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["limits", "train", "sample", "serve"])
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Place]:
+    """What every one of these is asked: on which device, and on which network."""
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--batches", default="1,16,64,256,1024")
-    parser.add_argument("--peers", default="64,256", help="batches of diffusers")
-    parser.add_argument("--code", default="compiled", help="of training: compiled, eager or both")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps that are timed")
-    parser.add_argument("--seconds", type=float, default=20, help="of a point of the service")
-    parser.add_argument("--clients", default="1,8,32,64", help="in a closed loop")
-    parser.add_argument("--warm", type=float, default=15, help="seconds of load before it")
-    parser.add_argument("--slots", type=int, default=256, help="images stepped together")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a small network, to rehearse")
     arguments = parser.parse_args()
@@ -375,18 +252,26 @@ def main() -> None:
     place = Place(torch.device(arguments.device), network)
     if place.device.type == "cuda":
         print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
+    return arguments, place
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["limits", "train", "sample"])
+    parser.add_argument("--batches", default="1,16,64,256,1024")
+    parser.add_argument("--peers", default="64,256", help="batches of diffusers")
+    parser.add_argument("--code", default="compiled", help="of training: compiled, eager or both")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps that are timed")
+    arguments, place = parse(parser)
     batches = [int(batch) for batch in arguments.batches.split(",")]
     if arguments.what == "limits":
         limits(place)
     elif arguments.what == "train":
         codes = {"compiled": [True], "eager": [False], "both": [False, True]}[arguments.code]
         train(place, batches, codes, arguments.steps)
-    elif arguments.what == "sample":
+    else:
         peers = [int(batch) for batch in arguments.peers.split(",") if batch]
         sample(place, arguments.model, batches, peers)
-    else:
-        crowds = [int(clients) for clients in arguments.clients.split(",")]
-        serve(place, arguments.model, arguments.seconds, arguments.slots, arguments.warm, crowds)
 
 
 if __name__ == "__main__":

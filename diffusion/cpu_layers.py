@@ -1,4 +1,7 @@
-"""Layers in the form that is fast on a CPU, each the same function as torch's to rounding."""
+"""Layers in the form that is fast on a CPU, each the same function as torch's to rounding.
+
+`double` is taken on a GPU, too; what that needs beside it is in `gpu_layers`.
+"""
 
 from __future__ import annotations
 

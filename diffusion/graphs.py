@@ -7,13 +7,14 @@ takes to run those of a small batch. What was recorded once starts as a whole.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from diffusion.cores import Network
+
 MOST = 32  # graphs of a network; each holds the addresses of its own input
 WARM_UPS = 2  # calls of a shape before it is recorded: kernels are chosen, code is compiled
 

@@ -21,12 +21,6 @@ from training.timesteps import Timesteps, UniformTimesteps
 _TWO32 = 2**32
 
 
-def dropout_seed(seed: int, position: int) -> int:
-    """A seed, 0..2³²−1, for what a network drops in the pass that begins with this image."""
-    seeds, index, row = (torch.tensor([v]) for v in (seed, position % _TWO32, position // _TWO32))
-    return int(uniform_words(seeds, index, rows=row, purpose=Purpose.DROPOUT)[0, 0])
-
-
 @dataclass(frozen=True)
 class Batch:
     """x_start [N, C, H, W] in [−1, 1]; t [N] index; eps like x_start; class_label [N] or None.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from diffusion.model import Model, ModelConfig, build_network
 from diffusion.sampling import sample
 from diffusion.speed import fast_dtype
 from diffusion.unet import UNet
-from training.batches import Batch, Batches, dropout_seed
+from training.batches import Batch, Batches
 from training.config import ConfigError, OptimizerConfig, TrainConfig
 from training.consistency import Stages
 from training.data import load_images
+from training.dropout import seeded
 from training.ema import EMA
 from training.gradients import Dealt
 from training.keeper import Keeper
@@ -38,14 +39,6 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     left = (steps - step) / config.decay_steps if config.decay_steps else 1.0
     return config.learning_rate * min(warm, left, 1.0)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """Torch's own of this device alone: `torch.manual_seed` asks every sort of device there is, and
-    keeps a traceback for each that is not in use, which takes 10 ms."""
-    if device.type != "cuda":
-        return torch.default_generator
-    return torch.cuda.default_generators[device.index or 0]
 
 
 class Trainer:
@@ -285,7 +278,9 @@ class Trainer:
             batch = self.batches.at(first + part * micro * accelerator.num_processes, micro)
             if self._recorded:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with accelerator.accumulate(network), self._dropout_of(first + part):
+            drops = bool(config.network.dropout)
+            dropout = seeded(self.device, config.seed, first + part) if drops else nullcontext()
+            with accelerator.accumulate(network), dropout:
                 loss = self._backward(network, batch)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(
@@ -311,21 +306,6 @@ class Trainer:
         )
         self.timesteps.record(batch.t, losses)
         return (losses * weight).sum()
-
-    @contextmanager
-    def _dropout_of(self, position: int) -> Iterator[None]:
-        """Dropout draws from the seed and the position alone, and torch's own generator is left
-        as it was."""
-        if not self.config.network.dropout:
-            yield
-            return
-        generator = _generator(self.device)
-        before = generator.get_state()
-        generator.manual_seed(dropout_seed(self.config.seed, position))
-        try:
-            yield
-        finally:
-            generator.set_state(before)
 
     def _micro(self) -> int:
         """Images a backward pass of one process."""

@@ -18,29 +18,8 @@ from worker.network.costs import CostModel, Shape
 
 # A CPU gains nothing from one more row of padding, and its kernels are set up anew for each shape.
 EAGER_SIZES = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    12,
-    16,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-    192,
-    256,
-    384,
-    512,
-    768,
-    1024,
-)
+    1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024,
+)  # fmt: skip
 EXACT_SIZES = (8, 4, 2, 1)
 WARM_UP_SIZES = (1, 4, 16, 64)
 WARM_UP_S = 0.3  # for each: a size is not tried that would take longer
