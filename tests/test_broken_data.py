@@ -51,7 +51,7 @@ def spoil(stack: Stack, job_id: str, how: str) -> None:
         case "unknown value":
             stack.redis.hset(key, "spec", json.dumps({**spec, "sampler": "heun"}))
         case "unknown kind":
-            stack.redis.hset(key, "spec", json.dumps({"kind": "restore", "model": "tiny", "x": 1}))
+            stack.redis.hset(key, "spec", json.dumps({"kind": "paint", "model": "tiny", "x": 1}))
         case "future format":
             stack.redis.hset(key, "format", "99")
         case "missing field":
@@ -178,7 +178,7 @@ def test_records_of_a_newer_version_wait_for_one(running: Spoiled, spoiled: dict
     for how, job_id in newer.items():
         shown = client.get(f"/jobs/{job_id}").json()
         assert shown["status"] == "queued" and "error" not in shown and "started_at" not in shown
-        assert shown["kind"] == ("restore" if how == "unknown kind" else "generate")
+        assert shown["kind"] == ("paint" if how == "unknown kind" else "generate")
         asked = json.loads(stack.redis.hget(keys.job(job_id), "spec") or b"")
         assert asked.items() <= shown["request"].items()
         assert stack.redis.hget(keys.job(job_id), "attempts") is None

@@ -24,3 +24,5 @@ def test_nothing_is_lost_failed_doubled_or_different(names: list[str]) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "reliability.py"), "--short", "--only"]
     done = subprocess.run([*command, *names], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    if missing := [line for line in done.stdout.splitlines() if "skipped:" in line]:
+        pytest.skip("; ".join(missing))  # the others of the group were done

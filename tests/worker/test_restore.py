@@ -317,16 +317,25 @@ def test_a_job_by_moments_gives_the_images_of_the_library(running: Service) -> N
     np.testing.assert_allclose(planes(running, job, 2), expected, atol=5e-3)
 
 
-def test_a_job_survives_its_worker(service: Service) -> None:
+@pytest.mark.parametrize(
+    ("signal", "method"),
+    [
+        (15, {"method": "projection", "steps": 100, "travel": 2}),
+        pytest.param(9, {"method": "moment", "steps": 60}, marks=pytest.mark.slow),
+    ],
+    ids=["deploy", "kill"],
+)
+def test_a_job_survives_its_worker(service: Service, signal: int, method: dict[str, Any]) -> None:
     options: dict[str, Any] = {
-        "kind": "restore", "inputs": PICTURE, "operator": OperatorSpec(**HALF), "steps": 100,
-        "travel": 2, "num_images": 2, "seed": 2, "deterministic": True,
+        "kind": "restore", "inputs": PICTURE, "operator": OperatorSpec(**HALF),
+        "num_images": 2, "seed": 2, "deterministic": True, **method,
     }  # fmt: skip
     first = service.worker(DDPM_DRAIN_S="0")
     job = service.admit(**options)
     service.until(lambda: service.record(job).done > 60)
-    service.kill(first, 15)
-    assert service.record(job).status == "queued"
+    service.kill(first, signal)
+    if signal == 15:
+        assert service.record(job).status == "queued"
     service.worker()
     service.ended(job)
     whole = service.admit(**options)
