@@ -90,15 +90,17 @@ def network(folder: Path, seconds: float) -> None:
             row(f"{rows} rows, {'apart' if how == 'apart' else 'a team'}", rates)
 
 
-def training(seconds: float, compiled: bool) -> None:
+def training(seconds: float, compiled: bool, dropout: float) -> None:
     """Steps of the trainer on the MNIST configuration, batches of 32, by turns."""
     cores.use(cores.count())
     print("\n| images/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         write_pictures(Path(scratch) / "images")
-        steps = {"a team": trainer_step(Path(scratch), compiled, apart=False)} | {
-            "rows apart": trainer_step(Path(scratch), compiled, apart=True)
+        ways = {"a team": False, "rows apart": True}
+        steps = {
+            name: trainer_step(Path(scratch), compiled, dropout, apart=apart)
+            for name, apart in ways.items()
         }
         for step in steps.values():
             for _ in range(3):
@@ -109,16 +111,29 @@ def training(seconds: float, compiled: bool) -> None:
                 for name, step in steps.items():
                     rates[name].append(step_rate(step, seconds))
     for name in steps:
-        row(f"{'compiled' if compiled else 'eager'}, {name}", rates[name])
+        how = ["compiled" if compiled else "eager"] + [f"dropout {dropout:g}"] * (dropout > 0)
+        row(", ".join([*how, name]), rates[name])
 
 
-def trainer_step(folder: Path, compiled: bool, *, apart: bool) -> Callable[[], None]:
+def trainer_step(
+    folder: Path, compiled: bool, dropout: float, *, apart: bool
+) -> Callable[[], None]:
     """One optimizer step of a trainer; apart: with its rows dealt to the cores."""
     options = [f"data.source={folder / 'images'}", f"compile={str(compiled).lower()}"]
+    options.append(f"network.dropout={dropout}")
     trainer = Trainer(load_config(CONFIG, options), folder / "run", progress=False)
-    if not apart:
-        trainer.dealt = None
-    return trainer.stepper()
+    if apart:
+        return trainer.stepper()
+    trainer.dealt = None
+    step = trainer.stepper()
+
+    def by_team() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(cores.count())
+        step()
+        torch.set_num_threads(before)
+
+    return by_team
 
 
 def step_rate(step: Callable[[], None], seconds: float) -> float:
@@ -190,6 +205,7 @@ def main() -> None:
     parts = ("network", "training", "service")
     parser.add_argument("--only", choices=parts, help="default: all")
     parser.add_argument("--server", help="of the servers, only this one, by its row's name")
+    parser.add_argument("--dropout", type=float, default=0.0, help="training with dropout")
     parser.add_argument("--compiled", action="store_true", help="training under torch.compile")
     parser.add_argument("--one", choices=["apart", "team"], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
@@ -201,7 +217,7 @@ def main() -> None:
     if "network" in wanted:
         network(arguments.model, arguments.seconds / 5)
     if "training" in wanted:
-        training(arguments.seconds / 2, arguments.compiled)
+        training(arguments.seconds / 2, arguments.compiled, arguments.dropout)
     if "service" in wanted:
         service(arguments.model, arguments.seconds, arguments.server)
 

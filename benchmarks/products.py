@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/products.py
 
-A row that needs products is one forward with autograd on and k vector–Jacobian products, on all
-cores, in float32, as the worker runs it. Timed in turns with the forward of other chains, its rows
-dealt to the cores: (time of the row / time of a forward − 1) / k is a product's price. Printed are
+A row that needs products is one forward with autograd on and k vector–Jacobian products, in
+float32, its rows dealt to the cores as those of other chains, whose forward it is timed in turns
+with: (time of the row / time of a forward − 1) / k is a product's price. Printed are
 medians over the turns.
 """
 
@@ -36,7 +36,7 @@ def row(network: Network, x: torch.Tensor, t: torch.Tensor, products: int) -> Ca
             model.read(network.output(x, t, labels, shape), x, t)
 
     def with_products() -> None:
-        with cores.team(), torch.enable_grad():
+        with torch.enable_grad():
             at = x.clone().requires_grad_()
             found = model.read(network.output(at, t, labels, shape), at, t).x_start
             for _ in range(products):

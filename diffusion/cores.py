@@ -16,9 +16,8 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -49,11 +48,6 @@ def use(cores: int) -> None:
     torch.set_num_threads(1)
 
 
-def limit(cores: int | None = None) -> None:
-    """Let torch run on so many cores from now on; None: on those that are there."""
-    torch.set_num_threads(cores or count())
-
-
 def keep_to_one() -> None:
     """Let the calling thread have no team, if `use` was called."""
     if _cores:
@@ -67,17 +61,6 @@ def compile_options() -> dict[str, Any]:
     the other, the parts would take turns. Its teams are as large as their thread's.
     """
     return {"cpp_wrapper": True, "cpp.dynamic_threads": True}
-
-
-@contextmanager
-def team() -> Iterator[None]:
-    """Let the calling thread share its operations among all cores: for what needs gradients."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def count() -> int:
@@ -149,6 +132,21 @@ def deal(rows: int, cores: int, *, large: bool) -> tuple[int, int]:
     if parts == 1 and not large:  # a team as large as the machine gains nothing on short loops
         return 1, max(1, cores // 2)
     return parts, cores // parts
+
+
+def dealt(
+    rows: int, call: Callable[[slice], T], *, device: torch.device, large: bool = False
+) -> list[T]:
+    """What call(some rows) returns for each part, in the order of the rows.
+
+    On a CPU the parts are dealt to the cores; elsewhere all rows are one part. A new thread has
+    neither inference mode nor gradients switched off: the call sees to that.
+    """
+    if device.type != "cpu":
+        return [call(slice(0, rows))]
+    parts, threads = deal(rows, count(), large=large)
+    calls = [partial(call, slice(*ends)) for ends in pairwise(cuts(rows, parts))]
+    return together(calls, threads=threads)
 
 
 def evaluate(

@@ -8,7 +8,9 @@ The default conventions (asymmetric padding on the way down, [sin | cos] time em
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +126,18 @@ class UNetConfig:
         return [i for i, width in enumerate(self.channels) if width == self.groups]
 
     @property
+    def dropout_shapes(self) -> list[tuple[int, int, int]]:
+        """[C, H, W] of what each residual block drops from, in the order they run."""
+        sides = [self.image_size >> i for i in range(len(self.channels))]
+        down = [(width, side, side) for width, side in zip(self.channels, sides, strict=True)]
+        up = down[::-1]
+        return [
+            *(shape for shape in down for _ in range(self.res_blocks)),
+            *(up[0] for _ in ("mid1", "mid2")),
+            *(shape for shape in up for _ in range(self.res_blocks + 1)),
+        ]
+
+    @property
     def null_label(self) -> int | None:
         """The index that means "no label", or None where there is none."""
         return self.num_classes if self.null_class else None
@@ -223,11 +237,13 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, kept: Tensor | None = None) -> Tensor:
+        """kept: bool, of the output's shape, in dropout's place."""
         h = self.conv1(silu(self.norm1(x)))
         h = h + self.emb(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(silu(self.norm2(h))))
-        out: Tensor = self.shortcut(x) + h
+        h = silu(self.norm2(h))
+        h = self.dropout(h) if kept is None else h * (kept.to(h.dtype) / (1 - self.dropout.p))
+        out: Tensor = self.shortcut(x) + self.conv2(h)
         return out
 
 
@@ -295,8 +311,8 @@ class Level(nn.Module):
             Attention(c_out, config) if attention else nn.Identity() for _ in c_ins
         )
 
-    def forward(self, i: int, x: Tensor, emb: Tensor) -> Tensor:
-        out: Tensor = self.attn[i](self.res[i](x, emb))
+    def forward(self, i: int, x: Tensor, emb: Tensor, kept: Tensor | None = None) -> Tensor:
+        out: Tensor = self.attn[i](self.res[i](x, emb, kept))
         return out
 
 
@@ -388,25 +404,34 @@ class UNet(nn.Module):
         with torch.autocast(device, enabled=False):
             return self.conv_in(x).to(torch.get_autocast_dtype(device))  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        class_label: Tensor | None = None,
+        kept: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """x: [N, C, H, W], of conv_in's type; t: [N], index 0..T−1; class_label: [N] or None.
 
-        Returns [N, out, H, W].
+        kept: what dropout keeps in each residual block, bool [N, *shape] of `dropout_shapes`; None:
+        in training, torch draws it for the whole batch. Returns [N, out, H, W].
         """
         emb = self.embed(t, class_label)
+        keeps = repeat(None) if kept is None else iter(kept)
         h = self._enter(x)
         skips = [h]
         for i, level in enumerate(self.down):
             for j in range(self.config.res_blocks):
-                h = level(j, h, emb)
+                h = level(j, h, emb, next(keeps))
                 skips.append(h)
             if i < len(self.downsample):
                 h = self.downsample[i](h)
                 skips.append(h)
-        h = self.mid2(self.mid_attn(self.mid1(h, emb)), emb)
+        h = self.mid1(h, emb, next(keeps))
+        h = self.mid2(self.mid_attn(h), emb, next(keeps))
         for i, level in enumerate(self.up):
             for j in range(self.config.res_blocks + 1):
-                h = level(j, torch.cat([h, skips.pop()], dim=1), emb)
+                h = level(j, torch.cat([h, skips.pop()], dim=1), emb, next(keeps))
             if i < len(self.upsample):
                 h = self.upsample[i](h)
         out: Tensor = self.conv_out(silu(self.norm_out(h)))

@@ -40,7 +40,9 @@ def save_model(folder: Path) -> None:
     diffusion.save(Model(ModelConfig(network, ScheduleConfig()), UNet(network)), folder)
 
 
-def _forward(self: UNet, x: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
+def _forward(
+    self: UNet, x: Tensor, t: Tensor, class_label: Tensor | None = None, kept: object = None
+) -> Tensor:
     exact = denoiser(CORRELATION).estimate(
         rows_of(x).reshape(-1, 1, 1, D), t.long().repeat_interleave(ROWS)
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusion.noise import Purpose, normals, uniform_words
 from training.consistency import Stages
 from training.data import Images, InMemoryImages
+from training.dropout import dropout_seeds
 from training.timesteps import Timesteps, UniformTimesteps
 
 _TWO32 = 2**32
@@ -26,6 +27,7 @@ class Batch:
     """x_start [N, C, H, W] in [−1, 1]; t [N] index; eps like x_start; class_label [N] or None.
 
     r: [N], the index −1..t−1 whose x̂_0 teaches that of t, in consistency tuning; else None.
+    dropping: [N], a seed 0..2³²−1 for what the network drops of each image, or None.
     """
 
     x_start: Tensor
@@ -33,6 +35,7 @@ class Batch:
     eps: Tensor
     class_label: Tensor | None
     r: Tensor | None = None
+    dropping: Tensor | None = None
 
 
 class Order:
@@ -73,11 +76,12 @@ class Batches:
         device: torch.device,
         timesteps: Timesteps | None = None,
         stages: Stages | None = None,
+        drops: bool = False,
     ) -> None:
         self.images = images.to(device) if isinstance(images, InMemoryImages) else images
         self.seed, self.device = seed, device
         self.timesteps = UniformTimesteps(T) if timesteps is None else timesteps
-        self.stages = stages
+        self.stages, self.drops = stages, drops
         self.flips, self.labelled = flips, labelled
         self.null_label, self.label_dropout = null_label, label_dropout
         self.order = Order(seed, len(images))
@@ -104,4 +108,5 @@ class Batches:
             seeds, index, rows=row, purpose=Purpose.TRAINING, shape=tuple(x_start.shape[1:])
         )
         r = None if self.stages is None else self.stages.earlier(t, p)
-        return Batch(x_start, t, eps, labels if self.labelled else None, r)
+        dropping = dropout_seeds(self.seed, p) if self.drops else None
+        return Batch(x_start, t, eps, labels if self.labelled else None, r, dropping)

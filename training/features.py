@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +84,7 @@ class Looked:
 def real(features: Features, chosen: Chosen, *, device: torch.device, batch_size: int) -> Looked:
     """What the network sees in the chosen images."""
     blocks = np.array_split(np.arange(len(chosen)), -(-len(chosen) // batch_size))
-    parts = [_look(features, chosen.batch(block)[0].to(device)) for block in blocks]
-    labels = [part.labels for part in parts if part.labels is not None]
-    return Looked(
-        np.concatenate([part.features for part in parts]),
-        np.concatenate(labels) if labels else None,
-    )
+    return _joined([look(features, chosen.batch(block)[0].to(device)) for block in blocks])
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +120,7 @@ def sampled(
         for first in range(0, len(left), batch_size):
             which = left[first : first + batch_size]
             images = draw_images(draw, torch.from_numpy(which))
-            looked = _look(features, images)
+            looked = look(features, images)
             partial.arrays["features"][which] = looked.features
             if classified and looked.labels is not None:
                 partial.arrays["labels"][which] = looked.labels
@@ -147,10 +142,24 @@ def draw_images(draw: Draw, indices: Tensor) -> Tensor:
     return x.clamp(-1, 1)
 
 
+def look(features: Features, images: Tensor) -> Looked:
+    """What the network sees, each image for itself: on a CPU they are dealt to the cores."""
+    return _joined(
+        cores.dealt(len(images), lambda rows: _seen(features, images[rows]), device=images.device)
+    )
+
+
+def _joined(parts: Sequence[Looked]) -> Looked:
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Looked(
+        np.concatenate([part.features for part in parts]),
+        np.concatenate(labels) if labels else None,
+    )
+
+
 @torch.inference_mode()
-def _look(features: Features, images: Tensor) -> Looked:
-    with cores.team():
-        found = features(images)
+def _seen(features: Features, images: Tensor) -> Looked:
+    found = features(images)
     found, logits = found if isinstance(found, tuple) else (found, None)
     for name, value in (("features", found), ("logits", logits)):
         if value is not None and value.ndim != 2:

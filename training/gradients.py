@@ -8,6 +8,7 @@ the machine does; on another number of cores it is the same to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from itertools import pairwise
 
@@ -58,12 +59,20 @@ class Dealt:
         return each.detach(), gradients
 
 
+def average(parameters: Sequence[nn.Parameter], reduce: Callable[..., Tensor]) -> None:
+    """Let every process have the mean of all processes' gradients, which reduce(values, "mean")
+    gives. Each must have made gradients of the same parameters."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    mean = reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    parts = torch.split(mean, [g.numel() for g in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view(gradient.shape))
+
+
 def rows(batch: Batch, first: int, last: int) -> Batch:
     """Some rows of a batch."""
-    some = slice(first, last)
-    labels = None if batch.class_label is None else batch.class_label[some]
-    r = None if batch.r is None else batch.r[some]
-    return Batch(batch.x_start[some], batch.t[some], batch.eps[some], labels, r)
+    whole = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{n: v[first:last] for n, v in whole.items() if v is not None})
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor | None) -> None:

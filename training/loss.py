@@ -16,6 +16,7 @@ from diffusion.parameterization import to_x_start
 from diffusion.schedule import Schedule, ScheduleConfig
 from training.batches import Batch
 from training.config import TrainConfig
+from training.dropout import what_is_kept
 from training.objectives import OBJECTIVES, Pass, learned_forward
 
 FORWARD_PROCESS = "forward_process"  # the submodule of a network that trains its schedule too
@@ -70,8 +71,11 @@ class Loss:
             x_t = process.q_sample(batch.x_start, t, batch.eps)
         x_t = x_t.contiguous(memory_format=torch.channels_last)
         device = batch.x_start.device.type
+        seeds, kept = batch.dropping, []  # of one seed the same at r as at t
+        if seeds is not None:
+            kept = [what_is_kept(self.config.network, seeds)]
         with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            out = network(x_t, t, batch.class_label)
+            out = network(x_t, t, batch.class_label, *kept)
         return x_t, out.float()
 
     @torch.no_grad()
@@ -84,7 +88,7 @@ class Loss:
         if device.type == "cpu" and bool(at_image.all()):
             return batch.x_start
         r = r.clamp(min=0)
-        # What is drawn here is drawn again at t, where the generator stands as it did.
+        # What a generator draws here it draws again at t, where it stands as it did.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             x_r, out = self._output(network, batch, r, dtype)
         found = to_x_start(self.schedule, self.config.prediction, x_t=x_r, t=r, out=out)

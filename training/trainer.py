@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from training.consistency import Stages
 from training.data import load_images
 from training.dropout import seeded
 from training.ema import EMA
-from training.gradients import Dealt
+from training.gradients import Dealt, average
 from training.keeper import Keeper
 from training.loss import FORWARD_PROCESS, Loss, attach_process, split_process
 from training.pictures import class_columns, grid, save_picture
@@ -91,6 +91,7 @@ class Trainer:
             device=self.device,
             timesteps=self.timesteps,
             stages=self._stages(),
+            drops=self._drops_by_image(),
         )
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Batches are all of one size: the first tells which of a GPU's kernels are quickest.
@@ -119,6 +120,10 @@ class Trainer:
         if self.config.objective != "consistency":
             return None
         return Stages(self.config.consistency, self.schedule, self.config.batch_size)
+
+    def _drops_by_image(self) -> bool:
+        """Whether what is dropped is drawn image by image; on a GPU the whole pass draws."""
+        return bool(self.config.network.dropout) and self.device.type == "cpu"
 
     def _check_batch(self) -> None:
         parts = self.accelerator.num_processes * self.config.accumulate
@@ -153,10 +158,8 @@ class Trainer:
         return fast_dtype(Model(self.model_config, self.network))
 
     def _dealt(self) -> Dealt | None:
-        """How rows are dealt to the cores of a CPU; None where they are not: among processes, who
-        share gradients on the way back, and with dropout, whose masks are drawn for all rows."""
-        alone = self.accelerator.num_processes == 1 and self.device.type == "cpu"
-        if not alone or self.config.network.dropout:
+        """How rows are dealt to the cores of a CPU; None on a GPU."""
+        if self.device.type != "cpu":
             return None
         large = Model(self.model_config, self.network).is_large
         parts, threads = cores.deal(self._micro(), cores.count(), large=large)
@@ -178,9 +181,7 @@ class Trainer:
         """The configured objective on a batch, a scalar: see `training.objectives`."""
         losses = self.objective(network, batch, dtype=self.dtype)
         weighted = (losses * self.timesteps.weight(batch.t)).mean()
-        if self.config.timesteps == "importance":
-            gather = self.accelerator.gather
-            self.timesteps.record(gather(batch.t), gather(losses.detach()))
+        self._record(batch.t, losses)
         return weighted
 
     def run(self) -> None:
@@ -244,11 +245,14 @@ class Trainer:
     def _prepare(self) -> tuple[Callable[..., Tensor], Any]:
         """Network and optimizer as accelerate wraps them, compiled if configured."""
         self.network.train()
+        if self.dealt is not None:  # the network as it is: `average` does what DDP's hooks would
+            network, optimizer = self.network, self.accelerator.prepare(self.optimizer)
+            options = cores.compile_options()
+            compiled = torch.compile(network, options=options) if self.config.compile else network
+            return compiled, optimizer
         network, optimizer = self.accelerator.prepare(self.network, self.optimizer)
         if not self.config.compile:
             return network, optimizer
-        if self.dealt is not None:
-            return torch.compile(network, options=cores.compile_options()), optimizer
         # A GPU would wait for Python, which starts a thousand kernels a step: as two CUDA graphs it
         # starts them at once. Their memory is written over by the next pass, so that no gradient
         # can wait there for another's.
@@ -278,11 +282,11 @@ class Trainer:
             batch = self.batches.at(first + part * micro * accelerator.num_processes, micro)
             if self._recorded:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            drops = bool(config.network.dropout)
-            dropout = seeded(self.device, config.seed, first + part) if drops else nullcontext()
-            with accelerator.accumulate(network), dropout:
+            with accelerator.accumulate(network), self._dropout(first + part):
                 loss = self._backward(network, batch)
                 if accelerator.sync_gradients:
+                    if self.dealt is not None and accelerator.num_processes > 1:
+                        average(list(self.network.parameters()), accelerator.reduce)
                     norm = accelerator.clip_grad_norm_(
                         self.network.parameters(), config.optimizer.grad_clip
                     )
@@ -291,12 +295,17 @@ class Trainer:
             total += loss / config.accumulate
         return accelerator.reduce(total, "mean"), norm
 
+    def _dropout(self, position: int) -> AbstractContextManager[None]:
+        """What dropout draws in the pass that begins there, where the whole pass draws."""
+        if not self.config.network.dropout or self._drops_by_image():
+            return nullcontext()
+        return seeded(self.device, self.config.seed, position)
+
     def _backward(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:
         """Add the gradients of the configured loss on a batch, which is returned."""
         if self.dealt is None:
-            with cores.team():
-                loss = self.loss(network, batch)
-                self.accelerator.backward(loss)
+            loss = self.loss(network, batch)
+            self.accelerator.backward(loss)
             return loss.detach()
         weight = self.timesteps.weight(batch.t) / len(batch.t)
         losses = self.dealt.backward(
@@ -304,8 +313,13 @@ class Trainer:
             batch,
             weight / self.config.accumulate,
         )
-        self.timesteps.record(batch.t, losses)
+        self._record(batch.t, losses)
         return (losses * weight).sum()
+
+    def _record(self, t: Tensor, losses: Tensor) -> None:
+        if self.config.timesteps == "importance":
+            gather = self.accelerator.gather
+            self.timesteps.record(gather(t), gather(losses.detach()))
 
     def _micro(self) -> int:
         """Images a backward pass of one process."""

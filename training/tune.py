@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion import cores
 from diffusion.model import Model
 from diffusion.samplers import build_table
 from diffusion.sampling import chain
@@ -98,7 +99,9 @@ class Student(nn.Module):
                 return found.clamp(-bound, bound) if math.isfinite(bound) else found
 
             x_start = (
-                checkpoint(evaluate, x, time, use_reentrant=False) if again else evaluate(x, time)
+                checkpoint(evaluate, x, time, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else evaluate(x, time)
             )
             a, b, d, f = row
             x = a * x_start + b * x + d * prev + f * older
@@ -197,23 +200,46 @@ class Tuner:
         generator = torch.Generator().manual_seed(self.iteration)
         where = torch.randperm(len(self.pairs), generator=generator)[: options.batch]
         part = self.pairs.part(where)
-        moved = self.moved[where].requires_grad_()
-        image = self.student(self.model, part.x_T + moved, part.labels)
-        loss = (image - part.images).square().mean()
-        self.optimizer.zero_grad()
-        loss.backward()
+        moved = self.moved[where]
+        loss, by_moved = self._backward(part, moved)
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
-        self._move(where, moved)
+        self._move(where, moved, by_moved)
         self.iteration += 1
-        return float(loss.detach())
+        return loss
 
-    def _move(self, where: Tensor, moved: Tensor) -> None:
+    def _backward(self, part: Pairs, moved: Tensor) -> tuple[float, Tensor]:
+        """Set the student's gradients; the mean square error, and its gradient by `moved`.
+
+        On a CPU the rows are dealt to the cores, each of which goes back through its own.
+        """
+        elements = part.images.numel()
+        found = cores.dealt(
+            len(part),
+            lambda rows: self._slopes(part.part(rows), moved[rows], elements),
+            device=moved.device,
+            large=self.model.is_large,
+        )
+        losses, by_moved, slopes = zip(*found, strict=True)
+        for parameter, *each in zip(self.student.parameters(), *slopes, strict=True):
+            parameter.grad = torch.stack(each).sum(0)
+        return sum(losses), torch.cat(by_moved)
+
+    def _slopes(
+        self, part: Pairs, moved: Tensor, elements: int
+    ) -> tuple[float, Tensor, tuple[Tensor, ...]]:
+        """Σ (image − teacher's)²/elements over some pairs; its gradients: by `moved`, the rest."""
+        moved = moved.detach().requires_grad_()
+        image = self.student(self.model, part.x_T + moved, part.labels)
+        loss = (image - part.images).square().sum() / elements
+        by_moved, *rest = torch.autograd.grad(loss, [moved, *self.student.parameters()])
+        return float(loss.detach()), by_moved, tuple(rest)
+
+    def _move(self, where: Tensor, moved: Tensor, by_moved: Tensor) -> None:
         """x_T a step down the loss, of a quarter of the radius, and back into the ball."""
-        assert moved.grad is not None
         radius = self.options.radius * math.sqrt(moved[0].numel())
-        slope = moved.grad / moved.grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
-        there = moved.detach() - 0.25 * radius * slope
+        slope = by_moved / by_moved.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        there = moved - 0.25 * radius * slope
         length = there.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
         self.moved[where] = there * (radius / length).clamp(max=1.0)
 

@@ -54,7 +54,7 @@ def tune(
     from training.tune_run import TuneOptions, numbers_of
     from training.tune_run import tune as run
 
-    cores.limit(threads)
+    cores.use(threads or cores.count())
     folder = find_model(model)
     out = out or Path("runs") / f"tune-{folder.name}"
     learning = Options(iterations, batch_size, rate, radius)

@@ -167,13 +167,6 @@ def test_a_network_in_a_network_is_part_of_the_part() -> None:
     assert found.eq(1).all()
 
 
-def test_a_team_is_let_go_again() -> None:
-    before = torch.get_num_threads()
-    with cores.team():
-        assert torch.get_num_threads() == cores.count()
-    assert torch.get_num_threads() == before
-
-
 def test_two_threads_never_compile_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Double(torch.nn.Module):
         def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:

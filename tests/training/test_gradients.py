@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from diffusion import cores
+from diffusion.unet import UNet, UNetConfig
 from training.batches import Batch
 from training.config import load_config
+from training.dropout import what_is_kept
 from training.gradients import Dealt, rows
 from training.trainer import Trainer
 
@@ -30,6 +32,7 @@ def trained(config_file: Path, folder: Path, *overrides: str) -> Trainer:
         ["objective=vlb", "variance=learned", "network.learned_variance=true"],
         ["objective=vlb", "schedule.kind=learned"],
         ["precision=bf16"],
+        ["network.dropout=0.3"],
     ],
 )
 def test_gradients_of_parts_are_those_of_the_whole(
@@ -109,6 +112,64 @@ def test_what_a_network_drops_does_not_depend_on_the_cores(
     for count in (1, 2):
         monkeypatch.setattr(cores, "_cores", count)
         trainer = trained(config_file, tmp_path / str(count), "network.dropout=0.3")
+        assert trainer.dealt is not None and trainer.dealt.parts == count
         ended.append([p.detach() for p in trainer.network.parameters()])
     for one, two in zip(*ended, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-3)
+
+
+NETWORK = UNetConfig(
+    image_size=8, in_channels=1, channels=(8, 16), attention=(False, True), res_blocks=2, groups=4,
+    dropout=0.25,
+)  # fmt: skip
+
+
+def test_what_is_kept_of_an_image_depends_on_its_seed_alone() -> None:
+    seeds = torch.tensor([5, 2**32 - 1, 7, 5])
+    whole = what_is_kept(NETWORK, seeds)
+    for i in range(len(seeds)):
+        for all_rows, one in zip(whole, what_is_kept(NETWORK, seeds[i : i + 1]), strict=True):
+            assert torch.equal(all_rows[i], one[0])
+            assert torch.equal(all_rows[0], all_rows[3])
+            assert not torch.equal(all_rows[0], all_rows[1])
+    many = torch.cat([part.flatten() for part in what_is_kept(NETWORK, torch.arange(200))])
+    error = (0.25 * 0.75 / len(many)) ** 0.5
+    assert abs(float(many.double().mean()) - 0.75) < 4 * error
+
+
+def test_each_block_drops_what_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's dropout would, were that its draw."""
+    torch.manual_seed(0)
+    network = UNet(NETWORK).train()
+    for parameter in network.parameters():  # nothing is near zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 5, 9])
+    kept = what_is_kept(NETWORK, torch.tensor([1, 2, 3]))
+    drawn = iter(kept)
+    found = network(x, t, None, kept)
+
+    def dropout(h: Tensor, p: float, *_: object) -> Tensor:
+        return h * next(drawn) / (1 - p)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    torch.testing.assert_close(found, network(x, t))
+    assert next(drawn, None) is None
+    monkeypatch.undo()
+    assert not torch.allclose(found, network.eval()(x, t))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own
+def test_compiled_the_same_is_dropped(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "_cores", 2)
+    options = ["batch_size=8", "network.dropout=0.3", "steps=4"]
+    ended = {
+        compiled: trained(config_file, tmp_path / compiled, *options, f"compile={compiled}")
+        for compiled in ("true", "false")
+    }
+    eager = ended["false"].network.parameters()
+    for one, two in zip(ended["true"].network.parameters(), eager, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=2e-3)

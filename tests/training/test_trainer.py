@@ -73,9 +73,13 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(
     assert len(losses[0]) == 6
 
 
-def test_accumulation_matches_one_large_batch(config_file: Path, tmp_path: Path) -> None:
-    run(config_file, tmp_path / "one")
-    run(config_file, tmp_path / "parts", "accumulate=2")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_accumulation_matches_one_large_batch(
+    config_file: Path, tmp_path: Path, dropout: float
+) -> None:
+    option = f"network.dropout={dropout}"
+    run(config_file, tmp_path / "one", option)
+    run(config_file, tmp_path / "parts", option, "accumulate=2")
     one, parts = state(tmp_path / "one"), state(tmp_path / "parts")
     for name in one:
         if name.startswith("weights."):
@@ -354,11 +358,14 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(config_file: Path, tmp_path: Path) -> None:
-    run(config_file, tmp_path / "one")
+@pytest.mark.parametrize(
+    "options", [[], ["network.dropout=0.2", "timesteps=importance", "accumulate=2"]]
+)
+def test_two_processes_train_as_one(config_file: Path, tmp_path: Path, options: list[str]) -> None:
+    run(config_file, tmp_path / "one", *options)
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     train = ["-m", "ddpm", "train", str(config_file), "--out", str(tmp_path / "two"), "--quiet"]
-    subprocess.run([sys.executable, *launch, *train], check=True)
+    subprocess.run([sys.executable, *launch, *train, *options], check=True)
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     for name in one:
         if name.startswith("weights."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from diffusion.speed import prepare
 from diffusion.table import SamplerError
 from diffusion.tuned import TUNED_NAME
 from tests.diffusion.networks import TINY, build_model
-from training.tune import Options, Student, Tuner, run
+from training.tune import Options, Pairs, Student, Tuner, run
 from training.tune_run import TuneOptions, numbers_of, tune
 
 LEARNING = Options(iterations=32, batch=8, rate=0.02)
@@ -128,6 +129,35 @@ def test_rows_dealt_to_cores_lose_no_gradient_of_the_times(
     wanted = slope()
     assert wanted.abs().max() > 0
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-9)
+
+
+def test_what_a_student_learns_does_not_depend_on_the_cores(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = diffusion.load(folder)
+    table = build_table(model.schedule, sampler="dpmpp_2m", steps=3, spacing="lambda")
+    generator = torch.Generator().manual_seed(0)
+    x_T, images = (torch.randn(8, *model.shape, generator=generator) for _ in range(2))
+    pairs = Pairs(x_T, images.clamp(-1, 1), torch.arange(8) % 3)
+    found, threads = [], set()
+    asked = model.network.forward
+
+    def forward(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        threads.add(threading.get_ident())
+        return asked(x, t, labels)
+
+    monkeypatch.setattr(model.network, "forward", forward)
+    for count in (1, 2, 3):
+        monkeypatch.setattr(cores, "_cores", count)
+        threads.clear()
+        tuner = Tuner(model, table, pairs, pairs, replace(LEARNING, batch=6))
+        losses = [tuner.step() for _ in range(2)]
+        assert len(threads) == count
+        found.append([torch.tensor(losses), tuner.moved, *tuner.student.parameters()])
+    assert all(bool(value.abs().max() > 0) for value in found[0][:2])
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
 
 
 def test_numbers_of_evaluations() -> None:
