@@ -28,8 +28,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
     "timestep_values": (None,),
 }
-# Fields of one class that the other does not have, and leaves unread.
-_OWN = {DDPM: ("variance_type",), DDIM: ("set_alpha_to_one",)}
+# What a class leaves unread of the other's fields. They stay in the config of a scheduler that was
+# made from one of the other class, whichever class then saved it.
+_UNREAD = {DDPM: ("set_alpha_to_one",), DDIM: ("variance_type",)}
 _PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
 _SPACINGS = {"linspace": "uniform", "leading": "leading", "trailing": "trailing"}
 _VARIANCES = {
@@ -58,8 +59,7 @@ def read_scheduler(raw: dict[str, Any], where: str, kind: str | None = None) -> 
     if written not in SCHEDULER_CLASSES:
         raise fields.refuse("_class_name", written, " or ".join(SCHEDULER_CLASSES))
     kind = kind or written
-    if kind != written:
-        fields.ignore(_OWN[written])
+    fields.ignore(_UNREAD[kind])
     fields.fixed(_FIXED)
     for name, default in (("dynamic_thresholding_ratio", 0.995), ("sample_max_value", 1.0)):
         fields.number(name, default)  # act with thresholding only

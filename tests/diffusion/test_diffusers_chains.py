@@ -7,6 +7,7 @@ one (theirs has three digits of 1 − ᾱ left near t = 0), and compared as it i
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,6 +207,25 @@ def test_zero_terminal_snr_draws_their_images(
 
 
 @pytest.mark.parametrize(
+    ("made", "other", "unread"),
+    [
+        ("DDIMScheduler", "DDPMScheduler", {"variance_type": "fixed_large"}),
+        ("DDPMScheduler", "DDIMScheduler", {"set_alpha_to_one": False}),
+    ],
+)
+def test_a_scheduler_made_of_the_other_class_is_read(
+    diffusers: ModuleType, tmp_path: Path, made: str, other: str, unread: dict[str, Any]
+) -> None:
+    """diffusers saves with it what it leaves unread of the other's config."""
+    first = getattr(diffusers, other)(timestep_spacing="leading", **unread)
+    getattr(diffusers, made).from_config(first.config).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert raw["_class_name"] == made and raw.items() >= unread.items()
+    plain = {"_class_name": made, **getattr(diffusers, made)(timestep_spacing="leading").config}
+    assert read_scheduler(raw, "here") == read_scheduler(plain, "here")
+
+
+@pytest.mark.parametrize(
     ("pipeline", "written", "index"),
     [
         ("DDPMPipeline", "DDPMScheduler", "DDPMScheduler"),
@@ -220,8 +240,6 @@ def test_zero_terminal_snr_draws_their_images(
 def test_the_pipeline_chooses_the_sampler(
     diffusers: ModuleType, tmp_path: Path, pipeline: str, written: str, index: str
 ) -> None:
-    import json
-
     export_diffusers(build_model(NETWORK, sampling=SamplingDefaults(variance="small")), tmp_path)
     path = tmp_path / "model_index.json"
     raw = json.loads(path.read_text())
