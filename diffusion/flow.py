@@ -157,8 +157,13 @@ def gathered(places: Sequence[tuple[FlowTable, int]], like: Tensor) -> FlowRows:
 
 
 def flow_table(schedule: Schedule, timesteps: Sequence[int]) -> FlowTable:
-    """len(timesteps) + 1 rows from the image to the largest of the timesteps, indices 0..T−1."""
+    """len(timesteps) + 1 rows from the image to the largest of the timesteps, indices 0..T−1.
+
+    Raises SamplerError where x_t of one holds no signal: there τ has no end.
+    """
     ends = np.sort(np.array(timesteps, np.int64))
+    if not schedule.alpha_bar(int(ends[-1])):
+        raise SamplerError(f"the flow has no end at t = {ends[-1] + 1}, where x_t holds no signal")
     # There is no network at the image: the first stretch has the slope at the first index.
     t, ahead = np.insert(ends, 0, ends[0]), np.append(ends, ends[-1])
     tau = np.array([_tau(schedule, int(s)) for s in ends])

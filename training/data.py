@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from jobs.decoding import open_picture
+from jobs.decoding import CHANNELS, open_picture
 from jobs.errors import PictureError
 from training.config import DataConfig
 from training.sources import DataError, Source, open_source
@@ -210,9 +210,12 @@ def load_images(
 ) -> InMemoryImages | LazyImages:
     """Open a set and decode all of it, also where the pixels are not kept (config.in_memory).
 
-    Raises DataError: nothing there, labels missing or out of range, and every picture that is
-    corrupt or of a wrong size in one message.
+    Raises DataError: nothing there, labels missing or out of range, channels that no picture has,
+    and every picture that is corrupt or of a wrong size in one message.
     """
+    if channels not in CHANNELS:
+        allowed = ", ".join(map(str, CHANNELS))
+        raise DataError(f"network.in_channels = {channels}: must be one of {allowed} for pictures")
     source = open_source(config, num_classes=num_classes)
     reader, survey = _Reader(source, config.fit, channels, side), _Survey()
     wanted = len(source) * channels * side * side

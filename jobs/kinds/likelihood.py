@@ -102,6 +102,11 @@ class LikelihoodSpec(JobSpec):
                 raise SpecError(f"/{field}", f"is for mode {mode}, not {self.mode}")
         if self.mode == "flow" and self.variance is not None:
             raise SpecError("/variance", "is of the bound: the flow has none")
+        if self.mode == "flow" and card.betas[-1] == 1:
+            raise SpecError(
+                "/mode",
+                f"flow: model {card.name} has β_T = 1, so that the flow has no end; ask for full",
+            )
         if self.steps is not None and self.steps > card.T:
             raise SpecError("/steps", f"{self.steps}: model {card.name} has T = {card.T}")
         if self.mode == "monte_carlo" and card.T < 2:

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from diffusion import ScheduleConfig
 from diffusion.flow import BIN, flow_likelihood, flow_table
 from diffusion.schedule import linear_schedule
 from diffusion.spacings import spaced_timesteps
@@ -85,6 +86,9 @@ def test_on_a_network_and_what_is_refused() -> None:
     torch.testing.assert_close(second.log_density[0], both.log_density[1], rtol=1e-4, atol=1e-2)
     with pytest.raises(SamplerError, match="draws = 0"):
         flow_likelihood(model, x, draws=0)
+    no_signal = build_model(schedule=ScheduleConfig.from_betas([0.1, 0.2, 1.0]), prediction="v")
+    with pytest.raises(SamplerError, match="no end at t = 3, where x_t holds no signal"):
+        flow_likelihood(no_signal, x, class_label=1)
 
 
 def test_the_divergence_is_integrated_where_it_is_smooth() -> None:

@@ -341,6 +341,15 @@ def test_cost_of_work_on_pictures(
     assert plan.output_bytes == output_bytes
 
 
+def test_the_flow_needs_a_signal_at_its_end(card: ModelCard) -> None:
+    without = card.model_copy(update={"betas": (*card.betas[:-1], 1.0)})
+    admit(LikelihoodSpec(mode="full"), without, Settings(), 1)
+    admit(LikelihoodSpec(mode="flow"), card, Settings(), 1)
+    with pytest.raises(SpecError, match="β_T = 1, so that the flow has no end") as refused:
+        admit(LikelihoodSpec(mode="flow"), without, Settings(), 1)
+    assert refused.value.pointer == "/mode"
+
+
 def test_a_guided_reconstruction_costs_twice(card: ModelCard) -> None:
     spec = ReconstructSpec(t=40, num_images=3, class_label=1, guidance=2.0)
     assert admit(spec, card, Settings(), 1)[1].evaluations == 3 * 40 * 2

@@ -52,6 +52,11 @@ def test_parquet_file_glob_and_folder_give_the_same(images: Path, tmp_path: Path
     assert len(open_images(folder / "train-0.parquet")) == 6
 
 
+def test_channels_that_no_picture_has_are_named_once(images: Path) -> None:
+    with pytest.raises(DataError, match=r"^network.in_channels = 2: must be one of 1, 3, 4 for"):
+        open_images(images, channels=2)
+
+
 def test_lazy_decoding_gives_the_same_bytes(images: Path) -> None:
     lazy = open_images(images, in_memory="never")
     assert isinstance(lazy, LazyImages)
