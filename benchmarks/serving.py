@@ -1,9 +1,10 @@
 """The whole service against LitServe over diffusers' DDIM, same weights, same machine, same run.
 
-    .venv/bin/python benchmarks/serving.py [--seconds 60]
+    .venv/bin/python benchmarks/serving.py [--seconds 60] [--steps 4,6,8,10] [--warm-up 180]
 
-Jobs are one image of 10, 20, 50 or 100 DDIM steps, mixed evenly. First 32 clients in a closed
-loop, each server in turn, twice: image-steps/s. Then the same Poisson arrivals to each, at half
+Jobs are one image of 10, 20, 50 or 100 DDIM steps, mixed evenly. After a warm-up of the service,
+in which it compiles what it uses, 32 clients in a closed loop, each server in turn, twice:
+image-steps/s. Then the same Poisson arrivals to each, at half
 of the peer's capacity as just measured: latencies from request to picture.
 """
 
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from storm import free_port
 from diffusion.checkpoint import convert
 
 HERE = Path(__file__).parent
-STEPS = (10, 20, 50, 100)
+STEPS = (10, 20, 50, 100)  # of the jobs, evenly mixed
 PEERS = {"sampler": "ddpm", "spacing": "uniform"}  # defaults that diffusers has, too
 OUR_PORT, PEER_PORT = free_port(), free_port()
 
@@ -74,19 +75,19 @@ async def ask_peer(http: httpx.AsyncClient, job: Job) -> None:
     assert answer.json()["png"], answer.text
 
 
-def jobs(seed: int) -> Iterator[Job]:
-    """Endless jobs, the four lengths evenly mixed."""
+def jobs(seed: int, lengths: Sequence[int] = STEPS) -> Iterator[Job]:
+    """Endless jobs, the lengths evenly mixed."""
     rng = random.Random(seed)
     while True:
-        for steps in rng.sample(STEPS, len(STEPS)):
+        for steps in rng.sample(lengths, len(lengths)):
             yield Job(steps, rng.randrange(10), rng.randrange(2**31))
 
 
-def poisson(rate: float, seconds: float) -> list[Job]:
+def poisson(rate: float, seconds: float, lengths: Sequence[int]) -> list[Job]:
     """Jobs with exponential gaps."""
     rng, now = random.Random(1), 0.0
     out: list[Job] = []
-    for job in jobs(2):
+    for job in jobs(2, lengths):
         now += rng.expovariate(rate)
         if now > seconds:
             return out
@@ -100,13 +101,18 @@ def open_client() -> httpx.AsyncClient:
 
 
 async def closed_loop(
-    ask: Client, seconds: float, clients: int = 32, patience: float | None = None
+    ask: Client,
+    seconds: float,
+    clients: int = 32,
+    patience: float | None = None,
+    *,
+    lengths: Sequence[int] = STEPS,
 ) -> float:
     """Image-steps/s of jobs that ended within the window, after a third of it as a warm-up.
 
     patience: seconds after it that answers are waited for; None: until all have come.
     """
-    source, done = jobs(0), []
+    source, done = jobs(0, lengths), []
     start = time.perf_counter()
     end = start + seconds * 4 / 3
 
@@ -172,10 +178,11 @@ def percentile(values: list[float], p: float) -> float:
 
 
 def show(label: str, measured: list[tuple[int, float]]) -> dict[str, float]:
-    short = [latency for steps, latency in measured if steps == 10]
+    least = min(steps for steps, _ in measured)
+    short = [latency for steps, latency in measured if steps == least]
     every = [latency for _, latency in measured]
     row = {
-        "p50 of 10 steps": statistics.median(short),
+        f"p50 of {least} steps": statistics.median(short),
         "p50": statistics.median(every),
         "p95": percentile(every, 0.95),
         "p99": percentile(every, 0.99),
@@ -188,6 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=HERE.parent / "models" / "mnist")
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="of the jobs")
+    parser.add_argument("--warm-up", type=float, default=180, help="seconds; of ours alone")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--peer-dtype", default="bfloat16", help="bfloat16 or float32")
     arguments = parser.parse_args()
@@ -203,23 +212,27 @@ def main() -> None:
         server(ours, f"http://127.0.0.1:{OUR_PORT}/readyz", folder / "ours.log"),
         server(peer, f"http://127.0.0.1:{PEER_PORT}/health", folder / "peer.log"),
     ):
-        asyncio.run(compare(arguments.seconds, arguments.turns, arguments.peer_dtype))
+        asyncio.run(compare(arguments))
 
 
-async def compare(seconds: float, turns: int, dtype: str) -> None:
+async def compare(asked: argparse.Namespace) -> None:
+    seconds, turns, dtype = asked.seconds, asked.turns, asked.peer_dtype
+    lengths = tuple(map(int, asked.steps.split(",")))
+    await closed_loop(ask_us, asked.warm_up * 3 / 4, lengths=lengths)
     rates: dict[str, list[float]] = {"us": [], "peer": []}
     for _ in range(turns):
-        rates["us"].append(await closed_loop(ask_us, seconds))
-        rates["peer"].append(await closed_loop(ask_peer, seconds))
+        rates["us"].append(await closed_loop(ask_us, seconds, lengths=lengths))
+        rates["peer"].append(await closed_loop(ask_peer, seconds, lengths=lengths))
     us, peer = (statistics.median(rates[name]) for name in ("us", "peer"))
+    print(f"Jobs of {asked.steps} steps; each turn: {rates}", file=sys.stderr)
     print(f"32 closed-loop clients, {seconds:.0f} s, {turns} turns: image-steps/s\n")
     print("| server | image-steps/s |\n|---|---|")
     print(f"| ddpm-serve | {us:.0f} |\n| LitServe, diffusers {dtype} | {peer:.0f} |")
     print(f"| ratio | {us / peer:.2f} |\n", flush=True)
-    rate = peer / statistics.mean(STEPS) / 2
-    arrivals = poisson(rate, seconds * 1.5)
+    rate = peer / statistics.mean(lengths) / 2
+    arrivals = poisson(rate, seconds * 1.5, lengths)
     print(f"Poisson arrivals, {rate:.2f} jobs/s, {len(arrivals)} jobs: seconds to the picture\n")
-    print("| server | p50 of 10 steps | p50 | p95 | p99 |\n|---|---|---|---|---|")
+    print(f"| server | p50 of {min(lengths)} steps | p50 | p95 | p99 |\n|---|---|---|---|---|")
     ours = show("ddpm-serve", await open_loop(ask_us, arrivals))
     theirs = show(f"LitServe, diffusers {dtype}", await open_loop(ask_peer, arrivals))
     ratios = " | ".join(f"{ours[name] / theirs[name]:.2f}" for name in ours)

@@ -224,6 +224,13 @@ def silu(x: Tensor) -> Tensor:
     return cpu_layers.silu(x) if fast else F.silu(x)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ/√C) v of [N, heads, positions, C]."""
+    small = q.shape[-2] <= cpu_layers.MOST_ATTENDING
+    fast = _training_on_cpu(q) or (_compiling_for_cpu(q) and small)
+    return cpu_layers.attend(q, k, v) if fast else F.scaled_dot_product_attention(q, k, v)
+
+
 class ResBlock(nn.Module):
     """GroupNorm → SiLU → 3×3, plus the time embedding, twice; added to the (projected) input."""
 
@@ -262,7 +269,6 @@ class Attention(nn.Module):
         h = self.norm(x).flatten(2).transpose(1, 2)  # [N, HW, C]
         qkv = self.qkv(h).view(n, height * width, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, HW, C/heads]
-        attend = cpu_layers.attend if _training_on_cpu(q) else F.scaled_dot_product_attention
         h = attend(q, k, v)
         h = self.out(h.transpose(1, 2).reshape(n, height * width, c))
         out: Tensor = x + h.transpose(1, 2).view(n, c, height, width)

@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -178,6 +179,7 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
     assert shape.rows == 1
     tile = network.tile(1)
     assert difference(network, network._compiled[tile], tile) < TOLERANCE[network.dtype]
+    assert convolutions(next((tmp_path / "cache").glob("*.pt2"))) == {"mkldnn__convolution"}
     run(engine, served.model, 20)
     (images,) = [e for e in events if isinstance(e, Images)][-1:]
     expected = diffusion.sample(
@@ -191,6 +193,14 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
     again.tick()
     assert any(shape.compiled for shape in again.networks.prepare(served.model).shapes)
     assert time.monotonic() - began < 5
+
+
+def convolutions(package: Path) -> set[str]:
+    """What kinds of them compiled code calls: mkldnn's have their weights packed beforehand."""
+    with zipfile.ZipFile(package) as archive:
+        sources = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
+        code = "".join(archive.read(name).decode() for name in sources)
+    return set(re.findall(r"aoti_torch_cpu_((?:mkldnn__)?convolution)", code))
 
 
 def test_the_key_covers_all_code_that_is_compiled(

@@ -35,14 +35,14 @@ def main(arguments: list[str]) -> None:
         return
     fast = prepare(model, dtype=getattr(torch, dtype))
     x, t, labels = example(model, int(rows))
-    with torch.no_grad():
-        program = torch.export.export(fast.network, (x, t, labels), strict=False)
     temporary = Path(out).with_suffix(".tmp.pt2")
-    torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(temporary),
-        inductor_configs={"freezing": True},  # weights are constants: convolutions prepack them
-    )
+    with torch.no_grad():  # where gradients might be wanted, nothing is frozen
+        program = torch.export.export(fast.network, (x, t, labels), strict=False)
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(temporary),
+            inductor_configs={"freezing": True},  # weights are constants: convolutions prepack them
+        )
     temporary.replace(out)
 
 
