@@ -30,6 +30,7 @@ from diffusion.forward import gather, q_sample
 from diffusion.model import Model, check_model
 from diffusion.noise import Purpose, check_seed, normals
 from diffusion.parameterization import to_x_start
+from diffusion.sampling import ClassLabel, class_labels
 from diffusion.schedule import Float64, Schedule
 from diffusion.term_plan import Plan, full_plan, monte_carlo_plan, pairs
 
@@ -222,7 +223,7 @@ def likelihood(
     seed: int = 0,
     indices: Tensor | None = None,
     variance: str | None = None,
-    class_label: Tensor | None = None,
+    class_label: ClassLabel = None,
     proposal: Float64 | None = None,
     batch_size: int = 64,
     clip: bool = True,
@@ -232,14 +233,14 @@ def likelihood(
 
     samples: None for the full sum of T evaluations an image, else the evaluations of a Monte
     Carlo estimate, decoder_draws of them for L_0 (see `monte_carlo_plan`). indices: [N], what
-    keys each image's noise (default 0..N−1). variance: σ², see `check_variance`. class_label: [N]
-    int64,
-    or None. on_batch(evaluations) after every network call. Raises BoundError or ImagesError naming
-    the bad argument.
+    keys each image's noise (default 0..N−1). variance: σ², see `check_variance`. class_label:
+    one of all images, or one each, or None. on_batch(evaluations) after every network call. Raises
+    BoundError, ImagesError or ValueError naming the bad argument.
     """
     check_model(model)
     check_images("x_start", x_start, model.shape)
     indices = torch.arange(len(x_start)) if indices is None else indices
+    labels = None if class_label is None else class_labels(model, class_label, len(x_start))
     table = bound_table(model.schedule)
     plan = (
         full_plan(table, len(x_start))
@@ -268,9 +269,7 @@ def likelihood(
             seed=seed,
             indices=indices[pick.to(indices.device)].to(device),
             repeat=torch.from_numpy(plan.repeat[image, draw]).to(device),
-            class_label=None
-            if class_label is None
-            else class_label[pick.to(class_label.device)].to(device),
+            class_label=None if labels is None else labels[pick.to(device)],
         )
         found = evaluate_output(
             model, table, row=row, x_start=x, x_t=x_t, out=out, variance=variance, clip=clip

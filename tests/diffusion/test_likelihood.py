@@ -201,6 +201,11 @@ def test_labels_matter_and_bad_options_are_refused(images: torch.Tensor) -> None
     model = quiet_model()
     labelled = likelihood(model, images, samples=4, class_label=torch.ones(N, dtype=torch.long))
     assert not torch.equal(labelled.bits_per_dim, likelihood(model, images, samples=4).bits_per_dim)
+    for label in (1, [1] * N):
+        found = likelihood(model, images, samples=4, class_label=label)
+        assert torch.equal(found.bits_per_dim, labelled.bits_per_dim)
+    with pytest.raises(ValueError, match=f"class_label: 2 labels for {N} images"):
+        likelihood(model, images, samples=4, class_label=[0, 1])
     with pytest.raises(BoundError, match="samples = 1"):
         likelihood(model, images, samples=1)
     with pytest.raises(BoundError, match="variance = 'learned'"):
