@@ -12,6 +12,7 @@ import uuid
 from rq import Retry, get_current_job
 
 from jobs.settings import Settings
+from jobs.states import ACTIVE
 from jobs.store.writer import JobStore
 from worker.flights import Ending, Flight
 from worker.models import ModelFolder
@@ -29,7 +30,8 @@ class JobFailed(RuntimeError):
 def run_job(job_id: str) -> Retry | None:
     """Run one job to its end. Raises JobFailed, after which RQ will not try it again.
 
-    Returns what makes RQ hand out a job again that only another version of us can run.
+    Returns what makes RQ hand out a job again: one that only another version of us can run, or that
+    went on elsewhere while we were silent (else RQ would take it for ended).
     """
     settings = Settings()
     store = JobStore.connect(settings)
@@ -48,6 +50,9 @@ def run_job(job_id: str) -> Retry | None:
             begun, error = outcome.ending, outcome.error
         if begun is Ending.LOST:
             store.returned(job_id, execution, worker="rq")
+            record = store.record(job_id)
+            if record is not None and record.status in ACTIVE:
+                return Retry(max=_FOR_EVER)
         if begun is Ending.UNREAD:
             time.sleep(SHORTEST_S)  # such a worker has nothing else to do, and must not spin
             return Retry(max=_FOR_EVER)

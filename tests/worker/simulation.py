@@ -1,7 +1,8 @@
 """Workers, janitor and clients on one real Redis in one thread, in any order, on a fake clock.
 
 The adapter to RQ, the runtime, the engine and every script are the real ones; only the network's
-arithmetic is replaced. A worker can die between any two of its commands to Redis.
+arithmetic is replaced. A worker can die, or freeze for long, between any two of its commands to
+Redis.
 """
 
 from __future__ import annotations
@@ -106,12 +107,25 @@ class Clock:
 
 class FusedPool(redis.ConnectionPool):
     """Connections of one worker. fuse: commands until its death. away: commands that find no
-    server."""
+    server. awake: commands until it freezes, for as long as `meanwhile` lasts."""
 
     fuse: int | None = None
+    awake: int | None = None
     away = 0
 
+    def meanwhile(self) -> None:
+        """What others do."""
+
+    def freeze(self) -> None:
+        """If it is time to."""
+        if self.awake is not None:
+            self.awake -= 1
+            if self.awake < 0:
+                self.awake = None
+                self.meanwhile()
+
     def get_connection(self, *args: Any, **options: Any) -> Any:
+        self.freeze()
         if self.fuse is not None:
             if self.fuse <= 0:
                 raise Killed
@@ -131,13 +145,21 @@ class WatchedStore(JobStore):
         found: Any = self.looks.hmget(keys.job(job_id), ["status", "execution"])
         return bool(found == [b"running", execution.encode()])
 
+    def _freeze_now(self) -> None:
+        """If at all: not between the look at what is held and the act."""
+        pool: Any = self.redis.connection_pool
+        pool.freeze()
+        pool.awake = None
+
     def write(self, calls: list[list[Any]]) -> list[int]:
+        self._freeze_now()
         held = [self._held(call[0], call[1]) for call in calls]
         replies = super().write(calls)
         assert [reply != 0 for reply in replies] == held, "a write of another execution"
         return replies
 
     def finish(self, job_id: str, execution: str, status: Status, **more: Any) -> bool:
+        self._freeze_now()
         held = not execution or self._held(job_id, execution)
         ended = super().finish(job_id, execution, status, **more)
         assert not ended or held, "an end by another execution"

@@ -24,6 +24,7 @@ import diffusion
 from diffusion.noise import VERSION
 from jobs.pictures import from_bytes
 from jobs.settings import Settings
+from jobs.store.batch import InBatch
 from jobs.store.janitor import Janitor
 from jobs.store.rq_queue import Queues, queue_key
 from tests.app.conftest import serving
@@ -444,6 +445,23 @@ def test_a_stock_rq_worker_runs_the_same_job(
     assert stock.wait(timeout=120) == 0
     service.ended(job_id)
     assert service.outputs(job_id) == undisturbed
+    assert service.rq_status(job_id) == "finished"
+
+
+def test_a_stock_rq_worker_whose_job_was_taken_hands_it_on(service: Service) -> None:
+    """As it is after it was silent for long: RQ would take the job for done."""
+    job_id = service.admit(**LONG)
+    stock = service.run(
+        sys.executable, "-m", "rq.cli", "worker", "ddpm", "--burst", "--url", service.url,
+        "-S", "rq.serializers.JSONSerializer",
+    )  # fmt: skip
+    started(service, job_id)
+    taken = service.store.start(
+        job_id, "another", worker="another", digest="", provenance=None, in_batch=InBatch.NO
+    )
+    assert taken is not None
+    assert stock.wait(timeout=120) == 0
+    service.ended(job_id)
     assert service.rq_status(job_id) == "finished"
 
 

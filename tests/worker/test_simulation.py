@@ -6,6 +6,7 @@ A failure prints the steps that lead to it, and its seed: DDPM_SIMULATION_SEED=â
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from jobs.states import Status
+from jobs.states import ACTIVE, Status
 from jobs.store.started import SILENT_S
 from tests.worker.simulation import POISON, Clock, Puppet, World
 from worker.models import ModelFolder, card_of
@@ -113,6 +114,15 @@ class Machine(RuleBasedStateMachine):
         for _ in range(ticks):
             puppet.act(puppet.runtime.engine.tick)
 
+    @rule(who=WHO, other=WHO, commands=st.integers(0, 40), boards=st.integers(0, 3))
+    def freeze_soon(self, who: int, other: int, commands: int, boards: int) -> None:
+        """Between two commands, for so long that the jobs are another's, or wait again."""
+        puppet, heir = self.world.worker(who), self.world.worker(other)
+        freeze_after(self, puppet, heir, commands=commands, boards=boards)
+        for _ in range(3):
+            puppet.act(puppet.board)
+        puppet.act(puppet.round)
+
     @rule(who=WHO, rounds=st.sampled_from([0, 1, 12]))
     def deploy(self, who: int, rounds: int) -> None:
         """A stop, and what follows of it: nothing yet, some, or all."""
@@ -179,6 +189,53 @@ def freeze_at_the_job(state: Machine, which: int) -> Puppet:
     puppet.frozen = True
     state.clean(26.0)
     return puppet
+
+
+def freeze_after(
+    state: Machine, puppet: Puppet, heir: Puppet, *, commands: int, boards: int
+) -> None:
+    """So many commands on, a worker is silent until its jobs wait again, or are another's."""
+
+    def meanwhile() -> None:
+        puppet.frozen = True
+        state.world.wait(70.0)
+        state.clean(6.0)
+        for _ in range(boards):
+            heir.act(heir.board)
+            heir.act(heir.runtime.engine.tick)
+        puppet.frozen = False
+
+    puppet.pool.meanwhile = meanwhile  # type: ignore[method-assign]
+    puppet.pool.awake = commands
+
+
+@pytest.mark.parametrize("boards", [0, 1], ids=["waits again", "runs elsewhere"])
+def test_a_worker_frozen_as_it_begins_a_job_takes_it_from_nobody(
+    machine: type[Machine], boards: int
+) -> None:
+    """Between any two of its commands."""
+    for commands in itertools.count():
+        state = machine()
+        state.admit(client="a", images=1, steps=8, seed=0, high=False)
+        puppet, heir = state.world.worker(0), state.world.worker(1)
+        freeze_after(state, puppet, heir, commands=commands, boards=boards)
+        puppet.act(puppet.board)
+        through = puppet.pool.awake is not None
+        [record] = state.world.records()
+        for _ in range(30):
+            if record.status not in ACTIVE:
+                break
+            go_on(state, puppet, rounds=1)
+            go_on(state, heir, rounds=1)
+            heir.act(heir.board)
+            state.clean(6.0)
+            [record] = state.world.records()
+        assert record.status is Status.SUCCEEDED, f"after {commands} commands: {record}"
+        state.holds()
+        state.world.close()
+        if through:
+            break
+    assert commands > 5
 
 
 def go_on(state: Machine, puppet: Puppet, *, rounds: int = 4) -> None:

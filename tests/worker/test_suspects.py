@@ -44,6 +44,19 @@ ChainPool.step = slow
 """
 
 
+# One that is stopped as it is about to begin its first job.
+STOPPED = """
+import os, signal
+from worker.runtime import Runtime
+begin = Runtime.begin
+def stop_first(self, *job):
+    Runtime.begin = begin
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return begin(self, *job)
+Runtime.begin = stop_first
+"""
+
+
 def find_abandoned(service: Service) -> None:
     """What RQ's cleaners do once the heartbeats of a dead worker have lapsed, at once."""
     registry = StartedJobRegistry("ddpm", connection=service.redis, serializer=JSONSerializer)
@@ -88,6 +101,22 @@ def test_a_job_that_workers_froze_over_goes_on_when_they_do(service: Service, nu
         os.kill(worker.pid, signal.SIGCONT)
     record = service.ended(job_id)
     assert f".{heir.pid}." in record.worker
+    service.until(lambda: counts(service, job_id) == "0 0")
+
+
+def test_a_worker_frozen_as_it_begins_a_job_takes_it_from_nobody(
+    service: Service, nursery: Any
+) -> None:
+    """The simulation stops it between any two of its commands; here one is stopped for real."""
+    job_id = service.admit(steps=1000)
+    frozen = nursery.worker(service, fault=STOPPED)
+    service.until(lambda: service.rq_status(job_id) == "started")
+    find_abandoned(service)
+    heir = nursery.worker(service)
+    service.until(lambda: service.record(job_id).done > 0)
+    os.kill(frozen.pid, signal.SIGCONT)
+    service.ended(job_id)
+    assert frozen.alive() and heir.alive()
     service.until(lambda: counts(service, job_id) == "0 0")
 
 

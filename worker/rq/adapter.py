@@ -28,6 +28,7 @@ from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.utils import now
 
+from jobs.states import ACTIVE
 from jobs.store.trouble import passes
 from worker.engine.tasks import EngineStopped
 from worker.flights import Ending, Flight, Intent, Outcome
@@ -127,14 +128,12 @@ class EngineWorker(HoldingWorker):
         if not self._is_to_run(job, queue):
             queue.intermediate_queue.remove(job.id)
             return
-        boarded = Boarded(job, queue, self.prepare_execution(job))
+        boarded = Boarded(job, queue, self._take(job, queue))
         try:
             job_id = job_id_of(job)
         except Exception as error:  # not one of ours, or of another serializer
-            queue.intermediate_queue.remove(job.id)
             self._fail(boarded, error)
             return
-        self.prepare_job_execution(job, True)
         self._boarded[boarded.execution.id] = boarded
         self._begin(boarded, job_id)
 
@@ -208,9 +207,19 @@ class EngineWorker(HoldingWorker):
         elif outcome.ending is Ending.RELEASED:
             self.runtime.store.requeue(outcome.job_id, execution.id)
             self._requeue(boarded)
-        else:  # RQ thinks it ours, and the store does not: nobody else will end it
-            self._fail(boarded, RuntimeError("the job is gone from the store, or ended there"))
+        else:
+            self._disagree(boarded, outcome)
         self._boarded.pop(execution.id, None)
+
+    def _disagree(self, boarded: Boarded, outcome: Outcome) -> None:
+        """RQ thinks a job ours, and the store does not. If it has not ended, then one that was
+        frozen as it began it has taken it from us, and will find that it is not its own."""
+        self.runtime.store.returned(outcome.job_id, boarded.execution.id, worker=self.name)
+        record = self.runtime.store.record(outcome.job_id)
+        if record is not None and record.status in ACTIVE:
+            self._requeue(boarded)
+        else:  # nobody else will end it
+            self._fail(boarded, RuntimeError("the job is gone from the store, or ended there"))
 
     def _poll(self) -> None:
         """RQ sends no word when a job is canceled, deleted or taken over: look."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from rq import worker_registration
 from rq.callbacks import execute_stopped_callback
+from rq.executions import Execution
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.queue import Queue
@@ -24,8 +25,6 @@ class RQMismatch(RuntimeError):
 _SIGNATURES: dict[Any, str] = {
     BaseWorker.execute_job: "self job queue",
     BaseWorker.dequeue_job_and_maintain_ttl: "self timeout max_idle_time",
-    BaseWorker.prepare_execution: "self job",
-    BaseWorker.prepare_job_execution: "self job remove_from_intermediate_queue",
     BaseWorker.cleanup_execution: "self job pipeline execution",
     BaseWorker._finalize_success: "self job queue execution return_value",
     BaseWorker._finalize_failure: "self job queue execution exc_info",
@@ -45,9 +44,11 @@ _SIGNATURES: dict[Any, str] = {
     BaseWorker.set_state: "self state pipeline",
     Queue.dequeue_any: "queues timeout connection job_class serializer death_penalty_class",
     Queue.enqueue_job: "self job pipeline at_front unique",
+    Execution.create: "job ttl pipeline worker_name",
     IntermediateQueue.cleanup: "self worker queue",
     IntermediateQueue.should_be_cleaned_up: "self job_id",
     IntermediateQueue.remove: "self job_id",
+    Job.prepare_for_execution: "self worker_name pipeline",
     Job.cancel: "self pipeline enqueue_dependents remove_from_dependencies",
     clean_registries: "queue exception_handlers",
     worker_registration.clean_worker_registry: "queue",

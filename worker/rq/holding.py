@@ -11,6 +11,7 @@ from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.timeouts import JobTimeoutException
 from rq.utils import as_text, now
+from rq.worker import WorkerStatus
 
 from jobs.store.rq_queue import JOB_FUNCTION
 from worker.flights import AnyFlight
@@ -36,6 +37,22 @@ class Boarded:
 
 class HoldingWorker(WaitingWorker):
     """What RQ lets a worker do with one job, for jobs that are many at once."""
+
+    def _take(self, job: Job, queue: Queue) -> Execution:
+        """Have RQ write down that a popped job runs here. All of it at once: RQ itself writes the
+        execution, and then the rest; of a worker that is silent in between the execution lapses,
+        and what it goes on to write says that the job runs, without one that could lapse."""
+        ttl = self.get_heartbeat_ttl(job)
+        with self.connection.pipeline() as pipeline:
+            execution = Execution.create(job, ttl, pipeline=pipeline, worker_name=self.name)
+            self.set_state(WorkerStatus.BUSY, pipeline=pipeline)
+            self.heartbeat(ttl, pipeline=pipeline)
+            job.prepare_for_execution(self.name, pipeline=pipeline)
+            pipeline.persist(job.key)
+            pipeline.lrem(queue.intermediate_queue_key, 1, job.id)
+            pipeline.execute()
+        self.executions[execution.id] = execution
+        return execution
 
     def _ours(self, boarded: list[Boarded]) -> list[bool]:
         return [status == JobStatus.STARTED for status in self._statuses(boarded)]
