@@ -65,10 +65,12 @@ def test_a_cancel_waits_for_no_picture(app: FastAPI, client: httpx.Client, worke
     assert client.get(f"/jobs/{done}/images/0.png").status_code == 200
 
 
-def test_previews_are_encoded_once_for_all_who_watch(client: httpx.Client, worker: Worker) -> None:
+def test_previews_are_encoded_once_for_all_who_watch_and_hold_up_nobody(
+    client: httpx.Client, worker: Worker
+) -> None:
     job_id = client.post("/generate", json=PREVIEWS).json()["id"]
     started = worker.start(job_id)
-    streams: list[list[str]] = [[] for _ in range(8)]
+    streams: list[list[str]] = [[] for _ in range(40)]
 
     def watch(lines: list[str]) -> None:
         with client.stream("GET", f"/jobs/{job_id}/events") as reply:
@@ -77,10 +79,12 @@ def test_previews_are_encoded_once_for_all_who_watch(client: httpx.Client, worke
     viewers = [threading.Thread(target=watch, args=(lines,)) for lines in streams]
     for viewer in viewers:
         viewer.start()
-    until(lambda: "ddpm_event_streams 8.0" in client.get("/metrics").text)
+    until(lambda: "ddpm_event_streams 40.0" in client.get("/metrics").text)
     for t in (901, 801, 701):
         worker.snapshot(started, t)
         time.sleep(0.05)
+        waiting = client.post("/generate", json={}, timeout=8).json()["id"]
+        assert client.post(f"/jobs/{waiting}/cancel", timeout=8).json()["status"] == "canceled"
     worker.store.fail(job_id, "e", code="worker_error", detail="enough")
     for viewer in viewers:
         viewer.join()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +181,58 @@ def progressive(scans: int) -> bytes:
     raw = saved(Image.new("L", (16, 16), 9), "JPEG", progressive=True)
     last = raw[raw.rindex(b"\xff\xda") : -2]
     return raw[:-2] + last * (scans - raw.count(b"\xff\xda")) + raw[-2:]
+
+
+def largest_png(*, interlaced: bool) -> bytes:
+    """16 bits in four channels, each row predicted from its neighbours: what takes longest."""
+    row = b"\x04" + bytes(range(256)) * (SIDE * 8 // 256)
+    rows = row * SIDE
+    if interlaced:  # seven passes, each of as many bytes in fewer, shorter rows
+        widths = [SIDE >> s for s in (3, 3, 2, 2, 1, 1, 0)]
+        heights = [SIDE >> s for s in (3, 3, 3, 2, 2, 1, 1)]
+        rows = b"".join(
+            row[: 1 + 8 * width] * high for width, high in zip(widths, heights, strict=True)
+        )
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 16, RGBA, 0, 0, interlaced)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows, 1)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def largest_jpeg(mode: str, which: int) -> bytes:
+    """As many scans as there may be; which: the one that comes again and again."""
+    noise = np.tile(RNG.integers(0, 256, (512, 512), np.uint8), (SIDE // 512, SIDE // 512))
+    image = Image.fromarray(noise) if mode == "L" else Image.new(mode, (SIDE, SIDE))
+    raw = saved(image, "JPEG", progressive=True, quality=4 if mode == "L" else 50)
+    starts = [match.start() for match in re.finditer(b"\xff\xda", raw)] + [len(raw) - 2]
+    scan = raw[starts[which] : starts[which + 1]]
+    most = min(containers.MAX_SCANS - len(starts) + 1, (2**24 - len(raw)) // len(scan))
+    return raw[: starts[which]] + scan * most + raw[starts[which] :]
+
+
+def largest_webp(**options: Any) -> bytes:
+    noise = np.tile(RNG.integers(0, 256, (512, 512, 4), np.uint8), (SIDE // 512, SIDE // 512, 1))
+    return saved(Image.fromarray(noise), "WEBP", method=0, quality=30, **options)
+
+
+SIDE = 4096  # of the largest picture that may be uploaded
+SLOWEST: dict[str, Callable[[], bytes]] = {
+    "PNG": lambda: largest_png(interlaced=False),
+    "interlaced PNG": lambda: largest_png(interlaced=True),
+    "four components": lambda: largest_jpeg("CMYK", 0),
+    "long scans": lambda: largest_jpeg("L", 5),
+    "lossless WebP": lambda: largest_webp(lossless=True),
+}
+
+
+@pytest.mark.parametrize("name", SLOWEST)
+def test_no_picture_takes_long(name: str) -> None:
+    """The largest that each format can be within the limits of an upload. A thread of the
+    decoders' pool is another's again within seconds, so nothing stops one."""
+    raw = SLOWEST[name]()
+    assert len(raw) <= 2**24
+    began = time.process_time()
+    assert open_picture(raw, max_pixels=SIDE**2).decode(3).size == (SIDE, SIDE)
+    assert time.process_time() - began < 5  # about 1; processor time, on a machine that has others
 
 
 def test_scans_are_counted_before_anything_is_decoded() -> None:
