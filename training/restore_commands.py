@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from training.commands import find_model, warnings_in_words
+from training.commands import THREADS, find_model, warnings_in_words
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -37,6 +37,7 @@ OPERATORS = ("mask", "average_pool", "gray", "blur", "identity")
 @click.option("--out", type=PATH, default="restored.png", show_default=True)
 @click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
+@THREADS
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def restore(**options: Any) -> None:
     """Samples of what PICTURE was before it was measured: fill in, make larger, colour, sharpen,
@@ -57,7 +58,7 @@ def restore(**options: Any) -> None:
     out = options.pop("out")
     try:
         picture_suffix(out)
-        model = _loaded(options.pop("model"), options.pop("device"))
+        model = _loaded(*(options.pop(name) for name in ("model", "device", "threads")))
         with warnings_in_words(FewStepsWarning):
             strip = restored_strip(model, options.pop("picture"), asked, **options)
         save_picture(strip, out)
@@ -77,6 +78,7 @@ def restore(**options: Any) -> None:
 @click.option("--strip", type=PATH, help="A picture: a row each of the image, x_T, the way back.")
 @click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
+@THREADS
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def encode(
     pictures: tuple[Path, ...],
@@ -84,6 +86,7 @@ def encode(
     out: Path,
     strip: Path | None,
     device: str | None,
+    threads: int | None,
     **options: Any,
 ) -> None:
     """The x_T of PICTURES, float32 [N, C, H, W], and how well it leads back to them."""
@@ -99,7 +102,7 @@ def encode(
         if strip is not None:
             picture_suffix(strip)
         with warnings_in_words(FewStepsWarning):
-            x_T, rows, psnr = encoded(_loaded(model, device), pictures, **options)
+            x_T, rows, psnr = encoded(_loaded(model, device, threads), pictures, **options)
         np.save(out, x_T.numpy())
         if strip is not None:
             save_picture(grid(rows, columns=3), strip)
@@ -108,9 +111,11 @@ def encode(
     click.echo(f"{out}: {len(x_T)} x_T; the way back is {psnr:.1f} dB from the pictures")
 
 
-def _loaded(name: str, device: str | None) -> Any:
+def _loaded(name: str, device: str | None, threads: int | None) -> Any:
     import torch
 
+    from diffusion import cores
     from diffusion.checkpoint import load
 
+    cores.use(threads or cores.count())
     return load(find_model(name), device or ("cuda" if torch.cuda.is_available() else "cpu"))

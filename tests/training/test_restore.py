@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 import diffusion
-from diffusion import ScheduleConfig
+from diffusion import ScheduleConfig, cores
 from jobs.marking import GENERATED
 from tests.diffusion.networks import build_model
 from training.restore_commands import encode, restore
@@ -105,6 +107,21 @@ def test_pictures_become_their_x_T(place: Path, tmp_path: Path) -> None:
     assert GENERATED.encode() in strip.read_bytes()
     with Image.open(strip) as picture:
         assert picture.size == (28, 18)
+
+
+@pytest.mark.parametrize("command", [restore, encode])
+def test_they_keep_to_the_cores_they_are_given(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: click.Command
+) -> None:
+    monkeypatch.setattr(cores, "_cores", 2)
+    given = [str(place / "whole.png"), "--model", str(place / "tiny"), "--quiet", "--steps", "2"]
+    if command is restore:
+        given += ["--box", "0,4,8,8", "--out", str(tmp_path / "out.png")]
+    else:
+        given += ["--out", str(tmp_path / "out.npy")]
+    ran = CliRunner().invoke(command, [*given, "--threads", "1"])
+    assert ran.exit_code == 0, ran.output
+    assert cores.count() == torch.get_num_threads() == 1
 
 
 def test_few_steps_are_warned_of_in_words(place: Path, tmp_path: Path) -> None:
