@@ -22,7 +22,8 @@ class Followers(contextlib.AbstractContextManager["Followers"]):
         self._stage = stage
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._follow, daemon=True) for _ in range(FOLLOWERS)
+            threading.Thread(target=self._follow, daemon=True)
+            for _ in range(1 if stage.brief else FOLLOWERS)
         ]
         self._read: dict[str, list[tuple[str, str]]] = {}  # job → (id, name) of its events
         self._broke = 0
@@ -39,10 +40,11 @@ class Followers(contextlib.AbstractContextManager["Followers"]):
         """Make no more jobs, and read the last to their ends."""
         self._stop.set()
         for thread in self._threads:
-            thread.join(timeout=900)
+            thread.join(timeout=self._stage.patience)
 
     def _follow(self) -> None:
-        body = {"model": "tiny", "steps": 1000, "snapshots": {"every": 20, "kinds": ["x_t"]}}
+        steps = 200 if self._stage.brief else 1000
+        body = {"model": "tiny", "steps": steps, "snapshots": {"every": 20, "kinds": ["x_t"]}}
         with httpx.Client(base_url=self._stage.url, timeout=30, trust_env=False) as client:
             while not self._stop.is_set():
                 headers = {"Idempotency-Key": uuid.uuid4().hex}

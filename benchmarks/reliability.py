@@ -1,322 +1,147 @@
 """A storm of real faults on a service under load: what is lost, failed, doubled or different.
 
-    .venv/bin/python benchmarks/reliability.py [--short] [--only NAME …]
+    .venv/bin/python benchmarks/reliability.py [--short] [--only NAME …] [--together]
         [--under-way JOBS] [--soak JOBS STREAMS]
 
 Each fault has a service of its own: Redis with a file on a disk, two workers, the API. While
 clients keep a dozen jobs under way it is done so many times; then all that was accepted must end,
-with the very images of an undisturbed service. --short does each once.
+with the very images of an undisturbed service. --short does each once. --together does all that
+can be on one service, one after the other, each as soon as jobs end again after the last.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
-import redis
+from faults import (
+    FAULTS,
+    ON_OTHER,
+    Fault,
+    Skipped,
+    faked_clock,
+    kill_under_up,
+    knows,
+    move_clock,
+    nothing,
+    of_one_stage,
+)
 from followers import Followers
 from soak import soak
 from storm import REQUESTS, Load, Row, Stage, UpStage, save_model, until
 
-HANGS = """
-import time
-from worker.engine.chain_pool import ChainPool
-step, steps = ChainPool.step, []
-def hang(self, batch, shape):
-    steps.append(1)
-    return step(self, batch, shape) if len(steps) < 200 else time.sleep(10_000)
-ChainPool.step = hang
-"""
-NO_MEMORY = """
-import torch
-from worker.network.network import Network
-output = Network.output
-def full(self, x, t, labels, shape):
-    if x.shape[0] > 3:
-        raise torch.OutOfMemoryError("CUDA out of memory (so it is said here)")
-    return output(self, x, t, labels, shape)
-"""
-NO_MEMORY_SOON = (
-    NO_MEMORY
-    + """
-import threading
-threading.Timer(8, lambda: setattr(Network, "output", full)).start()
-"""
-)
-
-
-class Skipped(Exception):
-    """What this machine lacks for a fault."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """act: does it once. tries: in full. pause: seconds between."""
-
-    act: Callable[[Stage], None]
-    tries: int
-    pause: float = 5.0
-    set_up: Callable[[Stage], contextlib.AbstractContextManager[Any]] | None = None
-    requests: Any = REQUESTS
-
-
-def _nothing(stage: Stage) -> None:
-    """For comparison."""
-
-
-# Workers
-
-
-def kill_worker(stage: Stage) -> None:
-    stage.replace_worker(stage.number % 2)
-
-
-def kill_workers(stage: Stage) -> None:
-    for worker in stage.workers:
-        worker.kill()
-    for which in range(2):
-        stage.replace_worker(which)
-
-
-def kill_under_up(stage: Stage) -> None:
-    """One of all the processes that `ddpm up` keeps, Redis and the API among them."""
-    [up] = stage.processes
-    children = psutil.Process(up.pid).children()
-    if children:
-        children[stage.number % len(children)].kill()
-
-
-def deploy(stage: Stage) -> None:
-    """New ones first, then the old ones are told to go; the API too."""
-    old = list(stage.workers)
-    stage.workers[:] = [stage.start_worker() for _ in old]
-    for worker in old:
-        stage.end(worker, signal.SIGTERM)
-    stage.end(stage.api, signal.SIGTERM)
-    stage.api = stage.start_api()
-
-
-def freeze(stage: Stage) -> None:
-    """Longer than a worker may be silent; then it goes on with what was its."""
-    worker = stage.workers[stage.number % 2]
-    worker.send_signal(signal.SIGSTOP)
-    time.sleep(30)
-    worker.send_signal(signal.SIGCONT)
-
-
-def hang(stage: Stage) -> None:
-    stage.end(stage.workers[stage.number % 2], signal.SIGTERM)
-    hanging = stage.start_worker(HANGS, DDPM_STALL_LIMIT_S="3")
-    if hanging.wait(timeout=600) != 75:
-        raise RuntimeError("the worker did not notice that its device hangs")
-    stage.workers[stage.number % 2] = stage.start_worker()
-
-
-def no_memory(stage: Stage) -> None:
-    stage.end(stage.workers[stage.number % 2], signal.SIGTERM)
-    stage.workers[stage.number % 2] = stage.start_worker(NO_MEMORY_SOON)
-    time.sleep(15)
-
-
-# Redis
-
-
-def kill_redis(stage: Stage) -> None:
-    stage.end(stage.server)
-    time.sleep(1)
-    stage.start_redis()
-
-
-def read_only(stage: Stage) -> None:
-    stage.redis.replicaof("127.0.0.1", "1")
-    time.sleep(5)
-    stage.redis.replicaof("NO", "ONE")
-
-
-def fill_disk(stage: Stage) -> None:
-    """Until Redis says that it cannot write; then there is room again."""
-    filler = stage.data / "filler"
-    with contextlib.suppress(OSError), filler.open("wb") as file:
-        while True:
-            file.write(bytes(2**16))
-            file.flush()
-    until(lambda: _refuses(stage.redis), "Redis to notice that the disk is full")
-    time.sleep(3)
-    filler.unlink()
-    until(lambda: not _refuses(stage.redis), "Redis to write again")
-
-
-def _refuses(connection: redis.Redis) -> bool:
-    try:
-        connection.set("storm:probe", 1)
-    except redis.exceptions.RedisError:
-        return True
-    return False
+OF_BOTH = (*REQUESTS[:3], *ON_OTHER[3:])  # models of a stage of many faults: short jobs
 
 
 @contextlib.contextmanager
-def small_disk(stage: Stage) -> Iterator[None]:
-    """Redis' folder on a file system of 24 MiB."""
-    stage.end(stage.server)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(stage.data)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if mounted.returncode:
-        raise Skipped(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    stage.start_redis()
+def staged(models: Path, *faults: Fault, brief: bool = False) -> Iterator[Stage]:
+    """A service for these faults that serves a copy of the models. Raises Skipped."""
+    acts = [fault.act for fault in faults]
+    folder = Path(tempfile.mkdtemp(prefix="storm-"))
     try:
-        yield
+        shutil.copytree(models, folder / "models")
+        more = faked_clock(folder) if move_clock in acts else {}
+        kind = UpStage if kill_under_up in acts else Stage
+        stage = kind(folder, folder / "models", brief=brief, **more)
+        try:
+            with httpx.Client(base_url=stage.url, trust_env=False) as client:
+                until(lambda: knows(client, "tiny"), "the service")
+            yield stage
+        except BaseException:
+            sys.stderr.write((folder / "log").read_text(errors="replace")[-3000:])
+            raise
+        finally:
+            stage.close()
     finally:
-        stage.server.kill()
-        stage.server.wait()
-        subprocess.run(["umount", str(stage.data)], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def much_data(stage: Stage) -> Iterator[None]:
-    """So much that Redis reads it for seconds as it starts."""
-    for _ in range(30):
-        with stage.redis.pipeline(transaction=False) as pipe:
-            for _ in range(20):
-                pipe.eval(
-                    "for i = 1, 2000 do redis.call('INCR', 'storm:' .. math.random(1e9)) end", 0
-                )
-            pipe.execute()
-    yield
-
-
-# The API, models, the clock
-
-
-def kill_api(stage: Stage) -> None:
-    """While streams are open: see `followers`."""
-    stage.end(stage.api)
-    stage.api = stage.start_api()
-
-
-@contextlib.contextmanager
-def other_model(stage: Stage) -> Iterator[None]:
-    save_model(stage.models / "other", seed=100)
-    with httpx.Client(base_url=stage.url, trust_env=False) as client:
-        until(lambda: _knows(client, "other"), "the other model")
-        yield
-    shutil.rmtree(stage.models / "other", ignore_errors=True)
-
-
-def _knows(client: httpx.Client, name: str) -> bool:
-    with contextlib.suppress(httpx.HTTPError):
-        return any(model["name"] == name for model in client.get("/models").json()["data"])
-    return False
-
-
-def replace_model(stage: Stage) -> None:
-    """By another of the same name, at once; and away altogether for a while."""
-    save_model(stage.folder / "new", seed=101 + stage.number)
-    os.rename(stage.models / "other", stage.folder / f"old-{stage.number}")
-    os.rename(stage.folder / "new", stage.models / "other")
-    time.sleep(6)
-    os.rename(stage.models / "other", stage.folder / "away")
-    time.sleep(6)
-    os.rename(stage.folder / "away", stage.models / "other")
-
-
-def move_clock(stage: Stage) -> None:
-    """An hour on, and back again, for all of it, Redis too."""
-    clock = Path(stage.more["FAKETIME_TIMESTAMP_FILE"])
-    clock.write_text("+1h\n" if stage.number % 2 == 0 else "+0h\n")
-    time.sleep(10)
-
-
-def faked_clock(folder: Path) -> dict[str, str]:
-    """The environment in which a file tells the time. Raises Skipped."""
-    # Not Debian's 0.9.10: under it a sleep to a time that has just passed is an error.
-    found = importlib.util.find_spec("libfaketime")
-    libraries = [] if found is None else sorted(Path(str(found.origin)).parent.rglob("*.so*"))
-    if not libraries:
-        raise Skipped("libfaketime is not installed (pip install libfaketime)")
-    clock = folder / "clock"
-    clock.write_text("+0h\n")
-    return {
-        "LD_PRELOAD": str(libraries[0]),
-        "FAKETIME_TIMESTAMP_FILE": str(clock),
-        "FAKETIME_CACHE_DURATION": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
-
-
-ON_OTHER = (
-    *REQUESTS[:3],
-    *({"deterministic": True, "model": "other", "seed": i, "steps": 50} for i in range(2)),
-)
-FAULTS: dict[str, Fault] = {
-    "kill -9 a worker, every 20 s": Fault(kill_worker, 10, 20.0),
-    "kill -9 a worker, every 2 s": Fault(kill_worker, 20, 2.0),
-    "kill -9 every worker at once, every 20 s": Fault(kill_workers, 10, 20.0),
-    "kill -9 every worker at once, every 2 s": Fault(kill_workers, 10, 2.0),
-    "kill -9 under `ddpm up`, every 10 s": Fault(kill_under_up, 20, 10.0),
-    "kill -9 under `ddpm up`, every 2 s": Fault(kill_under_up, 20, 2.0),
-    "kill -9 Redis": Fault(kill_redis, 10, 8.0),
-    "kill -9 Redis with 1.2 million keys": Fault(kill_redis, 3, 10.0, much_data),
-    "disk full": Fault(fill_disk, 4, 8.0, small_disk),
-    "Redis read-only": Fault(read_only, 4, 8.0),
-    "kill -9 the API, with streams": Fault(kill_api, 20, 5.0, Followers),
-    "deploy": Fault(deploy, 5, 10.0),
-    "a worker frozen for 30 s": Fault(freeze, 5, 10.0),
-    "the device hangs": Fault(hang, 5, 10.0),
-    "no memory in a forward": Fault(no_memory, 5, 5.0),
-    "model replaced, then away": Fault(replace_model, 5, 5.0, other_model, ON_OTHER),
-    "clock an hour on, and back": Fault(move_clock, 6, 5.0),
-}
+def do(fault: Fault, stage: Stage, load: Load, *, tries: int, pause: Callable[[], None]) -> None:
+    """A fault so often. Raises what went wrong with the load."""
+    for number in range(tries):
+        stage.number = number
+        fault.act(stage)
+        pause()
+        if load.failure is not None:
+            raise load.failure
 
 
 def run(fault: Fault, models: Path, *, tries: int, most: int, expected: dict[str, set[Any]]) -> Row:
     """One line of the table. most: jobs under way."""
-    folder = Path(tempfile.mkdtemp(prefix="storm-"))
-    own = folder / "models"
-    shutil.copytree(models, own)
-    kind = UpStage if fault.act is kill_under_up else Stage
-    stage = kind(folder, own, **(faked_clock(folder) if fault.act is move_clock else {}))
+    with (
+        staged(models, fault) as stage,
+        (fault.set_up or contextlib.nullcontext)(stage) as followers,
+    ):
+        load = Load(stage, expected, requests=fault.requests, most=most)
+        load.start()
+        time.sleep(3)
+        do(fault, stage, load, tries=tries, pause=lambda: time.sleep(fault.pause))
+        if isinstance(followers, Followers):
+            followers.stop()
+        row = load.finish()
+        row.tries = tries
+        if isinstance(followers, Followers):
+            followers.reckon(row)
+    return row
+
+
+def together(models: Path, *, most: int) -> bool:
+    """Each fault that can be beside others, and what ended while it was done; whether all went
+    well."""
+    faults, sound = of_one_stage(), True
     try:
-        with httpx.Client(base_url=stage.url, trust_env=False) as client:
-            until(lambda: _knows(client, "tiny"), "the service")
-        with (fault.set_up or contextlib.nullcontext)(stage) as followers:
-            load = Load(stage, expected, requests=fault.requests, most=most)
-            load.start()
-            time.sleep(3)
-            for number in range(tries):
-                stage.number = number
-                fault.act(stage)
-                time.sleep(fault.pause)
-                if load.failure is not None:
-                    raise load.failure
-            if isinstance(followers, Followers):
-                followers.stop()
-            row = load.finish()
-            row.tries = tries
-            if isinstance(followers, Followers):
-                followers.reckon(row)
-        return row
-    except BaseException:
-        sys.stderr.write((folder / "log").read_text(errors="replace")[-3000:])
-        raise
-    finally:
-        stage.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as folder:
+            faked_clock(Path(folder))
+    except Skipped as why:
+        for name in [name for name, fault in faults.items() if fault.act is move_clock]:
+            skip(name, why)
+            del faults[name]
+    with staged(models, *faults.values(), brief=True) as stage, contextlib.ExitStack() as stack:
+        entered = {}
+        for name, fault in faults.items():
+            try:
+                set_up = (fault.set_up or contextlib.nullcontext)(stage)
+                entered[name] = stack.enter_context(set_up)
+            except Skipped as why:
+                skip(name, why)
+        [followers] = [it for it in entered.values() if isinstance(it, Followers)]
+        load = Load(stage, {}, requests=OF_BOTH, most=most)
+        load.start()
+        until(lambda: len(load.expected) == len(OF_BOTH) or load.failure, "an undisturbed service")
+        sound &= show("none", load.turn())
+        for name in entered:
+            fault = faults[name]
+            do(fault, stage, load, tries=fault.beside, pause=load.recover)
+            row = load.turn()
+            row.tries = fault.beside
+            sound &= show(name, row)
+        followers.stop()
+        row = load.finish()
+        followers.reckon(row)
+        return show("to the end", row) and sound
+
+
+def show(name: str, row: Row) -> bool:
+    """A line of the table; whether it has nothing but zeros."""
+    counts = (row.tries, row.accepted, row.lost, row.failed, row.doubled, row.different)
+    print(f"| {name} | {' | '.join(map(str, counts))} | {row.recovery:.0f} |", flush=True)
+    for note in row.notes[:5]:
+        print(f"  {name}: {note}", file=sys.stderr, flush=True)
+    return row.sound
+
+
+def skip(name: str, why: Skipped) -> None:
+    """A line of the table for what cannot be done here."""
+    print(f"| {name} | skipped: {why} | | | | | | |", flush=True)
 
 
 def main() -> None:
@@ -324,34 +149,33 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--short", action="store_true", help="each fault once")
+    parser.add_argument("--together", action="store_true", help="each fault once, on one service")
     parser.add_argument("--only", nargs="+", default=[""], help="faults whose name has this")
     parser.add_argument("--under-way", type=int, default=12, help="jobs at once")
     parser.add_argument("--soak", nargs=2, type=int, metavar=("JOBS", "STREAMS"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # and cleans up
     if options.soak:
         sys.exit(not soak(*options.soak))
-    models, bad = Path(tempfile.mkdtemp(prefix="storm-models-")), False
+    models, sound = Path(tempfile.mkdtemp(prefix="storm-models-")), True
     save_model(models / "tiny", seed=0)
-    expected: dict[str, set[Any]] = {}
     print("| fault | tries | accepted | lost | failed | doubled | different | recovery, s |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    for name, fault in {"none": Fault(_nothing, 1, 20.0), **FAULTS}.items():
+    if options.together:
+        sys.exit(not together(models, most=options.under_way))
+    expected: dict[str, set[Any]] = {}
+    for name, fault in {"none": Fault(nothing, 1, 20.0), **FAULTS}.items():
         if name != "none" and not any(part in name for part in options.only):
             continue
         try:
             tries = 1 if options.short else fault.tries
-            most = options.under_way
-            row = run(fault, models, tries=tries, most=most, expected=expected)
+            row = run(fault, models, tries=tries, most=options.under_way, expected=expected)
         except Skipped as why:
-            print(f"| {name} | skipped: {why} | | | | | | |", flush=True)
+            skip(name, why)
             continue
-        bad = bad or not row.sound
-        counts = (row.tries, row.accepted, row.lost, row.failed, row.doubled, row.different)
-        print(f"| {name} | {' | '.join(map(str, counts))} | {row.recovery:.0f} |", flush=True)
-        for note in row.notes[:5]:
-            print(f"  {note}", file=sys.stderr, flush=True)
+        sound &= show(name, row)
     shutil.rmtree(models)
-    sys.exit(bad)
+    sys.exit(not sound)
 
 
 if __name__ == "__main__":

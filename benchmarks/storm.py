@@ -31,6 +31,7 @@ from diffusion import Model, ModelConfig, ScheduleConfig, UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 900.0  # after the last fault, for all that was accepted to end
+BRIEF_PATIENCE_S = 240.0
 REQUESTS: tuple[dict[str, Any], ...] = tuple(
     {"deterministic": True, "model": "tiny", "seed": seed, "num_images": images, "steps": steps}
     for seed, images, steps in [(1, 1, 40), (2, 4, 100), (3, 2, 300), (4, 1, 1000), (5, 8, 60)]
@@ -58,18 +59,27 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+# The times between which a worker that died is noticed, a tenth of what they are.
+QUICK = """
+from worker.rq import waiting
+waiting.MONITOR_S, waiting.SLACK_S, waiting.MAINTENANCE_S = 1, 2, 1
+"""
+
+
 class Stage:
     """Redis, two workers and the API, each to be ended and started again.
 
-    data: Redis' folder. more: environment of workers and API.
+    data: Redis' folder. more: environment of workers and API. brief: all that takes time takes
+    less of it.
     """
 
-    def __init__(self, folder: Path, models: Path, **more: str) -> None:
-        self.folder, self.models, self.more = folder, models, more
+    def __init__(self, folder: Path, models: Path, *, brief: bool = False, **more: str) -> None:
+        self.folder, self.models, self.brief, self.more = folder, models, brief, more
         self.data = folder / "redis"
         self.data.mkdir(parents=True)
         self.number = 0  # of the try
         self.posted: set[str] = set()  # jobs that somebody asked for
+        self.patience = BRIEF_PATIENCE_S if brief else PATIENCE_S
         self.port = free_port()
         self.socket = self.data / "s"
         self.redis = redis.Redis(unix_socket_path=str(self.socket))
@@ -97,6 +107,7 @@ class Stage:
             "DDPM_COMPILE": "0",
             "DDPM_CHECKPOINT_S": "0.5",
             "OMP_NUM_THREADS": "1",
+            **({"DDPM_DRAIN_S": "1"} if self.brief else {}),
             **self.more,
             **more,
         }
@@ -120,7 +131,8 @@ class Stage:
 
     def start_worker(self, fault: str = "", **more: str) -> subprocess.Popen[bytes]:
         """fault: code that breaks its device."""
-        code = f"{fault}\nfrom worker.commands import worker\nworker()"
+        quick = QUICK if self.brief else ""
+        code = f"{quick}{fault}\nfrom worker.commands import worker\nworker()"
         return self.run(sys.executable, "-c", code, "--verbose", **more)
 
     def end(self, process: subprocess.Popen[bytes], signum: int = signal.SIGKILL) -> None:
@@ -133,12 +145,22 @@ class Stage:
         self.end(self.workers[which], signum)
         self.workers[which] = self.start_worker()
 
+    def wait(self, seconds: float, *, brief: float) -> None:
+        """Let so many seconds go by; in brief, so few."""
+        time.sleep(brief if self.brief else seconds)
+
+    def told(self, words: str) -> int:
+        """How often the log says something."""
+        return (self.folder / "log").read_text(errors="replace").count(words)
+
     def close(self) -> None:
         """End all of it."""
         for process in reversed(self.processes):
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            for name in ("faketime_shm", "sem.faketime_sem"):  # which libfaketime leaves behind
+                Path(f"/dev/shm/{name}_{process.pid}").unlink(missing_ok=True)
 
 
 class UpStage(Stage):
@@ -221,6 +243,7 @@ class Load(threading.Thread):
         self.client = httpx.Client(base_url=stage.url, timeout=15, trust_env=False)
         self.pending: dict[str, int] = {}  # job → number of its request
         self.ids: set[str] = set()
+        self.ended = 0
         self.row = Row()
         self.stopping = threading.Event()
         self._numbers = itertools.count()
@@ -233,13 +256,27 @@ class Load(threading.Thread):
             while not self.stopping.is_set() or self.pending:
                 if not self.stopping.is_set() and len(self.pending) < self.most:
                     self._post(next(self._numbers))
+                    self.stage.wait(0, brief=0.3)  # beside other tests, not all of the machine
                 for job_id in list(self.pending):
                     self._look(job_id)
-                if self.stopping.is_set() and time.monotonic() - self._stopped > PATIENCE_S:
+                if (
+                    self.stopping.is_set()
+                    and time.monotonic() - self._stopped > self.stage.patience
+                ):
                     break
-                time.sleep(0.02)
+                time.sleep(0.2 if self.stage.brief else 0.02)
         except BaseException as error:
             self.failure = error
+
+    def recover(self) -> None:
+        """Wait until jobs end again."""
+        before = self.ended
+        until(lambda: self.ended > before or self.failure, "a job to end", self.stage.patience)
+
+    def turn(self) -> Row:
+        """What became of the jobs since the last turn of this kind."""
+        row, self.row = self.row, Row()
+        return row
 
     def finish(self) -> Row:
         """Post no more, wait for the rest, and reckon."""
@@ -256,7 +293,7 @@ class Load(threading.Thread):
 
     def _post(self, number: int) -> None:
         key, body = uuid.uuid4().hex, self.requests[number % len(self.requests)]
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.stage.patience
         while time.monotonic() < deadline:
             try:
                 reply = self.client.post("/generate", json=body, headers={"Idempotency-Key": key})
@@ -294,6 +331,7 @@ class Load(threading.Thread):
             return
         else:
             self._judge(job, self.pending[job_id])
+        self.ended += 1
         now = time.monotonic()
         self.row.recovery, self._moved = max(self.row.recovery, now - self._moved), now
         del self.pending[job_id]
