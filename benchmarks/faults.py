@@ -47,7 +47,6 @@ threading.Timer(8, lambda: setattr(Network, "output", full)).start()
 """
 )
 NO_ROOM = "no memory for a batch"  # what a worker says of it
-UP_IN_SHORT = "tests/app/test_up.py::test_up_serves_stops_and_forgets_nothing"
 
 
 class Skipped(Exception):
@@ -58,8 +57,8 @@ class Skipped(Exception):
 class Fault:
     """act: does it once. tries: in full. pause: seconds between.
 
-    beside: tries on a stage of many faults; 0: it needs one of its own, and in_short is the test
-    that does it in little.
+    beside: tries on a stage of many faults; 0: it needs one of its own. in_short: the test that
+    does it in little; without one, CI does it on a stage with others.
     """
 
     act: Callable[[Stage], None]
@@ -276,33 +275,42 @@ ON_OTHER = (
     *REQUESTS[:3],
     *({"deterministic": True, "model": "other", "seed": i, "steps": 50} for i in range(2)),
 )
+UP = "tests/app/test_up.py::test_up_serves_stops_and_forgets_nothing"
+KILLED = "tests/worker/test_rq.py::test_a_killed_workers_job_is_back_within_half_a_minute"
+TROUBLED = "tests/worker/test_troubled_redis.py::"
+NO_REDIS = TROUBLED + "test_a_redis_that_goes_away_between_two_jobs_is_waited_for"
+TROUBLE = TROUBLED + "test_a_worker_waits_for_the_end_of_every_trouble"
+DEPLOY = "tests/worker/test_suspects.py::test_a_deploy_makes_no_suspects"
+FROZEN = "tests/worker/test_rq.py::test_a_frozen_worker_that_thaws_writes_nothing"
+HUNG = "tests/worker/test_rq.py::test_a_device_that_fails_takes_no_job_with_it"
+FULL = "tests/worker/test_engine.py::test_a_batch_without_memory_is_halved_and_all_goes_on"
 FAULTS: dict[str, Fault] = {
-    "kill -9 a worker, every 20 s": Fault(kill_worker, 10, 20.0),
-    "kill -9 a worker, every 2 s": Fault(kill_worker, 20, 2.0),
+    "kill -9 a worker, every 20 s": Fault(kill_worker, 10, 20.0, in_short=KILLED),
+    "kill -9 a worker, every 2 s": Fault(kill_worker, 20, 2.0, in_short=KILLED),
     "kill -9 every worker at once, every 20 s": Fault(kill_workers, 10, 20.0),
     "kill -9 every worker at once, every 2 s": Fault(kill_workers, 10, 2.0),
-    "kill -9 under `ddpm up`, every 10 s": Fault(
-        kill_under_up, 20, 10.0, beside=0, in_short=UP_IN_SHORT
-    ),
-    "kill -9 under `ddpm up`, every 2 s": Fault(
-        kill_under_up, 20, 2.0, beside=0, in_short=UP_IN_SHORT
-    ),
-    "kill -9 Redis": Fault(kill_redis, 10, 8.0),
+    "kill -9 under `ddpm up`, every 10 s": Fault(kill_under_up, 20, 10.0, beside=0, in_short=UP),
+    "kill -9 under `ddpm up`, every 2 s": Fault(kill_under_up, 20, 2.0, beside=0, in_short=UP),
+    "kill -9 Redis": Fault(kill_redis, 10, 8.0, in_short=NO_REDIS),
     "disk full": Fault(fill_disk, 4, 8.0, small_disk),
     "kill -9 Redis with 1.2 million keys": Fault(kill_redis, 3, 10.0, much_data),
-    "Redis read-only": Fault(read_only, 4, 8.0),
+    "Redis read-only": Fault(read_only, 4, 8.0, in_short=TROUBLE),
     "kill -9 the API, with streams": Fault(kill_api, 20, 5.0, Followers),
-    "deploy": Fault(deploy, 5, 10.0),
-    "a worker frozen for 30 s": Fault(freeze, 5, 10.0),
-    "the device hangs": Fault(hang, 5, 10.0),
-    "no memory in a forward": Fault(no_memory, 5, 5.0),
+    "deploy": Fault(deploy, 5, 10.0, in_short=DEPLOY),
+    "a worker frozen for 30 s": Fault(freeze, 5, 10.0, in_short=FROZEN),
+    "the device hangs": Fault(hang, 5, 10.0, in_short=HUNG),
+    "no memory in a forward": Fault(no_memory, 5, 5.0, in_short=FULL),
     "model replaced, then away": Fault(replace_model, 5, 5.0, other_model, ON_OTHER),
     "clock an hour on, and back": Fault(move_clock, 6, 5.0, beside=2),
 }
 
 
-def of_one_stage() -> dict[str, Fault]:
-    """Those that are done one after the other on one stage; where two differ in the pause alone,
-    one."""
-    alike = {(f.act, f.set_up): (name, f) for name, f in reversed(FAULTS.items()) if f.beside}
+def of_one_stage(*parts: str) -> dict[str, Fault]:
+    """Those whose name has one of these parts, and that can be on one stage, one after the other;
+    where two differ in the pause alone, one."""
+    alike = {
+        (fault.act, fault.set_up): (name, fault)
+        for name, fault in reversed(FAULTS.items())
+        if fault.beside and any(part in name for part in parts or ("",))
+    }
     return dict(reversed(alike.values()))

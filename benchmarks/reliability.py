@@ -34,12 +34,11 @@ from faults import (
     move_clock,
     nothing,
     of_one_stage,
+    other_model,
 )
 from followers import Followers
 from soak import soak
 from storm import REQUESTS, Load, Row, Stage, UpStage, save_model, until
-
-OF_BOTH = (*REQUESTS[:3], *ON_OTHER[3:])  # models of a stage of many faults: short jobs
 
 
 @contextlib.contextmanager
@@ -94,10 +93,10 @@ def run(fault: Fault, models: Path, *, tries: int, most: int, expected: dict[str
     return row
 
 
-def together(models: Path, *, most: int) -> bool:
+def together(models: Path, *parts: str, most: int) -> bool:
     """Each fault that can be beside others, and what ended while it was done; whether all went
     well."""
-    faults, sound = of_one_stage(), True
+    faults, sound = of_one_stage(*parts), True
     try:
         with tempfile.TemporaryDirectory() as folder:
             faked_clock(Path(folder))
@@ -113,10 +112,12 @@ def together(models: Path, *, most: int) -> bool:
                 entered[name] = stack.enter_context(set_up)
             except Skipped as why:
                 skip(name, why)
-        [followers] = [it for it in entered.values() if isinstance(it, Followers)]
-        load = Load(stage, {}, requests=OF_BOTH, most=most)
+        followed = [it for it in entered.values() if isinstance(it, Followers)]
+        models_are_two = any(fault.set_up is other_model for fault in faults.values())
+        requests = (*REQUESTS[:3], *(ON_OTHER[3:] if models_are_two else ()))  # short jobs
+        load = Load(stage, {}, requests=requests, most=most)
         load.start()
-        until(lambda: len(load.expected) == len(OF_BOTH) or load.failure, "an undisturbed service")
+        until(lambda: len(load.expected) == len(requests) or load.failure, "an undisturbed service")
         sound &= show("none", load.turn())
         for name in entered:
             fault = faults[name]
@@ -124,9 +125,11 @@ def together(models: Path, *, most: int) -> bool:
             row = load.turn()
             row.tries = fault.beside
             sound &= show(name, row)
-        followers.stop()
+        for followers in followed:
+            followers.stop()
         row = load.finish()
-        followers.reckon(row)
+        for followers in followed:
+            followers.reckon(row)
         return show("to the end", row) and sound
 
 
@@ -162,7 +165,7 @@ def main() -> None:
     print("| fault | tries | accepted | lost | failed | doubled | different | recovery, s |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     if options.together:
-        sys.exit(not together(models, most=options.under_way))
+        sys.exit(not together(models, *options.only, most=options.under_way))
     expected: dict[str, set[Any]] = {}
     for name, fault in {"none": Fault(nothing, 1, 20.0), **FAULTS}.items():
         if name != "none" and not any(part in name for part in options.only):
