@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from training.quality import Cell, Real
 from training.splits import load_split
 
 STEPS = (5, 6, 8, 10, 12, 15, 20, 50)
-FEW = 12  # up to here with every spacing
+NOT_CLIPPED = (10, 20)  # with these numbers of steps also as diffusers does by itself
 SPACINGS: dict[str, dict[str, Any]] = {
     "linspace": {},
     "trailing": {"timestep_spacing": "trailing"},
@@ -70,13 +70,19 @@ PEERS = {
 }
 
 
-def cells(steps: tuple[int, ...]) -> Iterator[tuple[str, str, bool, int]]:
-    """(peer, spacing, clip, steps)."""
-    for name, peer in PEERS.items():
-        for n in steps:
-            yield name, "linspace", False, n
-            for spacing in peer.spacings if n <= FEW else ("linspace",):
-                yield name, spacing, True, n
+def cells(
+    steps: tuple[int, ...], peers: Sequence[str], spacings: Sequence[str]
+) -> Iterator[tuple[str, str, bool, int]]:
+    """(peer, spacing, clip, steps) of the peers whose name has one of `peers`."""
+    for n in steps:
+        for name, peer in PEERS.items():
+            if not any(part in name for part in peers):
+                continue
+            for spacing in peer.spacings:
+                if spacing in spacings:
+                    yield name, spacing, True, n
+            if n in NOT_CLIPPED:
+                yield name, "linspace", False, n
 
 
 @torch.inference_mode()
@@ -105,12 +111,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--reference", type=int, default=10_000, help="real images")
     parser.add_argument("--steps", default=",".join(map(str, STEPS)))
+    parser.add_argument("--peers", default="UniPC,DPM-Solver++ 2,DPM-Solver++ 3")
+    parser.add_argument("--spacings", default=",".join(SPACINGS))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--out", type=Path, default=Path("runs/quality-peer"))
     asked = parser.parse_args()
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = prepare(diffusion.load(asked.model, device))
+    dtype = getattr(torch, asked.dtype)
+    model = prepare(diffusion.load(asked.model, device), dtype=dtype, compile=asked.compile)
     features = load_features(asked.features, model.device)
     train, test = (
         load_split(
@@ -133,7 +144,8 @@ def main() -> None:
     kept = json.loads(path.read_text())["quality"]["cells"] if path.exists() else []
     done = {(cell["sampler"], cell["spacing"], cell["steps"]) for cell in kept}
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name, spacing, clip, n in cells(tuple(map(int, asked.steps.split(",")))):
+    steps, peers, spacings = (v.split(",") for v in (asked.steps, asked.peers, asked.spacings))
+    for name, spacing, clip, n in cells(tuple(map(int, steps)), peers, spacings):
         called = spacing if clip else f"{spacing}, not clipped"
         if (name, called, n) in done:
             continue
@@ -149,7 +161,7 @@ def main() -> None:
         cell = Cell(name, called, n, len(labels), ratio, error, share, spread)
         print(cell, flush=True)
         kept.append(asdict(cell))
-        path.write_text(json.dumps({"dtype": "float32", "quality": {"cells": kept}}, indent=2))
+        path.write_text(json.dumps({"dtype": asked.dtype, "quality": {"cells": kept}}, indent=2))
 
 
 if __name__ == "__main__":
