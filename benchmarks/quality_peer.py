@@ -32,7 +32,7 @@ from training.quality import Cell, Real
 from training.splits import load_split
 
 STEPS = (5, 6, 8, 10, 12, 15, 20, 50)
-NOT_CLIPPED = (10, 20)  # with these numbers of steps also as diffusers does by itself
+NOT_CLIPPED = (10,)  # with so many steps also as diffusers does by itself
 SPACINGS: dict[str, dict[str, Any]] = {
     "linspace": {},
     "trailing": {"timestep_spacing": "trailing"},
