@@ -137,7 +137,7 @@ def plot(cells: Sequence[Cell], aim: Cell, path: Path) -> None:
     axes.set_yticks(levels, [str(level) for level in levels])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
