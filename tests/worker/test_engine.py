@@ -32,6 +32,7 @@ from worker.engine.tasks import (
 )
 from worker.network.costs import Shape
 from worker.network.device import is_out_of_memory
+from worker.network.network import Network
 from worker.network.networks import LaneKey
 
 E = TypeVar("E", bound=Event)
@@ -483,6 +484,25 @@ def test_a_batch_without_memory_is_halved_and_all_goes_on(
     assert 2 <= refused < len(sizes) / 4
     alone.run(tasks[3])
     torch.testing.assert_close(harness.images("t3")[0], alone.images("t3")[0], atol=1e-4, rtol=0)
+
+
+def test_a_model_that_is_made_ready_while_memory_is_short_serves_all_the_same(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large batches are tried as it is loaded: one that does not fit must not cost the model."""
+    output = Network.output
+
+    def limited(self: Network, x: Tensor, *others: Any) -> Tensor:
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return output(self, x, *others)
+
+    monkeypatch.setattr(Network, "output", limited)
+    harness = Harness()
+    for exact in (False, True):
+        assert harness.engine.networks.prepare(model, exact=exact).shapes
+    harness.run(*(task(model, f"t{i}", seed=i, steps=4) for i in range(8)))
+    assert not [e for e in harness.events if isinstance(e, Failed)]
 
 
 def test_a_sample_without_memory_for_itself_fails_by_that_name(
