@@ -162,14 +162,24 @@ async def _following(
         async for entries in batches:
             chunks = await _frames(services, record, entries, inline)
             for entry, chunk in zip(entries, chunks, strict=True):
+                after = entry.id
                 yield entry.id, chunk
             if any(entry.name in ENDS for entry in entries):
                 return
-            if not entries:
-                last = await _closing_frame(services, record.id)
-                yield None, last or _COMMENT
-                if last is not None:
-                    return
+            if entries:
+                continue
+            now = await services.reader.record(record.id)
+            if now is not None and now.status in ACTIVE:
+                yield None, _COMMENT
+                continue
+            if now is not None and record.status in ACTIVE:
+                # Whoever reads events for all streams may be behind: the end comes after the rest.
+                async with aclosing(_following(services, now, after, inline)) as rest:
+                    async for one in rest:
+                        yield one
+                return
+            yield None, _closing_frame(now)
+            return
 
 
 async def _resume_at(services: Services, record: JobRecord, last: str | None) -> str | None:
@@ -192,14 +202,11 @@ async def _reset_frame(
     return frame("reset", f'{{"reason":"{reason}","job":{job}}}', entry_id)
 
 
-async def _closing_frame(services: Services, job_id: str) -> bytes | None:
-    """The last event of a job whose stream no longer has it; None: the job goes on."""
-    record = await services.reader.record(job_id)
+def _closing_frame(record: JobRecord | None) -> bytes:
+    """The last event of a job whose stream no longer has it."""
     if record is None:
         gone = ErrorEvent(code="not_found", detail="the job was deleted")
         return frame("error", dump_event(gone))
-    if record.status in ACTIVE:
-        return None
     return frame(*last_event(record.status, record.fault))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -21,6 +22,7 @@ from redis.exceptions import BusyLoadingError, ConnectionError
 
 from jobs.settings import Settings
 from jobs.store import keys
+from jobs.store.hub import EventHub
 from jobs.store.writer import JobStore
 from tests.app.conftest import CARD, Worker, later, serving, until
 from tests.conftest import redis_executable
@@ -316,6 +318,35 @@ def own_redis() -> Iterator[OwnRedis]:
     yield redis
     redis.kill()
     shutil.rmtree(folder)
+
+
+def test_an_end_never_overtakes_what_was_told_before(
+    own_redis: OwnRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the reader of all streams is behind, as after it lost its connection."""
+
+    async def behind(self: EventHub) -> None:
+        await asyncio.sleep(600)
+
+    monkeypatch.setattr(EventHub, "run", behind)
+    settings = Settings(redis_url=own_redis.url, janitor_s=60, sse_comment_s=0.3)
+    store = JobStore.connect(settings)
+    store.publish_card(CARD)
+    worker = Worker(store)
+    with serving(settings) as client:
+        job_id = submit(client, snapshots={"every": 1})
+        started = worker.start(job_id)
+        found: list[Event] = []
+        watcher = threading.Thread(target=lambda: found.extend(everything(client, job_id)))
+        watcher.start()
+        until(lambda: open_streams(client) == 1)
+        worker.snapshot(started, 901)
+        worker.image(started)
+        assert store.succeed(job_id, "e")
+        watcher.join()
+        assert [event.id for event in found] == everything_so_far(store, job_id)
+        assert found[-1].name == "done" and len(found) == 6
+    store.redis.close()
 
 
 def test_a_stream_outlives_redis(own_redis: OwnRedis) -> None:
