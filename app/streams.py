@@ -169,16 +169,16 @@ async def _following(
             if entries:
                 continue
             now = await services.reader.record(record.id)
-            if now is not None and now.status in ACTIVE:
+            if now is None or record.status not in ACTIVE:
+                yield None, _closing_frame(now)
+                return
+            if now.status in ACTIVE:
                 yield None, _COMMENT
                 continue
-            if now is not None and record.status in ACTIVE:
-                # Whoever reads events for all streams may be behind: the end comes after the rest.
-                async with aclosing(_following(services, now, after, inline)) as rest:
-                    async for one in rest:
-                        yield one
-                return
-            yield None, _closing_frame(now)
+            # Whoever reads events for all streams may be behind: the end comes after the rest.
+            async with aclosing(_following(services, now, after, inline)) as rest:
+                async for one in rest:
+                    yield one
             return
 
 

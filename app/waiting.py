@@ -15,7 +15,7 @@ from jobs.states import ACTIVE
 from jobs.store.hub import ENDS
 from jobs.store.reader import JobState
 
-_LOOK_S = 5.0  # how often to look whether the job is still there at all
+_LOOK_S = 5.0  # how often to look for itself whether the job goes on
 
 
 async def until_ended(
@@ -50,5 +50,8 @@ async def _ended(services: Services, job_id: str) -> None:
         async for entries in batches:
             if any(entry.name in ENDS for entry in entries):
                 return
-            if not entries and await services.reader.record(job_id) is None:
+            if entries:
+                continue
+            record = await services.reader.record(job_id)
+            if record is None or record.status not in ACTIVE:
                 return

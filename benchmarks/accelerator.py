@@ -31,7 +31,8 @@ from diffusion.noise import Purpose, image_normals
 from diffusion.samplers import SamplingDefaults, build_table
 from diffusion.sampling import chain
 from diffusion.speed import prepare
-from diffusion.unet import UNet, UNetConfig
+from diffusion.unet import UNet
+from diffusion.unet_config import UNetConfig
 from training.config import TrainConfig, load_config
 from training.trainer import Trainer
 

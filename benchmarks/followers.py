@@ -10,7 +10,8 @@ from collections import Counter
 from typing import Any, Self
 
 import httpx
-from storm import Row, Stage
+from storm import Stage
+from storm_load import Row
 
 FOLLOWERS = 4
 

@@ -38,7 +38,8 @@ from faults import (
 )
 from followers import Followers
 from soak import soak
-from storm import REQUESTS, Load, Row, Stage, UpStage, save_model, until
+from storm import REQUESTS, Stage, UpStage, save_model, until
+from storm_load import Load, Row
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from diffusion.pictures import film, to_pil
 from diffusion.restoring import restore
 from diffusion.sampling import sample
 from diffusion.schedule import Schedule, ScheduleConfig, cosine_schedule, linear_schedule
-from diffusion.unet import UNet, UNetConfig
+from diffusion.unet import UNet
+from diffusion.unet_config import UNetConfig
 
 __all__ = [
     "CheckpointError",

@@ -20,7 +20,8 @@ from diffusion.samplers import SamplingDefaults, build_table, samplers_of
 from diffusion.schedule import Schedule, ScheduleConfig
 from diffusion.table import SamplerError, SamplerTable, check_name
 from diffusion.tuned import TUNED, tuned_table
-from diffusion.unet import UNet, UNetConfig
+from diffusion.unet import UNet
+from diffusion.unet_config import UNetConfig
 
 FORMAT = 1
 MAX_NAME = 200  # characters of a class name

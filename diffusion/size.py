@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion.files import CheckpointError
-from diffusion.unet import UNetConfig
+from diffusion.unet_config import UNetConfig
 
 _COPIES = 3  # of the weights: as read, as loaded, and laid out for the device
 _MAPS_AT_WORK = 8  # a block's input, its concatenation with a skip, and what its layers put out

@@ -21,7 +21,7 @@ from diffusion.parameterization import PREDICTIONS
 from diffusion.samplers import SamplingDefaults
 from diffusion.schedule import ScheduleConfig, ScheduleError
 from diffusion.table import SamplerError
-from diffusion.unet import NetworkConfigError, UNetConfig
+from diffusion.unet_config import NetworkConfigError, UNetConfig
 
 SHIPPED = Path(__file__).parent / "configs"
 CONSISTENT = {"sampler": "consistency", "spacing": "trailing", "steps": 2}  # sampling

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion.noise import Purpose, uniform_words
-from diffusion.unet import UNetConfig
+from diffusion.unet_config import UNetConfig
 
 _TWO32 = 2**32
 

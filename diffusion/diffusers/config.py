@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion.diffusers.fields import Fields, is_integer, is_list
 from diffusion.files import CheckpointError
-from diffusion.unet import NetworkConfigError, UNetConfig
+from diffusion.unet_config import NetworkConfigError, UNetConfig
 
 NETWORK_CLASS = "UNet2DModel"
 # Names the version whose conventions are written, for diffusers' own migrations.

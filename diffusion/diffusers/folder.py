@@ -40,7 +40,8 @@ from diffusion.model import Model, ModelConfig, build_network
 from diffusion.parameterization import PredictionError
 from diffusion.size import check_memory
 from diffusion.table import SamplerError
-from diffusion.unet import UNet, UNetConfig
+from diffusion.unet import UNet
+from diffusion.unet_config import UNetConfig
 
 INDEX_NAME = "model_index.json"
 CONFIG_NAME = "config.json"  # of the network

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diffusion import UNet, UNetConfig
-from diffusion.unet import NetworkConfigError, timestep_embedding
+from diffusion.unet import timestep_embedding
+from diffusion.unet_config import NetworkConfigError
 from tests.diffusion.networks import TINY, build_model, randomize
 
 PAPER = UNetConfig()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffusion import cores
-from diffusion.unet import UNet, UNetConfig
+from diffusion.unet import UNet
+from diffusion.unet_config import UNetConfig
 from training.batches import Batch
 from training.config import load_config
 from training.dropout import what_is_kept
