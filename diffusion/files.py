@@ -21,6 +21,10 @@ class CheckpointError(ValueError):
     """A folder that is no usable checkpoint; the message says which file and why."""
 
 
+class NoRoomError(CheckpointError):
+    """A checkpoint that needs more memory than there is at the moment."""
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file; CheckpointError if it is none, as a pipe, which would never end. OSError."""
     found = path.stat()

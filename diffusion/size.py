@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion.files import CheckpointError
+from diffusion.files import NoRoomError
 from diffusion.unet_config import UNetConfig
 
 _COPIES = 3  # of the weights: as read, as loaded, and laid out for the device
@@ -26,13 +26,13 @@ def feature_bytes(config: UNetConfig) -> int:
 
 
 def check_memory(config: UNetConfig, weights: Sequence[Path], memory: int | None) -> None:
-    """Raise CheckpointError if the model needs more than `memory` bytes (None: no limit)."""
+    """Raise NoRoomError if the model needs more than `memory` bytes (None: no limit)."""
     if memory is None or not all(path.is_file() for path in weights):
         return
     parts = (_COPIES * sum(path.stat().st_size for path in weights), feature_bytes(config))
     if sum(parts) > memory:
         stored, features, free = (f"{size / _GIB:,.1f} GiB" for size in (*parts, memory))
-        raise CheckpointError(
+        raise NoRoomError(
             f"too large for this machine: about {stored} for the weights and {features} for the "
             f"feature maps of one image, where {free} are free"
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,16 +20,19 @@ import torch
 import diffusion
 from diffusion import CheckpointError, Model, noise
 from diffusion.about import About, read_about
+from diffusion.files import NoRoomError
 from diffusion.samplers import samplers_of
 from diffusion.spacings import SPACINGS
 from diffusion.tuned import TUNED, table_digest
 from jobs.cards import ModelCard, Preset, SamplerTraits, Sampling
 from jobs.settings import MODEL_OF_NO_NAME
 from worker.memory import free_bytes
+from worker.network.device import is_out_of_memory
 
 log = logging.getLogger("ddpm.worker")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MARKS = ("config.json", "model_index.json")
+AGAIN_S = 60.0  # after a failure that may pass by itself
 Signature = tuple[tuple[str, int, int], ...]
 
 
@@ -71,6 +76,7 @@ class ModelFolder:
         self._served: dict[str, Served] = {}
         self._seen: dict[str, Signature] = {}
         self._misnamed: set[str] = set()
+        self._again_at: dict[str, float] = {}  # of folders that failed for what may pass
 
     @property
     def served(self) -> dict[str, Served]:
@@ -88,16 +94,20 @@ class ModelFolder:
 
         Each model is prepared and published before the next is looked at. A folder that cannot be
         loaded or prepared, for whatever reason, is named in the log, once, and tried again when it
-        changes. What `publish` raises is not the folder's fault: it goes to the caller, and that
-        model is tried again at the next call. only_first: once one is served, all others are left
-        to the next call.
+        changes; each minute too, where memory was short or its disk failed. What `publish` raises
+        is not the folder's fault: it goes to the caller, and that model is tried again at the next
+        call. only_first: once one is served, all others are left to the next call.
         """
         found = self._folders()
         signatures = {name: _signature(folder) for name, folder in found.items()}
-        changed = [name for name in found if self._seen.get(name) != signatures[name]]
+        changed = [
+            name for name in found if self._seen.get(name) != signatures[name] or self._is_due(name)
+        ]
         loaded = []
         sizes = {name: sum(size for _, size, _ in signatures[name]) for name in changed}
         for name in sorted(changed, key=lambda name: (name != self._first, sizes[name])):
+            if self._seen.get(name) != signatures[name]:
+                self._again_at.pop(name, None)
             self._seen[name] = signatures[name]
             served = self._load(name, found[name], prepare)
             if served is not None:
@@ -109,6 +119,7 @@ class ModelFolder:
         gone = [name for name in self._seen if name not in found]
         for name in gone:
             del self._seen[name]
+            self._again_at.pop(name, None)
         was_served = tuple(name for name in gone if self._served.pop(name, None) is not None)
         return Changes(tuple(loaded), was_served)
 
@@ -136,14 +147,30 @@ class ModelFolder:
             model = diffusion.load(folder, self._device, memory=free_bytes(self._device))
             served = Served(name, model, card_of(model, name, self._queue, _about(folder)), folder)
             prepare(served)
-        except (CheckpointError, OSError) as error:
-            log.error("model %s cannot be served: %s", name, error)
-            return None
         except Exception as error:  # whatever it is, it is this folder's, and no other's
-            log.exception("model %s cannot be served: %r", name, error)
+            self._failed(name, error)
             return None
+        self._again_at.pop(name, None)
         log.info("model %s: %d parameters, digest %s", name, _parameters(model), model.digest[:12])
         return served
+
+    def _is_due(self, name: str) -> bool:
+        """Whether a folder that failed as it is may be tried again."""
+        return time.monotonic() >= self._again_at.get(name, math.inf)
+
+    def _failed(self, name: str, error: Exception) -> None:
+        """Say so, once for the folder as it is; and when it is tried again, if it is."""
+        told = name in self._again_at
+        if may_pass(error):
+            self._again_at[name] = time.monotonic() + AGAIN_S
+        else:
+            self._again_at.pop(name, None)
+        if told and name in self._again_at:
+            return
+        if isinstance(error, CheckpointError | OSError):
+            log.error("model %s cannot be served: %s", name, error)
+        else:
+            log.error("model %s cannot be served: %r", name, error, exc_info=error)
 
     def _publish(self, served: Served, publish: Callable[[Served], object]) -> None:
         try:
@@ -151,6 +178,15 @@ class ModelFolder:
         except Exception:
             del self._seen[served.name]
             raise
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether the same folder may load a minute later: memory was short, or its disk failed."""
+    while error is not None:
+        if isinstance(error, OSError | NoRoomError) or is_out_of_memory(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _about(folder: Path) -> About:

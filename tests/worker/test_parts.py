@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from jobs.kinds.chain import Snapshots
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
 from jobs.settings import Settings
+from worker import memory, models
 from worker.commands import worker as worker_command
 from worker.kinds.chain_state import StateError, pack, unpack
 from worker.kinds.chains import snapshot_rows, spec_table
@@ -86,6 +88,32 @@ def test_the_model_of_requests_that_name_none_waits_for_no_other(
     assert folder.rescan().loaded == ()
     folder = ModelFolder(tmp_path, queue="q", first="other")
     assert folder.rescan().loaded[0].name == "other"
+
+
+def test_a_model_for_which_memory_was_short_is_tried_again(
+    tmp_path: Path,
+    make_model: Callable[..., Model],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = tmp_path / "group"
+    group.mkdir()
+    for name, value in {"max": "200000", "current": "100000", "stat": "inactive_file 5"}.items():
+        (group / f"memory.{name}").write_text(value)
+    monkeypatch.setattr(memory, "_GROUP", group)  # a container with next to no memory
+    diffusion.save(make_model(), tmp_path / "models" / "one")
+    folder = ModelFolder(tmp_path / "models", queue="q")
+    assert folder.rescan().loaded == ()
+    (group / "memory.max").write_text(str(2**33))
+    assert folder.rescan().loaded == (), "not before a minute is over"
+    monkeypatch.setattr(models, "AGAIN_S", 0.0)
+    (group / "memory.max").write_text("200000")
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 61)
+    assert folder.rescan().loaded == () and folder.rescan().loaded == ()
+    assert caplog.text.count("model one cannot be served") == 1, "it is told once"
+    (group / "memory.max").write_text(str(2**33))
+    [served] = folder.rescan().loaded
+    assert served.name == "one" and folder.rescan().loaded == ()
 
 
 def test_a_broken_model_is_named_once_and_tried_again_when_it_changes(
