@@ -142,13 +142,13 @@ def plot(cells: Sequence[Cell], aim: Cell, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def put_into(page: Path, found: str) -> None:
+def put_into(page: Path, found: str, *, begin: str = BEGIN, end: str = END) -> None:
     """Between the marks of a page, in the place of what was there."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, mark, after = rest.partition(END)
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, mark, after = rest.partition(end)
     if not mark:
-        raise SystemExit(f"{page}: must have {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n\n{found}\n\n{END}{after}", encoding="utf-8")
+        raise SystemExit(f"{page}: must have {begin} and {end}")
+    page.write_text(f"{before}{begin}\n\n{found}\n\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
