@@ -8,8 +8,8 @@ Redis.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -145,23 +145,26 @@ class WatchedStore(JobStore):
         found: Any = self.looks.hmget(keys.job(job_id), ["status", "execution"])
         return bool(found == [b"running", execution.encode()])
 
-    def _freeze_now(self) -> None:
-        """If at all: not between the look at what is held and the act."""
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Freeze now, if it is time to: not between the look at what is held and the act."""
         pool: Any = self.redis.connection_pool
         pool.freeze()
-        pool.awake = None
+        left, pool.awake = pool.awake, None
+        yield
+        pool.awake = left
 
     def write(self, calls: list[list[Any]]) -> list[int]:
-        self._freeze_now()
-        held = [self._held(call[0], call[1]) for call in calls]
-        replies = super().write(calls)
+        with self._awake():
+            held = [self._held(call[0], call[1]) for call in calls]
+            replies = super().write(calls)
         assert [reply != 0 for reply in replies] == held, "a write of another execution"
         return replies
 
     def finish(self, job_id: str, execution: str, status: Status, **more: Any) -> bool:
-        self._freeze_now()
-        held = not execution or self._held(job_id, execution)
-        ended = super().finish(job_id, execution, status, **more)
+        with self._awake():
+            held = not execution or self._held(job_id, execution)
+            ended = super().finish(job_id, execution, status, **more)
         assert not ended or held, "an end by another execution"
         return ended
 
@@ -185,6 +188,7 @@ class Puppet:
         self.rq.register_birth()  # type: ignore[no-untyped-call]
         self.clock = world.clock
         self.frozen = self.dead = False
+        self.froze = False  # at any time
         self.let_go: dict[str, float] = {}  # job → when it was last found to be no more this one's
 
     def act(self, what: Callable[[], object]) -> None:
@@ -199,8 +203,10 @@ class Puppet:
         except Away:
             pass  # as `execute_job` does: the next round tries again
         if not self.dead:
-            gone = [boarded for key, boarded in before.items() if key not in self.rq._boarded]
-            self.let_go.update((boarded.job.id, self.clock.at) for boarded in gone)
+            # One that it has taken again since, in the same round, may be counted against it again.
+            held = {boarded.job.id for boarded in self.rq._boarded.values()}
+            gone = {boarded.job.id for boarded in before.values()} - held
+            self.let_go.update(dict.fromkeys(gone, self.clock.at))
 
     def die(self) -> None:
         self.dead = True

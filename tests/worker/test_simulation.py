@@ -197,7 +197,7 @@ def freeze_after(
     """So many commands on, a worker is silent until its jobs wait again, or are another's."""
 
     def meanwhile() -> None:
-        puppet.frozen = True
+        puppet.frozen = puppet.froze = True
         state.world.wait(70.0)
         state.clean(6.0)
         for _ in range(boards):
@@ -220,7 +220,7 @@ def test_a_worker_frozen_as_it_begins_a_job_takes_it_from_nobody(
         puppet, heir = state.world.worker(0), state.world.worker(1)
         freeze_after(state, puppet, heir, commands=commands, boards=boards)
         puppet.act(puppet.board)
-        through = puppet.pool.awake is not None
+        through = not puppet.froze
         [record] = state.world.records()
         for _ in range(30):
             if record.status not in ACTIVE:
@@ -230,6 +230,45 @@ def test_a_worker_frozen_as_it_begins_a_job_takes_it_from_nobody(
             heir.act(heir.board)
             state.clean(6.0)
             [record] = state.world.records()
+        assert record.status is Status.SUCCEEDED, f"after {commands} commands: {record}"
+        state.holds()
+        state.world.close()
+        if through:
+            break
+    assert commands > 5
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in time", "too late to write states"])
+@pytest.mark.parametrize("boards", [0, 1], ids=["waits again", "runs elsewhere"])
+def test_a_worker_frozen_as_it_gives_jobs_back_is_not_blamed(
+    machine: type[Machine], boards: int, late: bool
+) -> None:
+    """Between any two of its commands: it was silent, and ends of itself."""
+    for commands in itertools.count():
+        state = machine()
+        state.admit(client="a", images=1, steps=8, seed=0, high=False)
+        puppet, heir = state.world.worker(0), state.world.worker(1)
+        puppet.act(puppet.board)
+        go_on(state, puppet, rounds=2)
+        puppet.act(puppet.stop)
+        while puppet.rq._released_at is None:
+            state.clock.sleep(0.6)
+            puppet.act(puppet.round)
+        freeze_after(state, puppet, heir, commands=commands, boards=boards)
+        if late:
+            state.clock.sleep(20)
+        else:
+            puppet.act(puppet.runtime.engine.tick)
+        for _ in range(20):
+            puppet.act(puppet.round)
+            puppet.act(puppet.runtime.engine.tick)
+        assert puppet.dead
+        through = not puppet.froze
+        [record] = state.world.records()
+        blamed = [field for field in state.world.raw[record.id] if field.startswith(b"blamed:")]
+        assert f"blamed:{puppet.rq.name}".encode() not in blamed, f"after {commands} commands"
+        state.world.settle()
+        [record] = state.world.records()
         assert record.status is Status.SUCCEEDED, f"after {commands} commands: {record}"
         state.holds()
         state.world.close()

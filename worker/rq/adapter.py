@@ -205,8 +205,10 @@ class EngineWorker(HoldingWorker):
         elif outcome.ending is Ending.STOPPED:
             self._stop_job(boarded)
         elif outcome.ending is Ending.RELEASED:
-            self.runtime.store.requeue(outcome.job_id, execution.id)
-            self._requeue(boarded)
+            if self.runtime.store.requeue(outcome.job_id, execution.id):
+                self._requeue(boarded)
+            else:  # it has been taken from us since we looked
+                self._land(boarded, Outcome(outcome.job_id, execution.id, Ending.LOST))
         else:
             self._disagree(boarded, outcome)
         self._boarded.pop(execution.id, None)
