@@ -115,8 +115,8 @@ def plot(found: dict[Way, float], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="RMSE to the limit")
-    panels[len(SPACINGS) // 2].set(xlabel="evaluations of the network an image")
-    panels[-1].legend(fontsize=7)
+    panels[0].legend(fontsize=7, loc="lower left")
+    figure.supxlabel("evaluations of the network an image", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found[way] = rmse(draw(model, way, asked), limit)
             print(f"{way.sampler}, {way.spacing}, {way.steps}: {found[way]:.4f}", flush=True)
             kept["rmse"] = [[*each, value] for each, value in found.items()]
-            path.write_text(json.dumps(kept, indent=2))
+            path.write_text(json.dumps(kept))
     report(found, kept["images"], asked)
 
 

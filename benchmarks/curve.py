@@ -65,7 +65,9 @@ def whole_table(cells: Sequence[Cell], aim: Cell) -> str:
         "|---" * (len(spacings) + 2) + "|",
     ]
     by = {(cell.sampler, cell.steps, cell.spacing): cell for cell in cells}
-    for sampler, steps in dict.fromkeys((cell.sampler, cell.steps) for cell in cells):
+    samplers = list(dict.fromkeys(cell.sampler for cell in cells))
+    rows = sorted({(samplers.index(cell.sampler), cell.steps) for cell in cells})
+    for sampler, steps in ((samplers[i], steps) for i, steps in rows):
         entries = [told(by.get((sampler, steps, spacing)), aim) for spacing in spacings]
         lines.append(f"| {sampler} | {steps} | {' | '.join(entries)} |")
     return "\n".join(lines)

@@ -76,17 +76,31 @@ def test_concepts(tmp_path: Path) -> None:
     assert (tmp_path / "chain.gif").is_file() and (tmp_path / "noised.png").is_file()
 
 
-def test_the_table_of_quality_is_of_its_results(tmp_path: Path) -> None:
-    results = sorted((ROOT / "docs" / "quality").glob("*.json"))
+QUALITY = ROOT / "docs" / "quality"
+TABLES = {  # of docs/quality.md: a script and its results, where its table begins, a line of it
+    "curve": (
+        ["curve.py", *map(str, sorted(QUALITY.glob("*.json")))],
+        "<!-- what curve.py found -->",
+        "| unipc | 8 |",
+    ),
+    "convergence": (
+        ["convergence.py", "--out", str(QUALITY / "convergence")],
+        "<!-- what convergence.py found -->",
+        "| unipc | karras |",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_quality_are_of_their_results(name: str, tmp_path: Path) -> None:
+    (script, *arguments), mark, line = TABLES[name]
     page = tmp_path / "quality.md"
     said = (ROOT / "docs" / "quality.md").read_text("utf-8")
-    page.write_text(said.replace("| unipc | 8 |", ""), "utf-8")
-    script = ROOT / "benchmarks" / "curve.py"
-    command = [sys.executable, str(script), *map(str, results), "--page", str(page)]
+    page.write_text(said.replace(line, ""), "utf-8")
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments, "--page", str(page)]
     subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=ROOT)
     made = page.read_text("utf-8")
-    mark = "<!-- what curve.py found -->"
-    assert made.partition(mark)[2] == said.partition(mark)[2] and "| unipc | 8 |" in made
+    assert made.partition(mark)[2] == said.partition(mark)[2] and line in made
 
 
 def test_every_page_with_commands_is_run() -> None:
