@@ -27,6 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 WITHIN, ERRORS, POINT = 1.1, 2.0, 0.01
+MOST_DRAWN = 10.0  # a ratio beyond which a line is left to the table
 PEER = "diffusers"
 BEGIN, END = "<!-- what curve.py found -->", "<!-- until here -->"
 
@@ -106,13 +107,14 @@ def fewest(cells: Sequence[Cell], aim: Cell) -> str:
 
 
 def plot(cells: Sequence[Cell], aim: Cell, path: Path) -> None:
-    """The best of each sampler against evaluations, the aim as a band of two errors."""
+    """The best of each sampler against evaluations, the aim as a band of two errors. What is far
+    worse than all others (`MOST_DRAWN`) is left out."""
     figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     low, high = (aim.ratio + ERRORS * sign * aim.ratio_error for sign in (-1, 1))
     axes.axhspan(low, high, color="0.9", label=f"{aim.sampler}, {aim.steps} evaluations, ± 2 s.e.")
     axes.axhline(aim.ratio, color="0.6", linewidth=0.8)
     for sampler, mine in best(cells).items():
-        chosen = [mine[n] for n in sorted(mine) if n < aim.steps]
+        chosen = [mine[n] for n in sorted(mine) if n < aim.steps and mine[n].ratio <= MOST_DRAWN]
         if not chosen:
             continue
         axes.errorbar(
