@@ -209,33 +209,38 @@ def freeze_after(
     puppet.pool.awake = commands
 
 
+def moments(machine: type[Machine]) -> Iterator[tuple[Machine, Puppet, Puppet, int]]:
+    """A world with one job and two workers for each command before which the first can be frozen,
+    until it has come through without; at the end of each the job must be done."""
+    for commands in itertools.count():
+        state = machine()
+        state.admit(client="a", images=1, steps=8, seed=0, high=False)
+        puppet, heir = state.world.worker(0), state.world.worker(1)
+        yield state, puppet, heir, commands
+        [record] = state.world.records()
+        assert record.status is Status.SUCCEEDED, f"after {commands} commands: {record}"
+        state.holds()
+        state.world.close()
+        if not puppet.froze:
+            break
+    assert commands > 5
+
+
 @pytest.mark.parametrize("boards", [0, 1], ids=["waits again", "runs elsewhere"])
 def test_a_worker_frozen_as_it_begins_a_job_takes_it_from_nobody(
     machine: type[Machine], boards: int
 ) -> None:
     """Between any two of its commands."""
-    for commands in itertools.count():
-        state = machine()
-        state.admit(client="a", images=1, steps=8, seed=0, high=False)
-        puppet, heir = state.world.worker(0), state.world.worker(1)
+    for state, puppet, heir, commands in moments(machine):
         freeze_after(state, puppet, heir, commands=commands, boards=boards)
         puppet.act(puppet.board)
-        through = not puppet.froze
-        [record] = state.world.records()
         for _ in range(30):
-            if record.status not in ACTIVE:
+            if state.world.records()[0].status not in ACTIVE:
                 break
             go_on(state, puppet, rounds=1)
             go_on(state, heir, rounds=1)
             heir.act(heir.board)
             state.clean(6.0)
-            [record] = state.world.records()
-        assert record.status is Status.SUCCEEDED, f"after {commands} commands: {record}"
-        state.holds()
-        state.world.close()
-        if through:
-            break
-    assert commands > 5
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["in time", "too late to write states"])
@@ -244,10 +249,8 @@ def test_a_worker_frozen_as_it_gives_jobs_back_is_not_blamed(
     machine: type[Machine], boards: int, late: bool
 ) -> None:
     """Between any two of its commands: it was silent, and ends of itself."""
-    for commands in itertools.count():
-        state = machine()
-        state.admit(client="a", images=1, steps=8, seed=0, high=False)
-        puppet, heir = state.world.worker(0), state.world.worker(1)
+    robbed = []  # moments at which another worker lost the job again
+    for state, puppet, heir, commands in moments(machine):
         puppet.act(puppet.board)
         go_on(state, puppet, rounds=2)
         puppet.act(puppet.stop)
@@ -263,18 +266,13 @@ def test_a_worker_frozen_as_it_gives_jobs_back_is_not_blamed(
             puppet.act(puppet.round)
             puppet.act(puppet.runtime.engine.tick)
         assert puppet.dead
-        through = not puppet.froze
         [record] = state.world.records()
         blamed = [field for field in state.world.raw[record.id] if field.startswith(b"blamed:")]
         assert f"blamed:{puppet.rq.name}".encode() not in blamed, f"after {commands} commands"
+        if not all(heir.rq._ours(list(heir.rq._boarded.values()))):
+            robbed.append(commands)
         state.world.settle()
-        [record] = state.world.records()
-        assert record.status is Status.SUCCEEDED, f"after {commands} commands: {record}"
-        state.holds()
-        state.world.close()
-        if through:
-            break
-    assert commands > 5
+    assert len(robbed) <= 1, "only where the store was told and RQ not yet"
 
 
 def go_on(state: Machine, puppet: Puppet, *, rounds: int = 4) -> None:
