@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Served, Visit
-from tests.browser.steps import ask, drawn, fill, job_of, says, slide
+from tests.browser.steps import ask, drawn, job_of, says, slide
 
 
 def test_a_click_draws_pictures_and_keeps_their_chain(page: Any, visit: Visit) -> None:
@@ -47,14 +47,35 @@ def test_a_reload_in_mid_run_comes_back_to_it(page: Any) -> None:
     assert page.input_value("#steps") == "500"
 
 
+def test_the_form_says_and_asks_for_the_sampler_and_spacing_that_are_chosen(
+    page: Any, served: Served
+) -> None:
+    page.click("text=Everything else")
+    sampling = served.client.get("/models/tiny").json()["sampling"]
+    assert page.input_value("#sampler") == sampling["sampler"]
+    assert page.input_value("#spacing") == sampling["spacing"]
+    page.select_option("#sampler", label="dpmpp_3m")
+    page.select_option("#spacing", label="karras")
+    assert page.locator("input[name=preset]:checked").count() == 0
+    ask(page, images=1, steps=12)
+    says(page, "1 image in")
+    request = served.client.get(f"/jobs/{job_of(page)}").json()["request"]
+    asked = {name: request[name] for name in ("sampler", "spacing", "steps")}
+    assert asked == {"sampler": "dpmpp_3m", "spacing": "karras", "steps": 12}
+
+
 def test_nothing_moves_while_pictures_come(page: Any) -> None:
-    fill(page, images=9, steps=60)
+    # Before anything is filled in: what is one's own takes no more place than a preset. The fold
+    # alone, which a click opens, may move what is below it.
+    page.click("text=Everything else")
+    page.wait_for_selector("#count:visible")
+    page.wait_for_timeout(600)
     page.evaluate(
         "window.moved = []; new PerformanceObserver(all => all.getEntries().forEach(entry =>"
         " window.moved.push([entry.value, ...entry.sources.map(s => s.node?.outerHTML)])))"
         ".observe({type: 'layout-shift'})"
     )
-    page.click("#go")
+    ask(page, images=9, steps=60)
     says(page, "9 images in")
     page.wait_for_timeout(300)
     assert page.evaluate("window.moved") == []

@@ -25,10 +25,10 @@ export function presetsOf(model) {
 /* The settings that a form begins with. */
 export const balanced = (model) => (presetsOf(model).balanced?.settings ?? own(model));
 
-/* The name of the preset that these settings are, or "own". */
+/* The name of the preset that these settings are; none when they are one's own. */
 export function presetOf(model, { sampler, steps, spacing }) {
   const found = Object.entries(presetsOf(model)).find(([, { settings: its }]) =>
     its.sampler === sampler && its.steps === steps
       && its.spacing === (spacing || model.sampling.spacing));
-  return found?.[0] ?? "own";
+  return found?.[0];
 }

@@ -66,11 +66,9 @@ export function Settings({ model, settings, onChange, children }) {
   return html`
     <${ClassChips} model=${model} value=${settings.label} onChange=${(label) => onChange({ label })} />
     <${Chips} name="preset" label="How" value=${preset}
-      options=${[...Object.entries(presets).map(([name, { words }]) => [name, words]),
-        ...(preset === "own" ? [["own", "Own"]] : [])]}
-      hint=${presets[preset]?.hint ?? `${settings.sampler} in ${settings.steps} steps`}
-      onChange=${(name) => name !== "own"
-        && onChange(presets[name].settings)} />
+      options=${Object.entries(presets).map(([name, { words }]) => [name, words])}
+      hint=${presets[preset]?.hint ?? `your own: ${settings.sampler} in ${settings.steps} steps`}
+      onChange=${(name) => onChange(presets[name].settings)} />
     <details class="more"><summary>Everything else</summary>
       <div class="fields">
         ${children}
@@ -78,12 +76,12 @@ export function Settings({ model, settings, onChange, children }) {
           value=${settings.seed} onInput=${set("seed")} /><//>
         <${Field} label="Sampler"><select id="sampler" value=${settings.sampler}
           onChange=${set("sampler")}>
-          ${model.samplers.map((name) => html`<option>${name}</option>`)}</select><//>
+          ${model.samplers.map((name) => html`<option value=${name}>${name}</option>`)}</select><//>
         <${Field} label="Steps"><input id="steps" type="number" min="1" max=${model.T} required
           value=${settings.steps} onInput=${number("steps")} /><//>
         <${Field} label="Spacing"><select id="spacing" value=${settings.spacing || model.sampling.spacing}
           onChange=${set("spacing")}>
-          ${model.spacings.map((name) => html`<option>${name}</option>`)}</select><//>
+          ${model.spacings.map((name) => html`<option value=${name}>${name}</option>`)}</select><//>
         ${model.guidance && html`<${Field} label="Guidance" hint="1 is off; needs a class">
           <input id="guidance" type="number" min="0" max="50" step="any" value=${settings.guidance}
             disabled=${settings.label === null} onInput=${number("guidance")} /><//>`}
