@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -15,7 +15,7 @@ import pytest
 import diffusion
 from diffusion import ScheduleConfig
 from tests.app.test_up import up
-from tests.diffusion.networks import build_model
+from tests.diffusion.networks import TINY, build_model
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """A running `ddpm up` with one tiny model."""
+    """A running `ddpm up` with two tiny models, which differ in size, colours, classes and T."""
 
     process: subprocess.Popen[str]
     client: httpx.Client
@@ -57,6 +57,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     place = tmp_path_factory.mktemp("page")
     model = build_model(schedule=ScheduleConfig(T=1000), class_names=("ones", "twos", "threes"))
     diffusion.save(model, place / "models" / "tiny")
+    other = replace(TINY, image_size=16, in_channels=3, num_classes=0, null_class=False)
+    diffusion.save(build_model(other), place / "models" / "wide")
     with up(place) as (process, client):
         yield Served(process, client)
 

@@ -1,38 +1,64 @@
-/* What lies on the desk of Noise and Look inside: the pictures at hand, by slot, and the model.
-   It stays while one goes from place to place. */
+/* What lies on the desk: the model, how its chain is walked, and the pictures at hand, by slot. It
+   stays while one goes from place to place. */
 
 import { history } from "./history.js";
 import { Observable, useObservable } from "./observable.js";
 import { pictureAt, pictureFrom } from "./pictures.js";
 import { router } from "./router.js";
 import { service } from "./service.js";
-import { useEffect } from "./vendor/preact-htm.js";
+import { defaults, settingsOf } from "./settings.js";
+import { useEffect, useState } from "./vendor/preact-htm.js";
 
 class Desk extends Observable {
-  slots = { a: null, b: null };
-  modelName = null;
-  #taken = "";
+  #name = null; // of the model; null: nobody has chosen, the first
+  #settings = { of: null, said: {} };
+  #slots = {};
+  #taken = null;
 
-  get model() { return service.model(this.modelName) ?? service.models[0]; }
+  get model() { return service.model(this.#name) ?? service.models[0]; }
+
+  /* Those of this model: another has other samplers and classes. */
+  get settings() {
+    const { of, said } = this.#settings;
+    return { ...defaults(this.model), ...(of === this.model.name ? said : {}) };
+  }
+
+  /* Pictures a and b and the mask, each null where there is none of this model's size. */
+  get slots() {
+    const shape = this.model?.shape.join();
+    return Object.fromEntries(["a", "b", "mask"].map((slot) =>
+      [slot, this.#slots[slot]?.shape.join() === shape ? this.#slots[slot] : null]));
+  }
 
   put(slot, picture) {
-    this.slots = { ...this.slots, [slot]: picture };
-    this.changed();
+    this.#slots = { ...this.#slots, [slot]: picture };
+    this.choose(this.model.name);
+  }
+
+  change(some) {
+    this.#settings = { of: this.model.name, said: { ...this.settings, ...some } };
+    this.choose(this.model.name);
   }
 
   choose(name) {
-    this.modelName = name;
-    this.slots = { a: null, b: null }; // of another size
+    this.#name = name;
     this.changed();
   }
 
-  /* The picture that the address names. */
-  async take({ job, index }, say) {
-    const url = `jobs/${job}/images/${index}.png`;
-    if (!this.model || this.#taken === url) return;
-    this.#taken = url;
+  /* The model and the settings that this job was made with, but its seed: other images of the kind. */
+  lend({ model, request }) {
+    this.#settings = { of: model, said: { ...settingsOf(request, service.model(model).T), seed: "" } };
+    this.choose(model);
+  }
+
+  /* The picture that the address names, once for each time that it does. */
+  async take(named, say) {
+    if (!this.model || this.#taken === named) return;
+    this.#taken = named;
+    const { job, index } = named;
     try {
-      this.put("a", await pictureAt(url, this.model.shape, `image ${index + 1} of a job`));
+      this.put("a", await pictureAt(`jobs/${job}/images/${index}.png`, this.model.shape,
+        `image ${index + 1} of a job`));
     } catch (error) {
       say(error);
     }
@@ -41,19 +67,43 @@ class Desk extends Observable {
 
 export const desk = new Desk();
 
-/* The desk, with the picture of the address on it, or the one that this run was made of. say: told
-   of errors. */
-export function useDesk(run, say) {
+/* The desk. A job that is opened by its link lends it its model and settings. */
+export function useDesk(run) {
   useObservable(service);
-  useObservable(router);
   useObservable(desk);
+  useObservable(run);
+  const known = Boolean(service.model(run?.job?.model));
+  useEffect(() => {
+    if (!known || run.taken) return;
+    run.taken = true;
+    desk.lend(run.job);
+  }, [run, known]);
+  return desk;
+}
+
+/* The same with the picture of the address on it, or the one that this run was made of. say: told of
+   errors. */
+export function usePictures(run, say) {
+  useDesk(run);
+  useObservable(router);
   const { model } = desk;
   useEffect(() => { if (router.picture) desk.take(router.picture, say); },
-    [router.picture?.job, router.picture?.index, model?.name]);
-  useEffect(() => {
-    const src = run && history.of(run.id)?.picture;
-    if (!src || !model || desk.slots.a) return;
-    pictureFrom(src, model.shape, "the picture of this job").then((it) => desk.put("a", it), say);
-  }, [run?.id, model?.name]);
+    [router.picture, model?.name]);
+  const own = useOwn(run, model, say);
+  useEffect(() => { if (own && !desk.slots.a) desk.put("a", own); }, [own]);
   return desk;
+}
+
+/* The picture that a run was made of, as far as this browser remembers it; else null. */
+export function useOwn(run, model, say) {
+  const [own, setOwn] = useState({ of: null, picture: null });
+  const src = run?.madeOf ?? (run && history.of(run.id)?.picture);
+  useEffect(() => {
+    if (!src || !model) return undefined;
+    let here = true;
+    pictureFrom(src, model.shape, "the picture of this job").then(
+      (picture) => here && setOwn({ of: run.id, picture }), say);
+    return () => { here = false; };
+  }, [src, run?.id, model?.shape.join()]);
+  return own.of === run?.id ? own.picture : null;
 }

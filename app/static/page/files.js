@@ -1,19 +1,24 @@
 /* Out and in: files of a job, the same request as code, and a manifest to make it again. */
 
-import { html, useState } from "./vendor/preact-htm.js";
+import { html, useRef, useState } from "./vendor/preact-htm.js";
 import { Dialog, download, save } from "./parts.js";
 import { recipes } from "./recipes.js";
 
-export function CodeDialog({ run, onClose }) {
+/* Open, and of a run whose request is known: by its link it may come later. */
+export const CodeDialog = ({ open, run, onClose }) => open && run?.job
+  && html`<${Code} key=${run.id} run=${run} onClose=${onClose} />`;
+
+function Code({ run, onClose }) {
   const [language, choose] = useState("curl");
   const [said, say] = useState("");
+  const text = useRef();
   const code = recipes(run.job.kind, run.job.request)[language];
   const copy = async () => {
     try {
       await navigator.clipboard.writeText(code);
       say("Copied");
     } catch { // not a secure context: then by hand
-      getSelection().selectAllChildren(document.getElementById("code"));
+      getSelection().selectAllChildren(text.current);
       say("Selected: copy it with the keyboard");
     }
   };
@@ -21,7 +26,7 @@ export function CodeDialog({ run, onClose }) {
     <div class="tabs">${["curl", "Python", "JavaScript"].map((name) => html`<button type="button"
       key=${name} aria-pressed=${name === language}
       onClick=${() => { choose(name); say(""); }}>${name}</button>`)}</div>
-    <pre id="code" tabindex="0" aria-label=${`In ${language}`}>${code}</pre>
+    <pre ref=${text} tabindex="0" aria-label=${`In ${language}`}>${code}</pre>
     <p class="row"><button type="button" class="go" onClick=${copy}>Copy</button>
       <span role="status">${said}</span></p>
   <//>`;
@@ -67,6 +72,7 @@ export function Menu({ words, items, onError }) {
     event.currentTarget.open = false;
     event.currentTarget.querySelector("summary").focus();
   };
+  if (!items.length) return html`<button type="button" class="menu" disabled>${words}</button>`;
   return html`<details class="menu" onFocusOut=${away} onKeyDown=${escape}>
     <summary role="button">${words}</summary>
     <div>${items.map(([name, does]) =>

@@ -1,51 +1,36 @@
 /* Generate: pictures from noise, their chains, and branches of those. */
 
-import { html, useEffect, useState } from "./vendor/preact-htm.js";
+import { html, useState } from "./vendor/preact-htm.js";
 import { Branches } from "./branches.js";
+import { useDesk } from "./desk.js";
 import { CodeDialog, Menu, filesOf, manifestIn } from "./files.js";
-import { useObservable } from "./observable.js";
-import { NoModels, Progress } from "./parts.js";
+import { Cancel, NoModels, Progress } from "./parts.js";
 import { useRecorded } from "./recorded.js";
 import { again, chain, generation, many, shortSeed, stepsFrom } from "./requests.js";
 import { start } from "./runs.js";
 import { service } from "./service.js";
-import { ImageCount, ModelChoice, Settings, defaults, settingsOf } from "./settings.js";
+import { ImageCount, ModelChoice, Settings } from "./settings.js";
 import { Stage } from "./stage.js";
 import { subject } from "./words.js";
 
 const BRANCHES = 4;
 
-/* The form's state: the model by name, and settings that follow it. */
-function useSettings(run) {
-  const [name, setName] = useState(null);
-  const [settings, setSettings] = useState(null);
-  const model = service.model(name) ?? service.models[0];
-  useEffect(() => { // a job that is opened by its link lends its settings
-    if (!run?.job || run.taken) return;
-    run.taken = true;
-    setName(run.job.model);
-    setSettings({ ...settingsOf(run.job.request), seed: "" });
-  }, [run, run?.job]);
-  const choose = (other) => { setName(other); setSettings(null); };
-  const change = (some) => setSettings((old) => ({ ...(old ?? defaults(model)), ...some }));
-  return { model, settings: settings ?? (model && defaults(model)), choose, change };
-}
-
 export function Generate({ run }) {
-  useObservable(service);
-  useObservable(run);
-  const { model, settings, choose, change } = useSettings(run);
+  const desk = useDesk(run);
+  const { model } = desk;
   const [asking, setAsking] = useState(false);
   const [fault, setFault] = useState(null);
   const [code, setCode] = useState(false);
   if (!model) return html`<${NoModels} service=${service} />`;
+  const { settings } = desk;
+  const change = (some) => desk.change(some);
 
   /* Ask for a job and show it; what is refused is said below the button. */
-  const ask = async (kind, request, about) => {
+  const ask = async (kind, request, about, how) => {
     setAsking(true);
     setFault(null);
     try {
-      await start(kind, request, about);
+      await start(kind, request, about, how);
     } catch (error) {
       setFault(error);
     } finally {
@@ -73,23 +58,23 @@ export function Generate({ run }) {
     if (!file) return;
     try {
       const { kind, request } = again(await manifestIn(file));
-      await ask(kind, request, { title: subject(request, model) });
+      await ask(kind, request, { title: subject(request, service.model(request.model)) },
+        { lends: true });
     } catch (error) {
       setFault(error);
     }
   };
-  const live = run && !run.ended && !run.error;
+  const live = run?.live;
 
   return html`<form class="panel" onSubmit=${generate} aria-label="What to generate">
-      <${ModelChoice} model=${model} onChange=${choose}
+      <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
         thumbnail=${run?.images[0]} />
       <${Settings} model=${model} settings=${settings} onChange=${change}>
         <${ImageCount} settings=${settings} onChange=${change} />
       <//>
       <div class="submit">
         <button class="go" id="go" disabled=${asking || live}>Generate</button>
-        <button type="button" id="cancel" disabled=${!live || run.job?.cancel_requested}
-          onClick=${() => run.cancel().catch(setFault)}>Cancel</button>
+        <${Cancel} run=${run} onError=${setFault} />
       </div>
       <label class="file">Open a manifest, or a PNG that carries one
         <input type="file" accept=".json,.png,application/json,image/png" onChange=${open} /></label>
@@ -101,7 +86,7 @@ export function Generate({ run }) {
           below=${html`<${Branches} id=${run.id} />`}
           actions=${(t, index, view) => html`
             <button type="button" id="branch" disabled=${t === 0 || !run.picture(t, "x_t", index) || asking}
-              title="Go on from this x_t with other noise, and with the settings of the form"
+              title=${`Go on from this x_t with other noise, by ${many(model, settings).sampler}`}
               onClick=${() => branch(t, index)}>Branch from here</button>
             <${Menu} words="Download" items=${filesOf(run, index, view.kind)} onError=${setFault} />
             <button type="button" id="code" disabled=${!run.job}
@@ -109,7 +94,7 @@ export function Generate({ run }) {
             ${run.images[index] && html`
               <a class="button" href=${`#noise&picture=${run.id}/${index}`}>Noise this</a>
               <a class="button" href=${`#look&picture=${run.id}/${index}`}>Look inside</a>`}`} />
-        ${code && html`<${CodeDialog} run=${run} onClose=${() => setCode(false)} />`}`
+        <${CodeDialog} open=${code} run=${run} onClose=${() => setCode(false)} />`
       : html`<${Before} model=${model} images=${settings.images} />`}
     </div>`;
 }

@@ -2,10 +2,10 @@
 
 import { html, useEffect, useState } from "./vendor/preact-htm.js";
 import { Plot } from "./charts.js";
-import { useDesk } from "./desk.js";
-import { useObservable } from "./observable.js";
+import { useOwn, usePictures } from "./desk.js";
+import { CodeDialog } from "./files.js";
 import { Source } from "./pad.js";
-import { NoModels, Picture, Progress, download } from "./parts.js";
+import { Cancel, NoModels, Picture, Progress, download } from "./parts.js";
 import { guess } from "./pictures.js";
 import { shortSeed } from "./requests.js";
 import { start } from "./runs.js";
@@ -19,12 +19,14 @@ const FILM_FRAMES = 40;
 
 export function Look({ run }) {
   const [fault, say] = useState(null);
-  useObservable(run);
-  const desk = useDesk(run, say);
-  const [label, setLabel] = useState(null);
+  const [code, setCode] = useState(false);
+  const desk = usePictures(run, say);
   const { model, slots: { a } } = desk;
+  const its = service.model(run?.job?.model);
+  const own = useOwn(run, its, say);
   if (!model) return html`<${NoModels} service=${service} />`;
-  const live = run && !run.ended && !run.error;
+  const { label } = desk.settings;
+  const live = run?.live;
   const ask = async (kind, request, title) => {
     say(null);
     try {
@@ -52,10 +54,12 @@ export function Look({ run }) {
       <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
         thumbnail=${a} />
       <${Source} model=${model} picture=${a} onPicture=${(p) => desk.put("a", p)} onError=${say} />
-      <${ClassChips} model=${model} value=${label} onChange=${setLabel} label="What the model is told it is" />
+      <${ClassChips} model=${model} value=${label}
+        onChange=${(label) => desk.change({ label })} label="What the model is told it is" />
       <div class="submit">
         <button class="go" id="measure" disabled=${!a || live}>Measure bits</button>
         <button type="button" id="film" disabled=${!a || live} onClick=${film}>Forward film</button>
+        ${live && html`<${Cancel} run=${run} onError=${say} />`}
       </div>
     </form>
     <div class="work">
@@ -64,9 +68,12 @@ export function Look({ run }) {
         How many bits does the model need to send your picture? The bound falls apart into one term
         a step of the chain; most of it describes what nobody sees. All ${model.T} terms take one
         evaluation of the network each.</p>`}
-      ${run?.job?.kind === "noise" && html`<${Film} key=${run.id} run=${run} T=${model.T}
-        picture=${a} say=${say} />`}
-      ${result && html`<${Bits} key=${run.id} run=${run} result=${result} model=${model} picture=${a} />`}
+      ${run?.job?.kind === "noise" && html`<${Film} key=${run.id} run=${run} T=${its?.T ?? 1000}
+        picture=${own} say=${say} />`}
+      ${result && its && html`<${Bits} key=${run.id} run=${run} result=${result} model=${its} picture=${own} />`}
+      ${run && html`<p class="row"><button type="button" id="code" disabled=${!run.job}
+        onClick=${() => setCode(true)}>As code</button></p>
+        <${CodeDialog} open=${code} run=${run} onClose=${() => setCode(false)} />`}
     </div>`;
 }
 
@@ -173,7 +180,7 @@ function Shares({ run, model, picture, steps }) {
   }, [run.id, picture]);
   return html`<h2>What each share of the bits shows</h2>
     ${!picture && html`<p class="hint">The picture itself is not kept with its numbers: bring it
-      again to see this.</p>`}
+      again, and measure it, to see this.</p>`}
     <ul class="shares">${points.map(({ share, at }, i) => html`<li key=${share}>
       <${Picture} picture=${found[i]} alt=${`x̂_0 after ${Math.round(share * 100)} % of the bits`} />
       <b>${Math.round(share * 100)} %</b><small>t = ${at.t} · RMSE ${at.rmse.toFixed(1)}</small></li>`)}</ul>`;

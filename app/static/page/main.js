@@ -73,7 +73,7 @@ function useRun() {
   const job = run?.job ?? (id && history.of(id) && { ...history.of(id), request: {
     source: history.of(id).parent ?? "image" } });
   const place = router.job ? placeOf(job) : router.place;
-  if (run) router.latest[place] = id;
+  if (job) router.latest[place] = id; // before it is known, so is its place
   return { place, run };
 }
 

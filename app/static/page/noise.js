@@ -2,15 +2,14 @@
 
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { CodeDialog, Menu, filesOf } from "./files.js";
-import { useDesk } from "./desk.js";
-import { useObservable } from "./observable.js";
+import { usePictures } from "./desk.js";
 import { Source } from "./pad.js";
-import { Chips, NoModels, Progress } from "./parts.js";
+import { Cancel, Chips, NoModels, Progress } from "./parts.js";
 import { epsOf, guess, noised, shown } from "./pictures.js";
 import { chain, filling, many, shortSeed, stepsFrom } from "./requests.js";
 import { start } from "./runs.js";
 import { service } from "./service.js";
-import { ClassChips, ModelChoice, Settings, defaults } from "./settings.js";
+import { ClassChips, ModelChoice, Settings, startOf } from "./settings.js";
 import { Stage } from "./stage.js";
 import { Strip, useAlphaBar } from "./strip.js";
 import { Summary, Unknown } from "./unknown.js";
@@ -62,21 +61,24 @@ function useGuess(model, picture, { t, seed, label }) {
 
 export function Noise({ run }) {
   const [fault, say] = useState(null);
-  useObservable(run);
-  const desk = useDesk(run, say);
+  const desk = usePictures(run, say);
   const { model, slots } = desk;
-  const [settings, setSettings] = useState(null);
   const [chosen, setMode] = useState(null);
-  const [mask, setMask] = useState(null);
   const mode = chosen ?? MODE_OF[run?.job?.kind] ?? "denoise";
   const [t, setT] = useState(null);
-  const [seed, setSeed] = useState(shortSeed);
+  const [first] = useState(shortSeed);
+  const [drawn, draw] = useState(null);
   const [code, setCode] = useState(false);
   const result = useRef();
   if (!model) return html`<${NoModels} service=${service} />`;
-  const now = settings ?? defaults(model);
-  const at = Math.min(t ?? Math.round(0.35 * model.T), model.T);
-  const live = run && !run.ended && !run.error;
+  const { settings: now } = desk;
+  const change = (some) => desk.change(some);
+  // Of a job that is shown, its own, until others are chosen.
+  const its = run?.job?.request;
+  const at = Math.min(t ?? (its && startOf(its)) ?? Math.round(0.35 * model.T), model.T);
+  const written = /^[0-9]+$/.test(now.seed) ? Number(now.seed) : null;
+  const seed = written ?? drawn ?? its?.seed ?? first;
+  const live = run?.live;
 
   const ask = async (kind, request, about) => {
     say(null);
@@ -96,22 +98,21 @@ export function Noise({ run }) {
     { ...walk(LAMBDAS.length), lambdas: LAMBDAS, images: [slots.a.png, slots.b.png] },
     { title: `a mixture at t = ${at}`, picture: slots.a.src });
   const restore = () => ask("restore",
-    filling(model, now, { images: [slots.a.png], mask: mask.png, count: VARIATIONS, seed }),
+    filling(model, now, { images: [slots.a.png], mask: slots.mask.png, count: VARIATIONS, seed }),
     { title: `${VARIATIONS} fillings`, picture: slots.a.src });
   const act = { denoise, mix, restore }[mode];
   const words = { denoise: `Denoise from here ×${VARIATIONS}`, mix: "Mix here, nine shares",
     restore: `Fill in, ${VARIATIONS} ways` }[mode];
   const ready = slots.a && !live
-    && (mode === "restore" ? mask : at > 0 && (mode !== "mix" || slots.b));
+    && (mode === "restore" ? slots.mask : at > 0 && (mode !== "mix" || slots.b));
 
   const actions = html`
-    <button type="button" class="go" id="denoise" disabled=${!ready}
-      onClick=${act}>${words}</button>
-    <button type="button" id="reseed" onClick=${() => setSeed(shortSeed())}>Other noise</button>
-    ${live && html`<button type="button" id="cancel"
-      onClick=${() => run.cancel().catch(say)}>Cancel</button>`}`;
+    <button class="go" id="denoise" form="noise" disabled=${!ready}>${words}</button>
+    <button type="button" id="reseed"
+      onClick=${() => { draw(shortSeed()); change({ seed: "" }); }}>Other noise</button>
+    ${live && html`<${Cancel} run=${run} onError=${say} />`}`;
 
-  return html`<form class="panel" aria-label="A picture to noise"
+  return html`<form class="panel" id="noise" aria-label="A picture to noise"
       onSubmit=${(event) => { event.preventDefault(); if (ready) act(); }}>
       <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
         thumbnail=${slots.a} />
@@ -122,17 +123,18 @@ export function Noise({ run }) {
         onPicture=${(p) => desk.put("b", p)} onError=${say} label="The second picture" />`}
       ${mode === "restore"
         ? html`<${ClassChips} model=${model} value=${now.label}
-            onChange=${(label) => setSettings({ ...now, label })} />`
+            onChange=${(label) => change({ label })} />`
         : html`<${Settings} model=${model} settings=${now}
-            onChange=${(some) => setSettings({ ...now, ...some })} />`}
+            onChange=${change} />`}
     </form>
     <div class="work">
       ${fault && html`<p class="fault" role="alert">${fault.message}</p>`}
       ${mode === "restore"
-        ? html`<${Unknown} shape=${model.shape} picture=${slots.a} mask=${mask} onMask=${setMask}
+        ? html`<${Unknown} shape=${model.shape} picture=${slots.a} mask=${slots.mask}
+            onMask=${(mask) => desk.put("mask", mask)}
             actions=${actions} summary=${run && html`<${Summary} run=${run} />`} />`
         : html`<${Forward} model=${model} slots=${slots} mode=${mode} t=${at} seed=${seed}
-            label=${now.label} onChange=${(to) => setT(Math.round(to))} say=${say}
+            label=${now.label} by=${many(model, now).sampler} own=${now.sampler} onChange=${(to) => setT(Math.round(to))} say=${say}
             actions=${actions} />`}
       ${run && html`<div ref=${result}>
         <${Stage} run=${run} wide=${run.job?.kind === "interpolate"}
@@ -143,13 +145,13 @@ export function Noise({ run }) {
               onClick=${() => setCode(true)}>As code</button>
             ${run.images[index] && html`<a class="button"
               href=${`#noise&picture=${run.id}/${index}`}>Take this one</a>`}`} /></div>`}
-      ${code && html`<${CodeDialog} run=${run} onClose=${() => setCode(false)} />`}
+      <${CodeDialog} open=${code} run=${run} onClose=${() => setCode(false)} />
     </div>`;
 }
 
 /* The forward process of the picture at hand: x_t here, for every t, of the very ε that the service
    will start from; x̂_0 by one evaluation of the network. */
-function Forward({ model, slots, mode, t, seed, label, onChange, say, actions }) {
+function Forward({ model, slots, mode, t, seed, label, by, own, onChange, say, actions }) {
   const { a, b } = slots;
   const eps = useEps(model, a, seed, say);
   const alphaBar = useAlphaBar(model.name);
@@ -163,7 +165,8 @@ function Forward({ model, slots, mode, t, seed, label, onChange, say, actions })
       ? html`Draw something, or take a picture, and slide it into noise.`
       : mode === "mix"
         ? html`Both pictures get the same noise; at <i class="math">t</i> they are mixed: λ of the second, 1−λ of the first.`
-        : html`${X_T} is your picture with noise, as ${model.name} sees it at <i class="math">t</i>.`}</p>
+        : html`${X_T} is your picture with noise, as ${model.name} sees it at <i class="math">t</i>. ${
+          by !== own && `Back goes ${by}: ${own} draws no noise, and its ways would all be one.`}`}</p>
     <${Strip} model=${model.name} T=${model.T} t=${t} stops=${null} xT=${xT}
       xStart=${xStart} disabled=${!a} onChange=${onChange} actions=${actions}
       captions=${mode === "mix" ? ["both, half and half", "decoded below"] : null} /></div>`;

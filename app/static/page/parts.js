@@ -94,6 +94,11 @@ export function save(url, name) {
   link.remove();
 }
 
+/* Cancel a run, as long as it is not asked for yet. */
+export const Cancel = ({ run, onError }) => html`<button type="button" id="cancel"
+  disabled=${!run?.live || run.job?.cancel_requested}
+  onClick=${() => run.cancel().catch(onError)}>Cancel</button>`;
+
 /* A group of radio buttons that look like chips. options: [value, words]. */
 export function Chips({ name, label, value, options, onChange, hint }) {
   return html`<fieldset class="chips"><legend>${label}</legend>

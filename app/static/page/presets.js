@@ -1,10 +1,14 @@
 /* Ways to walk the chain, for who does not want to choose: the model says what each stands for. */
 
+import { count } from "./words.js";
+
+const PAPERS = "the paper's chain, exactly";
 const WORDS = {
   fast: ["Fast", "nearly the same quality for the least work"],
   balanced: ["Balanced", "the model's own default"],
-  faithful: ["Faithful", "the paper's chain, exactly"],
+  faithful: ["Faithful", "the best that this model gives"], // where it is not the paper's
 };
+const isThePapers = ({ sampler, steps }, { T }) => sampler === "ddpm" && steps === T;
 
 const settings = ({ sampler, steps, spacing }) => ({ sampler, steps, spacing });
 
@@ -17,7 +21,8 @@ export function presetsOf(model) {
   const said = Object.keys(model.presets ?? {}).length ? model.presets : { balanced: own(model) };
   return Object.fromEntries(Object.entries(said).map(([name, preset]) => {
     const [words, why] = WORDS[name] ?? [name, ""];
-    const hint = `${preset.sampler} in ${preset.steps} steps${why && `: ${why}`}`;
+    const said = isThePapers(preset, model) ? PAPERS : why;
+    const hint = `${preset.sampler} in ${count(preset.steps, "step")}${said && `: ${said}`}`;
     return [name, { words, hint, settings: settings(preset) }];
   }));
 }

@@ -12,10 +12,13 @@ export function frames(images) {
 export const watched = (steps, images) =>
   ({ every: Math.max(1, Math.ceil(steps / frames(images))), kinds: ["x_t", "x_start"] });
 
+/* Whether the spacing is a choice: a tuned table has its own timesteps. */
+export const spaced = ({ sampler }) => sampler !== "tuned";
+
 /* The fields that every walk down the chain has, from the settings of the form. */
 export function chain(model, settings, images, steps = settings.steps) {
   const request = { model: model.name, sampler: settings.sampler, steps };
-  if (settings.spacing && settings.spacing !== model.sampling.spacing) {
+  if (spaced(settings) && settings.spacing && settings.spacing !== model.sampling.spacing) {
     request.spacing = settings.spacing;
   }
   if (settings.label !== null) {
@@ -41,8 +44,9 @@ export const many = (model, settings) =>
   (model.draws.includes(settings.sampler) ? settings
     : { ...settings, ...MANY, steps: Math.min(model.T, Math.max(settings.steps, MANY.steps)) });
 
-/* From t on, as densely as the whole chain would go. */
-export const stepsFrom = (t, T, steps) => Math.max(1, Math.min(t, Math.round((steps * t) / T)));
+/* From t on, as densely as the whole chain would go; in two steps at least, as the last draws no
+   noise. */
+export const stepsFrom = (t, T, steps) => Math.min(t, Math.max(2, Math.round((steps * t) / T)));
 
 /* Samples of what a picture may be under a mask. The service knows best in how many steps. */
 const RESTORED_IN = 246; // evaluations by default, to choose what to watch
@@ -55,10 +59,15 @@ export function filling(model, settings, { images, mask, count, seed }) {
   };
 }
 
-/* Only what its kind takes of a manifest, which has all fields. */
-export function again(manifest) {
-  const { kind, ...request } = manifest;
-  return { kind: kind ?? "generate", request };
+/* Only these are asked for, whatever the file of a stranger says: a kind is part of an address. */
+const KINDS = ["generate", "noise", "reconstruct", "restore", "encode", "interpolate", "likelihood"];
+
+/* What a manifest asks for. Throws Error. */
+export function again({ kind = "generate", ...request }) {
+  if (!KINDS.includes(kind)) {
+    throw new Error(`kind = ${JSON.stringify(kind)}: must be one of ${KINDS.join(", ")}`);
+  }
+  return { kind, request };
 }
 
 const OURS = new Set(["kind", "snapshots", "provenance", "model_digest", "source", "ttl_s",

@@ -22,6 +22,8 @@ export async function fetched(picture) {
 
 export class Run extends Observable {
   job = null; // as the service told it last
+  taken = false; // whether the form has its settings
+  madeOf = null; // the address of the picture that it was made of, where it was asked for here
   error = ""; // why there is nothing to see
   progress = null; // {step, total, eta_s}, never going back
   t = null; // the smallest seen
@@ -40,6 +42,8 @@ export class Run extends Observable {
   get status() { return this.job?.status ?? "queued"; }
 
   get ended() { return ENDED.has(this.status); }
+
+  get live() { return !this.ended && !this.error; }
 
   get count() { return this.job?.request.num_images ?? this.job?.request.lambdas?.length ?? 1; }
 
@@ -163,11 +167,13 @@ export function runOf(id, job = null) {
 }
 
 /* Ask for a job, and show it unless the visitor has gone elsewhere meanwhile. about: what this
-   browser remembers of it. */
-export async function start(kind, body, about = {}) {
+   browser remembers of it. lends: its settings are not those of the form, and are to go there. */
+export async function start(kind, body, about = {}, { lends = false } = {}) {
   const here = location.hash;
   const job = await create(kind, body);
   remember({ id: job.id, kind, created: job.created_at, ...about });
-  runOf(job.id, job).taken = true; // the form has its settings already
+  const run = runOf(job.id, job);
+  run.madeOf = about.picture;
+  run.taken = !lends; // else the form has its settings already
   if (location.hash === here) show(job.id);
 }

@@ -3,6 +3,7 @@
 import { html, useEffect, useState } from "./vendor/preact-htm.js";
 import { Chips, Picture } from "./parts.js";
 import { balanced, presetOf, presetsOf } from "./presets.js";
+import { spaced } from "./requests.js";
 import { service } from "./service.js";
 import { compact, count } from "./words.js";
 
@@ -12,16 +13,22 @@ export const defaults = (model) =>
   ({ label: null, images: 9, seed: "", guidance: 1, spacing: "",
     ...balanced(model) });
 
-/* The settings that a job was made with. */
-export const settingsOf = (request) => ({
-  label: request.class_label ?? null,
-  images: request.num_images ?? 9,
-  seed: String(request.seed ?? ""),
-  guidance: request.guidance ?? 1,
-  sampler: request.sampler,
-  steps: request.steps,
-  spacing: request.spacing ?? "",
-});
+/* The t that a walk begins at, where it is not T. */
+export const startOf = ({ t, source }) => (Number.isInteger(t) ? t : source?.t ?? null);
+
+/* The settings that a job was made with, as far as its kind has them. Of a walk from t on: of one
+   down the whole chain that is as dense. */
+export function settingsOf(request, T) {
+  const { kind, sampler, steps, spacing } = request;
+  const from = startOf(request) ?? T;
+  return {
+    label: request.class_label ?? null,
+    guidance: request.guidance ?? 1,
+    ...(kind === "generate" && { images: Math.min(MOST_IMAGES, request.num_images) }),
+    ...(sampler && {
+      sampler, steps: Math.min(T, Math.round((steps * T) / from)), spacing: spacing ?? "" }),
+  };
+}
 
 export function About({ model }) {
   const [channels, height, width] = model.shape;
@@ -55,6 +62,18 @@ export function ClassChips({ model, value, onChange, label = "What to draw" }) {
     onChange=${onChange} />`;
 }
 
+/* A number, once what is written is one; until then it stands as it is being written. */
+function NumberInput({ value, onChange, ...rest }) {
+  const [typed, setTyped] = useState({ value, text: String(value) });
+  const write = ({ target: { value: text, valueAsNumber } }) => {
+    const now = Number.isNaN(valueAsNumber) ? value : valueAsNumber;
+    setTyped({ value: now, text });
+    if (now !== value) onChange(now);
+  };
+  return html`<input type="number" required ...${rest} onInput=${write}
+    value=${typed.value === value ? typed.text : String(value)} />`;
+}
+
 const Field = ({ label, children, hint }) =>
   html`<label class="field"><span>${label}</span>${children}${hint && html`<small>${hint}</small>`}</label>`;
 
@@ -62,35 +81,37 @@ export function Settings({ model, settings, onChange, children }) {
   const preset = presetOf(model, settings);
   const presets = presetsOf(model);
   const set = (name) => (event) => onChange({ [name]: event.target.value });
-  const number = (name) => (event) => onChange({ [name]: event.target.valueAsNumber || 0 });
+  const number = (name) => (value) => onChange({ [name]: value });
   return html`
     <${ClassChips} model=${model} value=${settings.label} onChange=${(label) => onChange({ label })} />
     <${Chips} name="preset" label="How" value=${preset}
       options=${Object.entries(presets).map(([name, { words }]) => [name, words])}
-      hint=${presets[preset]?.hint ?? `your own: ${settings.sampler} in ${settings.steps} steps`}
+      hint=${presets[preset]?.hint ?? `your own: ${settings.sampler} in ${count(settings.steps, "step")}`}
       onChange=${(name) => onChange(presets[name].settings)} />
-    <details class="more"><summary>Everything else</summary>
+    <details class="more" onInvalidCapture=${(event) => { event.currentTarget.open = true; }}><summary>Everything else</summary>
       <div class="fields">
         ${children}
         <${Field} label="Seed"><input id="seed" inputmode="numeric" pattern="[0-9]*" placeholder="any"
+          title="A whole number, or nothing for any"
           value=${settings.seed} onInput=${set("seed")} /><//>
         <${Field} label="Sampler"><select id="sampler" value=${settings.sampler}
           onChange=${set("sampler")}>
           ${model.samplers.map((name) => html`<option value=${name}>${name}</option>`)}</select><//>
-        <${Field} label="Steps"><input id="steps" type="number" min="1" max=${model.T} required
-          value=${settings.steps} onInput=${number("steps")} /><//>
-        <${Field} label="Spacing"><select id="spacing" value=${settings.spacing || model.sampling.spacing}
-          onChange=${set("spacing")}>
+        <${Field} label="Steps"><${NumberInput} id="steps" min="1" max=${model.T}
+          value=${settings.steps} onChange=${number("steps")} /><//>
+        <${Field} label="Spacing"><select id="spacing" value=${spaced(settings) ? settings.spacing || model.sampling.spacing : ""}
+          disabled=${!spaced(settings)} onChange=${set("spacing")}>
+          ${!spaced(settings) && html`<option value="">of its table</option>`}
           ${model.spacings.map((name) => html`<option value=${name}>${name}</option>`)}</select><//>
         ${model.guidance && html`<${Field} label="Guidance" hint="1 is off; needs a class">
-          <input id="guidance" type="number" min="0" max="50" step="any" value=${settings.guidance}
-            disabled=${settings.label === null} onInput=${number("guidance")} /><//>`}
+          <${NumberInput} id="guidance" min="0" max="50" step="any" value=${settings.guidance}
+            disabled=${settings.label === null} onChange=${number("guidance")} /><//>`}
       </div>
     </details>`;
 }
 
 export function ImageCount({ settings, onChange }) {
   return html`<${Field} label="Images" hint=${`at most ${count(MOST_IMAGES, "image")} here`}>
-    <input id="count" type="number" min="1" max=${MOST_IMAGES} required value=${settings.images}
-      onInput=${(event) => onChange({ images: event.target.valueAsNumber || 1 })} /><//>`;
+    <${NumberInput} id="count" min="1" max=${MOST_IMAGES} value=${settings.images}
+      onChange=${(images) => onChange({ images })} /><//>`;
 }

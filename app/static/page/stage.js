@@ -32,7 +32,8 @@ const columns = (n, wide) => (wide ? n : Math.ceil(Math.sqrt(n)));
 /* The pictures of a run at t. */
 export function Grid({ run, view, onChoose, wide }) {
   const cells = Array.from({ length: run.count }, (_, i) => {
-    const live = run.latest[i]?.[view.kind] ?? run.latest[i]?.x_start;
+    const { [view.kind]: wanted, x_start, x_t } = run.latest[i] ?? {};
+    const live = wanted ?? x_start ?? x_t; // not every job keeps both
     const picture = view.t === null
       ? run.images[i] ?? live
       : run.picture(view.t, view.kind, i) ?? (view.t === 0 ? live : undefined);

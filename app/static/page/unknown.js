@@ -13,10 +13,12 @@ const PARTS = {
   "The middle": [0.25, 0.25, 0.75, 0.75],
 };
 
-/* A mask is {png: base64, white where unknown, share}. */
-function maskOf(canvas) {
+/* A mask is {png: base64, white where unknown, share, shape, paint: as it was brushed}. */
+function maskOf(canvas, shape) {
   const { width, height } = canvas;
-  const painted = canvas.getContext("2d").getImageData(0, 0, width, height);
+  const paper = canvas.getContext("2d");
+  const paint = paper.getImageData(0, 0, width, height);
+  const painted = paper.getImageData(0, 0, width, height);
   let count = 0;
   for (let i = 0; i < width * height; i++) {
     const on = painted.data[4 * i + 3] > 0;
@@ -26,7 +28,8 @@ function maskOf(canvas) {
   const copy = Object.assign(document.createElement("canvas"), { width, height });
   copy.getContext("2d").putImageData(painted, 0, 0);
   const src = copy.toDataURL("image/png");
-  return count ? { png: src.slice(src.indexOf(",") + 1), share: count / (width * height) } : null;
+  const png = src.slice(src.indexOf(",") + 1);
+  return count ? { png, share: count / (width * height), shape, paint } : null;
 }
 
 export function Unknown({ shape, picture, mask, onMask, actions, summary }) {
@@ -38,7 +41,10 @@ export function Unknown({ shape, picture, mask, onMask, actions, summary }) {
     found.fillStyle = PAINT;
     return found;
   };
-  useEffect(() => { if (!mask) paper().clearRect(0, 0, width, height); }, [mask]);
+  useEffect(() => {
+    if (mask) paper().putImageData(mask.paint, 0, 0);
+    else paper().clearRect(0, 0, width, height);
+  }, [mask]);
 
   const place = (event) => {
     const box = canvas.current.getBoundingClientRect();
@@ -73,12 +79,12 @@ export function Unknown({ shape, picture, mask, onMask, actions, summary }) {
   const end = () => {
     if (!last.current) return;
     last.current = null;
-    onMask(maskOf(canvas.current));
+    onMask(maskOf(canvas.current, shape));
   };
   const part = ([x0, y0, x1, y1]) => () => {
     paper().fillRect(Math.round(x0 * width), Math.round(y0 * height),
       Math.round((x1 - x0) * width), Math.round((y1 - y0) * height));
-    onMask(maskOf(canvas.current));
+    onMask(maskOf(canvas.current, shape));
   };
   const share = mask ? `${Math.round(mask.share * 100)} % of it is unknown` : "all of it is known";
   return html`<div class="unknown">

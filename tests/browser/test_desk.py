@@ -1,0 +1,221 @@
+"""The form: it keeps what is chosen from place to place, and asks for just that."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import Served, Visit
+from tests.browser.steps import ask, draw, drawn, fill, job_of, says, slide, until
+
+PICTURE = Path(__file__).parent.parent / "pictures" / "plain.png"
+KINDS = ("generate", "reconstruct", "noise")
+WAIT = {"Prefer": "wait=60"}
+
+
+def unfold(page: Any) -> None:
+    page.click("text=Everything else")
+    page.wait_for_selector("#steps:visible")
+
+
+def request_of(served: Served, job: str) -> dict[str, Any]:
+    request: dict[str, Any] = served.client.get(f"/jobs/{job}").json()["request"]
+    return request
+
+
+def test_a_number_is_written_as_one_writes(page: Any) -> None:
+    """What is half written is neither completed nor asked for, and is said to be no number."""
+    unfold(page)
+    page.check("input[name=label][value='1']")
+    for field, text in (("#count", "4"), ("#steps", "12"), ("#guidance", "2.50")):
+        page.click(field)
+        page.keyboard.press("Control+A")
+        page.keyboard.press("Backspace")
+        assert page.input_value(field) == ""
+        page.keyboard.type(text)
+        assert page.input_value(field) == text
+    # Where it is folded away it comes out to be seen.
+    page.fill("#steps", "")
+    page.click("text=Everything else")
+    page.wait_for_selector("#steps", state="hidden")
+    page.click("#go")
+    page.wait_for_selector("#steps:visible")
+    assert "#job" not in page.url
+    page.fill("#steps", "12")
+    with page.expect_request("**/generate") as sent:
+        page.click("#go")
+    asked = json.loads(sent.value.post_data)
+    assert (asked["steps"], asked["num_images"], asked["guidance"]) == (12, 4, 2.5)
+
+
+def test_the_desk_stays_from_place_to_place(page: Any, served: Served) -> None:
+    page.check("input[name=label][value='2']")
+    ask(page, images=2, steps=9, seed=5)
+    says(page, "2 images in")
+    first = job_of(page)
+    page.click("text=Noise this")
+    page.locator(".pad canvas[aria-label*='image 1 of a job']").wait_for()
+    assert page.locator("input[name=label]:checked").get_attribute("value") == "2"
+    page.click("text=Clear")
+    unfold(page)
+    assert page.input_value("#steps") == "9"
+    # The seed that is written is that of the noise; "Other noise" takes it back.
+    draw(page)
+    page.fill("#seed", "77")
+    slide(page, 400)
+    page.click("#denoise")
+    denoised = job_of(page, after=first)
+    assert request_of(served, denoised)["seed"] == 77
+    says(page, "9 images in")
+    page.click("#reseed")
+    assert page.input_value("#seed") == ""
+    # The same picture is taken again, though the address has named it before.
+    page.click("nav >> text=Generate")
+    assert page.input_value("#count") == "2"
+    page.click("text=Noise this")
+    page.locator(".pad canvas[aria-label*='image 1 of a job']").wait_for()
+    # Another model has other sizes, classes and samplers, and the page none of the first's.
+    page.check("input[value=restore]")
+    page.click("text=Lower half")
+    page.select_option("#model", "wide")
+    page.locator(".pad canvas[aria-label*='nothing yet']").wait_for()
+    assert page.locator("input[name=label]").count() == 0
+    page.locator("text=Draw or take a picture first").wait_for()
+    page.select_option("#model", "tiny")
+    page.locator("text=50 % of it is unknown").wait_for()
+    # What was brushed is there after a look elsewhere.
+    page.check("input[value=denoise]")
+    page.check("input[value=restore]")
+    until(page, BRUSHED)
+
+
+BRUSHED = """(() => {
+  const canvas = document.getElementById("brush");
+  const all = canvas?.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  return all?.filter((a, i) => i % 4 === 3 && a > 0).length === all?.length / 8;
+})()"""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["likelihood", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS)],
+)
+def test_a_link_lends_the_model_and_settings_to_each_place(
+    visit: Visit, served: Served, kind: str
+) -> None:
+    picture = base64.b64encode(PICTURE.read_bytes()).decode()
+    bodies: dict[str, dict[str, Any]] = {
+        "generate": {"num_images": 64, "steps": 7},  # more than the form would ask for
+        "reconstruct": {"images": [picture], "t": 50, "steps": 5, "num_images": 4},
+        "noise": {"images": [picture], "t": [1, 100]},
+        "likelihood": {"images": [picture], "mode": "full"},
+    }
+    job = served.client.post(
+        f"/{kind}", json={"model": "wide", **bodies[kind]}, headers=WAIT
+    ).json()
+    page = visit(f"{served.url}#job={job['id']}")
+    says(page, " in ")
+    until(page, "document.getElementById('model')?.value === 'wide'")
+    # At every place: a job that is not of Generate is not shown there.
+    for place in ("Noise", "Look inside", "Generate"):
+        page.click(f"nav >> text={place}")
+        page.locator("nav [aria-current]", has_text=place).wait_for()
+        assert page.input_value("#model") == "wide"
+    assert page.locator(".progress").count() == (1 if kind == "generate" else 0)
+    unfold(page)
+    own = {"generate": "7", "reconstruct": "10"}  # 10 of 100 are 5 from t = 50 on
+    assert page.input_value("#steps") == own.get(kind, "100") and page.input_value("#sampler")
+    assert page.input_value("#count") == ("36" if kind == "generate" else "9")
+
+
+def test_what_a_job_shows_is_of_its_own_picture_and_model(visit: Visit, served: Served) -> None:
+    """Whatever lies on the desk by now."""
+    page = visit(served.url + "#look")
+    page.select_option("#model", "wide")
+    draw(page)
+    page.click("#measure")
+    says(page, "100 terms in")
+    page.wait_for_selector(".shares img >> nth=5")
+    shares = drawn(page, ".shares")
+    page.click("text=Clear")
+    page.select_option("#model", "tiny")
+    page.wait_for_timeout(300)
+    assert drawn(page, ".shares") == shares
+    with page.expect_request("**/reconstruct") as sent:
+        page.reload()
+    page.wait_for_selector(".shares img >> nth=5")
+    assert page.input_value("#model") == "wide"
+    assert json.loads(sent.value.post_data)["model"] == "wide"
+
+
+@pytest.mark.slow
+def test_a_branch_by_one_step_would_be_one_picture(page: Any, served: Served) -> None:
+    """The last step draws no noise, so there are two at least."""
+    page.check("input[name=label][value='1']")
+    unfold(page)
+    page.select_option("#sampler", "ddpm")
+    ask(page, images=1, steps=5)
+    says(page, "1 image in")
+    trunk = job_of(page)
+    slide(page, 800)
+    page.click("#branch")
+    branch = request_of(served, job_of(page, after=trunk))
+    assert branch["sampler"] == "ddpm" and branch["steps"] == 2
+    says(page, "4 images in")
+    assert len(set(drawn(page))) == 4
+
+
+def test_back_with_a_dialog_open_is_no_end_of_the_page(page: Any, served: Served) -> None:
+    fill(page, images=1, steps=3)
+    page.click("#go")
+    first = job_of(page)
+    says(page, "1 image in")
+    page.click("#go")
+    job_of(page, after=first)
+    says(page, "1 image in")
+    page.reload()  # so that the first is not known here
+    says(page, "1 image in")
+    page.click("#code")
+    page.wait_for_selector("dialog")
+    page.go_back()
+    assert job_of(page) == first
+    says(page, "1 image in")
+
+
+@pytest.mark.slow
+def test_where_the_page_may_not_copy_the_code_is_selected(page: Any) -> None:
+    ask(page, images=1, steps=3)
+    says(page, "1 image in")
+    page.click("#code")
+    page.evaluate("void (navigator.clipboard.writeText = () => Promise.reject(new Error()))")
+    page.click("dialog >> text=Copy")
+    page.locator("dialog [role=status]", has_text="Selected").wait_for()
+    assert page.evaluate("getSelection().toString()").startswith("curl ")
+
+
+def test_a_manifest_asks_for_no_other_address(page: Any) -> None:
+    page.wait_for_selector("#go")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(f"{request.method} {request.url}"))
+    evil = {"model": "tiny", "kind": "queue/ddpm/pause"}
+    page.set_input_files(
+        "input[accept*=json]",
+        {"name": "m.json", "mimeType": "application/json", "buffer": json.dumps(evil).encode()},
+    )
+    page.locator("[role=alert]", has_text="kind").wait_for()
+    assert not [url for url in asked if url.startswith("POST")]
+
+
+@pytest.mark.slow
+def test_a_measurement_is_canceled(visit: Visit, served: Served) -> None:
+    page = visit(served.url + "#look")
+    draw(page)
+    page.click("#measure")
+    page.click("#cancel")
+    says(page, "Canceled")
+    page.wait_for_selector("#measure:enabled")
+    assert page.locator("#cancel").count() == 0
