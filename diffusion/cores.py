@@ -27,6 +27,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from diffusion.allocator import keep_freed_memory
+
 LARGE = 10_000_000  # weights of a network whose single rows are worth a team
 T = TypeVar("T")
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -41,10 +43,12 @@ def use(cores: int) -> None:
     From then on torch's own loops run on one core in every thread that starts: OpenMP gives each
     thread that runs a parallel loop a team of its own, and with more threads than cores none of
     them may wait actively, which makes a team 1.4 times as slow. A thread started earlier, or by
-    something else than Python, calls `keep_to_one`.
+    something else than Python, calls `keep_to_one`. Memory that evaluations free is kept, see
+    `diffusion.allocator`.
     """
     global _cores
     _cores = cores
+    keep_freed_memory()
     torch.set_num_threads(1)
 
 
@@ -60,7 +64,11 @@ def compile_options() -> dict[str, Any]:
     As C++ from end to end it lets go of the interpreter's lock; where Python calls one loop after
     the other, the parts would take turns. Its teams are as large as their thread's.
     """
-    return {"cpp_wrapper": True, "cpp.dynamic_threads": True}
+    return {
+        "cpp_wrapper": True,
+        "cpp.dynamic_threads": True,
+        "cpp.enable_floating_point_contract_flag": "fast",  # a·b + c is rounded once
+    }
 
 
 def count() -> int:

@@ -61,6 +61,10 @@ def _training_on_cpu(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad and x.device.type == "cpu"
 
 
+def _compiling_bfloat16_for_cpu(x: Tensor) -> bool:
+    return _compiling_for_cpu(x) and x.dtype == torch.bfloat16 and not _training_on_cpu(x)
+
+
 class GroupNorm(nn.GroupNorm):
     """GroupNorm; compiled, in a form that the device's compiler makes fast."""
 
@@ -78,6 +82,8 @@ class GroupNorm(nn.GroupNorm):
 
 def silu(x: Tensor) -> Tensor:
     """x·σ(x)."""
+    if _compiling_bfloat16_for_cpu(x):
+        return cpu_layers.silu_bfloat16(x)
     fast = _compiling_for_cpu(x) and _training_on_cpu(x)
     return cpu_layers.silu(x) if fast else F.silu(x)
 
@@ -85,6 +91,8 @@ def silu(x: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ/√C) v of [N, heads, positions, C]."""
     small = q.shape[-2] <= cpu_layers.MOST_ATTENDING
+    if _compiling_bfloat16_for_cpu(q) and small:
+        return cpu_layers.attend_bfloat16(q, k, v)
     fast = _training_on_cpu(q) or (_compiling_for_cpu(q) and small)
     return cpu_layers.attend(q, k, v) if fast else F.scaled_dot_product_attention(q, k, v)
 
@@ -155,6 +163,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if _compiling_for_cpu(x) and not _training_on_cpu(x):
+            return cpu_layers.doubled_convolution(x, self.conv.weight, self.conv.bias)
         fast = _compiling_for_cpu(x) or _compiling_for_gpu(x)
         x = cpu_layers.double(x) if fast else F.interpolate(x, scale_factor=2.0, mode="nearest")
         out: Tensor = self.conv(x)

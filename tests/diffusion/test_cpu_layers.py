@@ -67,6 +67,18 @@ def test_silu_at_the_ends() -> None:
     assert gradient.tolist() == pytest.approx([0, 0, 0.5, 1, 1], abs=1e-30)
 
 
+def test_silu_of_every_bfloat16() -> None:
+    """Off by one in the last digit where rounding was a near thing, and below 1e-5 by that."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()]
+    expected = F.silu(x.double())
+    found = cpu_layers.silu_bfloat16(x).double()
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-5)
+    plain = expected.abs() > 1e-4
+    same = (found == expected.to(torch.bfloat16).double())[plain]
+    assert plain.sum() > 15_000 and same.double().mean() > 0.99
+
+
 def test_double() -> None:
     check(cpu_layers.double, lambda x: F.interpolate(x, scale_factor=2.0), leaf(2, 3, 4, 5))
 
@@ -76,9 +88,37 @@ def test_double_keeps_channels_last() -> None:
     assert cpu_layers.double(x).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 5), (6, 2)])
+def test_doubled_convolution(height: int, width: int) -> None:
+    check(
+        cpu_layers.doubled_convolution,
+        lambda x, w, b: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1),
+        leaf(2, 3, height, width),
+        leaf(7, 3, 3, 3, seed=3),
+        leaf(7, seed=4),
+    )
+
+
+def test_doubled_convolution_keeps_channels_last() -> None:
+    x = leaf(2, 3, 4, 5).detach().to(memory_format=torch.channels_last)
+    out = cpu_layers.doubled_convolution(x, leaf(7, 3, 3, 3).detach(), None)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_attend() -> None:
     q, k, v = (leaf(2, 3, 16, 8, seed=seed) for seed in range(3))
     check(cpu_layers.attend, F.scaled_dot_product_attention, q, k, v)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_attend_bfloat16(spread: float) -> None:
+    """Not further from the exact values than torch's own; weights of one and of nothing, too."""
+    q, k, v = (leaf(2, 3, 64, 8, seed=seed).detach().to(torch.bfloat16) for seed in range(3))
+    q = q * spread
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    ours = (cpu_layers.attend_bfloat16(q, k, v) - exact).square().mean()
+    theirs = (cpu_layers.attend(q, k, v) - exact).square().mean()
+    assert ours <= 1.1 * theirs < 1e-3
 
 
 @pytest.mark.slow

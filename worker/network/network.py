@@ -26,7 +26,7 @@ WARM_UP_SIZES = (1, 4, 16, 64)
 WARM_UP_S = 0.3  # for each: a size is not tried that would take longer
 WARM_UPS = 5  # the quickest counts
 ANY_ROWS = 0  # of code that serves batches of all sizes
-MOST_AT_ONCE = 8  # rows a call of compiled code on one core: no size is faster, and few are needed
+MOST_AT_ONCE = 16  # rows a call of compiled code on one core: no size is faster
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -125,14 +125,16 @@ class Network:
         """What compiled code is called with for a batch of `rows`, as often as it needs.
 
         On a GPU the whole batch, whatever its size. On a CPU of few sizes, since each takes half a
-        minute to compile: 1, 2, 4 and 8 rows serve all batches, and whichever core is done takes
-        the next ones.
+        minute to compile: 1, 2, 4, 8 and 16 rows serve all batches. From 16 a core on it is two
+        calls at least, of which whichever core is done takes the next.
         """
         if self.in_process:
             return Tile(ANY_ROWS, 1)
         parts, threads = cores.deal(rows, cores.count(), large=self.model.is_large)
         each = 1 << (-(-rows // parts) - 1).bit_length()
-        return Tile(min(each, MOST_AT_ONCE), threads)
+        if each > 8:
+            each = min(each // 2, MOST_AT_ONCE)
+        return Tile(each, threads)
 
     def add_compiled(self, tile: Tile, forward: Forward) -> None:
         """Offer compiled code (x, t, labels) → raw output, to be called by several threads.
