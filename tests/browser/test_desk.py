@@ -28,7 +28,7 @@ def request_of(served: Served, job: str) -> dict[str, Any]:
 
 
 def test_a_number_is_written_as_one_writes(page: Any) -> None:
-    """What is half written is neither completed nor asked for, and is said to be no number."""
+    """What is half written is not completed, and what cannot be is refused where it can be seen."""
     unfold(page)
     page.check("input[name=label][value='1']")
     for field, text in (("#count", "4"), ("#steps", "12"), ("#guidance", "2.50")):
@@ -38,8 +38,11 @@ def test_a_number_is_written_as_one_writes(page: Any) -> None:
         assert page.input_value(field) == ""
         page.keyboard.type(text)
         assert page.input_value(field) == text
-    # Where it is folded away it comes out to be seen.
+    # What is left empty is as it was; what is wrong and folded away comes out to be seen.
     page.fill("#steps", "")
+    page.focus("#seed")
+    until(page, "document.getElementById('steps').value === '12'")
+    page.fill("#steps", "0")
     page.click("text=Everything else")
     page.wait_for_selector("#steps", state="hidden")
     page.click("#go")
@@ -219,3 +222,66 @@ def test_a_measurement_is_canceled(visit: Visit, served: Served) -> None:
     says(page, "Canceled")
     page.wait_for_selector("#measure:enabled")
     assert page.locator("#cancel").count() == 0
+
+
+def test_two_clicks_are_one_job(visit: Visit, served: Served) -> None:
+    page = visit(served.url + "#look")
+    draw(page)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(f"{request.method} {request.url}"))
+    page.wait_for_selector("#film:enabled")
+    page.dblclick("#film", force=True)
+    says(page, "1 image in")
+    assert len([url for url in asked if url == f"POST {served.url}noise"]) == 1
+
+
+def test_what_could_not_be_read_is_forgotten_with_the_next_picture(
+    visit: Visit, served: Served
+) -> None:
+    page = visit(served.url + "#noise")
+    page.wait_for_selector(".pad canvas")
+    page.set_input_files(".source input[type=file]", Path(__file__))
+    page.locator("[role=alert]", has_text="test_desk.py").wait_for()
+    page.set_input_files(".source input[type=file]", PICTURE)
+    page.locator(".pad canvas[aria-label*='plain.png']").wait_for()
+    page.wait_for_selector("[role=alert]", state="detached")
+
+
+def test_a_browser_that_keeps_nothing_will_do(visit: Visit, served: Served) -> None:
+    page = visit("about:blank")
+    page.add_init_script(
+        "Object.defineProperty(window, 'localStorage', {get() { throw new Error('forbidden'); }})"
+    )
+    page.goto(served.url)
+    ask(page, images=1, steps=3)
+    says(page, "1 image in")
+    page.click("nav >> text=Queue")
+    page.locator(".jobs .state", has_text="succeeded").wait_for()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("link", ["#job=../queue", "#job=..", "#noise&picture=../queue/0"])
+def test_a_link_leads_to_jobs_alone(visit: Visit, served: Served, link: str) -> None:
+    page = visit("about:blank")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url.removeprefix(served.url)))
+    page.goto(served.url + link)
+    page.locator("text=/no such job|no job/").first.wait_for()
+    told = [url for url in asked if url.startswith("jobs/")]
+    assert told and not [url for url in asked if url == "queue/images/0.png"]
+
+
+@pytest.mark.slow
+def test_how_many_wait_is_told_while_they_do(page: Any, served: Served) -> None:
+    [queue] = served.client.get("/queue").json()["queues"]
+    served.client.post(f"/queue/{queue['name']}/pause")
+    try:
+        body = {"model": "tiny", "num_images": 1, "steps": 2}
+        before = [served.client.post("/generate", json=body).json()["id"] for _ in range(2)]
+        ask(page, images=1, steps=3)
+        says(page, "2 jobs before this one")
+        served.client.post(f"/jobs/{before[0]}/cancel")
+        says(page, "1 job before this one")
+    finally:
+        served.client.post(f"/queue/{queue['name']}/resume")
+    says(page, "1 image in")

@@ -3,6 +3,7 @@
 Paths are relative to the page, so that it works behind any sub-path. */
 
 import { Observable } from "./observable.js";
+import { read, write } from "./storage.js";
 
 const KEY = "ddpm-key";
 const SILENCE_MS = 45_000; // a stream says something every 15 s
@@ -28,10 +29,10 @@ class Connection extends Observable {
   #keyGiven = [];
   #hurry = [];
 
-  get key() { return localStorage.getItem(KEY) || ""; }
+  get key() { return read(KEY); }
 
   set key(key) {
-    if (key) localStorage.setItem(KEY, key); else localStorage.removeItem(KEY);
+    write(KEY, key);
     this.refused = false;
     this.#keyGiven.splice(0).forEach((go) => go());
     this.changed();

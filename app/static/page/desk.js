@@ -5,9 +5,10 @@ import { history } from "./history.js";
 import { Observable, useObservable } from "./observable.js";
 import { pictureAt, pictureFrom } from "./pictures.js";
 import { router } from "./router.js";
+import { start } from "./runs.js";
 import { service } from "./service.js";
 import { defaults, settingsOf } from "./settings.js";
-import { useEffect, useState } from "./vendor/preact-htm.js";
+import { useEffect, useRef, useState } from "./vendor/preact-htm.js";
 
 class Desk extends Observable {
   #name = null; // of the model; null: nobody has chosen, the first
@@ -67,6 +68,23 @@ class Desk extends Observable {
 
 export const desk = new Desk();
 
+/* Ask for jobs, one at a time, and show them; say: told of what is refused, or null. */
+export function useAsk(say) {
+  const [asking, setAsking] = useState(false);
+  const ask = async (...job) => {
+    setAsking(true);
+    say(null);
+    try {
+      await start(...job);
+    } catch (error) {
+      say(error);
+    } finally {
+      setAsking(false);
+    }
+  };
+  return [asking, ask];
+}
+
 /* The desk. A job that is opened by its link lends it its model and settings. */
 export function useDesk(run) {
   useObservable(service);
@@ -89,9 +107,23 @@ export function usePictures(run, say) {
   const { model } = desk;
   useEffect(() => { if (router.picture) desk.take(router.picture, say); },
     [router.picture, model?.name]);
-  const own = useOwn(run, model, say);
-  useEffect(() => { if (own && !desk.slots.a) desk.put("a", own); }, [own]);
+  const own = useOwn(run, service.model(run?.job?.model), say);
+  useEffect(() => {
+    if (!own || run.laid) return;
+    run.laid = true;
+    if (!desk.slots.a) desk.put("a", own);
+  }, [own]);
   return desk;
+}
+
+/* Where what has been asked for here is shown, which comes into sight: on a phone it is below the form. */
+export function useResult(run) {
+  const shown = useRef();
+  useEffect(() => {
+    if (run?.fresh) shown.current?.scrollIntoView({ block: "nearest" });
+    if (run) run.fresh = false;
+  }, [run?.id]);
+  return shown;
 }
 
 /* The picture that a run was made of, as far as this browser remembers it; else null. */

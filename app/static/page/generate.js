@@ -2,12 +2,11 @@
 
 import { html, useState } from "./vendor/preact-htm.js";
 import { Branches } from "./branches.js";
-import { useDesk } from "./desk.js";
+import { useAsk, useDesk } from "./desk.js";
 import { CodeDialog, Menu, filesOf, manifestIn } from "./files.js";
 import { Cancel, NoModels, Progress } from "./parts.js";
 import { useRecorded } from "./recorded.js";
 import { again, chain, generation, many, shortSeed, stepsFrom } from "./requests.js";
-import { start } from "./runs.js";
 import { service } from "./service.js";
 import { ImageCount, ModelChoice, Settings } from "./settings.js";
 import { Stage } from "./stage.js";
@@ -18,25 +17,13 @@ const BRANCHES = 4;
 export function Generate({ run }) {
   const desk = useDesk(run);
   const { model } = desk;
-  const [asking, setAsking] = useState(false);
   const [fault, setFault] = useState(null);
+  const [asking, ask] = useAsk(setFault);
   const [code, setCode] = useState(false);
   if (!model) return html`<${NoModels} service=${service} />`;
   const { settings } = desk;
   const change = (some) => desk.change(some);
 
-  /* Ask for a job and show it; what is refused is said below the button. */
-  const ask = async (kind, request, about, how) => {
-    setAsking(true);
-    setFault(null);
-    try {
-      await start(kind, request, about, how);
-    } catch (error) {
-      setFault(error);
-    } finally {
-      setAsking(false);
-    }
-  };
   const generate = (event) => {
     event.preventDefault();
     const request = generation(model, settings);

@@ -1,6 +1,7 @@
 /* The jobs of this browser, newest first: {id, kind, created, title, parent, picture, done}. */
 
 import { Observable } from "./observable.js";
+import { read, write } from "./storage.js";
 
 const NAME = "ddpm-jobs";
 const MOST = 60;
@@ -8,7 +9,7 @@ const MOST = 60;
 class History extends Observable {
   get all() {
     try {
-      const found = JSON.parse(localStorage.getItem(NAME) ?? "[]");
+      const found = JSON.parse(read(NAME));
       return Array.isArray(found) ? found : [];
     } catch {
       return [];
@@ -16,9 +17,7 @@ class History extends Observable {
   }
 
   set all(jobs) {
-    try {
-      localStorage.setItem(NAME, JSON.stringify(jobs.slice(0, MOST)));
-    } catch { /* full, or forbidden: then nothing is remembered */ }
+    write(NAME, JSON.stringify(jobs.slice(0, MOST)));
     this.changed();
   }
 

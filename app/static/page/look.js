@@ -2,23 +2,24 @@
 
 import { html, useEffect, useState } from "./vendor/preact-htm.js";
 import { Plot } from "./charts.js";
-import { useOwn, usePictures } from "./desk.js";
+import { useAsk, useOwn, usePictures, useResult } from "./desk.js";
 import { CodeDialog } from "./files.js";
 import { Source } from "./pad.js";
 import { Cancel, NoModels, Picture, Progress, download } from "./parts.js";
 import { guess } from "./pictures.js";
 import { shortSeed } from "./requests.js";
-import { start } from "./runs.js";
 import { service } from "./service.js";
 import { ClassChips, ModelChoice } from "./settings.js";
 import { Strip } from "./strip.js";
-import { X_0, X_START, X_T, bound, compact } from "./words.js";
+import { X_0, X_START, X_T, bound, compact, count } from "./words.js";
 
 const SHARES = [0.01, 0.05, 0.12, 0.25, 0.5, 1];
 const FILM_FRAMES = 40;
 
 export function Look({ run }) {
   const [fault, say] = useState(null);
+  const [asking, ask] = useAsk(say);
+  const shown = useResult(run);
   const [code, setCode] = useState(false);
   const desk = usePictures(run, say);
   const { model, slots: { a } } = desk;
@@ -26,43 +27,37 @@ export function Look({ run }) {
   const own = useOwn(run, its, say);
   if (!model) return html`<${NoModels} service=${service} />`;
   const { label } = desk.settings;
+  const put = (slot, picture) => { say(null); desk.put(slot, picture); };
   const live = run?.live;
-  const ask = async (kind, request, title) => {
-    say(null);
-    try {
-      await start(kind, { model: model.name, images: [a.png], ...request },
-        { title, picture: a.src });
-    } catch (error) {
-      say(error);
-    }
-  };
-  const measure = () => ask("likelihood", {
+  const ready = a && !live && !asking;
+  const of = (request) => ({ model: model.name, images: [a.png], ...request });
+  const measure = () => ask("likelihood", of({
     mode: "full",
     seed: shortSeed(),
     terms: Array.from({ length: model.T }, (_, i) => i + 1),
     ...(label === null ? {} : { class_label: label }),
-  }, "bits of a picture");
-  const film = () => ask("noise", {
+  }), { title: "bits of a picture", picture: a.src });
+  const film = () => ask("noise", of({
     mode: "stepwise",
     seed: shortSeed(),
     t: [...new Set(Array.from({ length: FILM_FRAMES }, (_, i) =>
       Math.max(1, Math.round((model.T * (i + 1)) / FILM_FRAMES))))],
-  }, "the way into noise");
+  }), { title: "the way into noise", picture: a.src });
   const result = run?.job?.result;
   return html`<form class="panel" aria-label="A picture to look into"
-      onSubmit=${(event) => { event.preventDefault(); if (a && !live) measure(); }}>
+      onSubmit=${(event) => { event.preventDefault(); if (ready) measure(); }}>
       <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
         thumbnail=${a} />
-      <${Source} model=${model} picture=${a} onPicture=${(p) => desk.put("a", p)} onError=${say} />
+      <${Source} model=${model} picture=${a} onPicture=${(p) => put("a", p)} onError=${say} />
       <${ClassChips} model=${model} value=${label}
         onChange=${(label) => desk.change({ label })} label="What the model is told it is" />
       <div class="submit">
-        <button class="go" id="measure" disabled=${!a || live}>Measure bits</button>
-        <button type="button" id="film" disabled=${!a || live} onClick=${film}>Forward film</button>
+        <button class="go" id="measure" disabled=${!ready}>Measure bits</button>
+        <button type="button" id="film" disabled=${!ready} onClick=${film}>Forward film</button>
         ${live && html`<${Cancel} run=${run} onError=${say} />`}
       </div>
     </form>
-    <div class="work">
+    <div class="work" ref=${shown}>
       ${fault && html`<p class="fault" role="alert">${fault.message}</p>`}
       ${run ? html`<${Progress} run=${run} service=${service} />` : html`<p class="lead">
         How many bits does the model need to send your picture? The bound falls apart into one term
@@ -136,7 +131,8 @@ function Bits({ run, result, model, picture }) {
     [bound("T"), image.L_T, "dim", "the noise it starts from"]];
   return html`<section class="bits" aria-label="What the picture costs">
     <div class="figures">
-      <div class="figure"><b>${image.bits_per_dim.toFixed(3)}</b><small>bits/dim, all in all</small></div>
+      <div class="figure"><b>${image.bits_per_dim.toFixed(3)}</b><small>bits/dim, all in all${
+        result.images.length > 1 && `; the first of ${count(result.images.length, "picture")}`}</small></div>
       <div class="figure"><b>${Math.round((image.bits_per_dim * result.dims) / 8).toLocaleString("en")}</b>
         <small>bytes for ${result.dims.toLocaleString("en")} numbers</small></div>
       ${parts.map(([sign, value, colour, words]) => html`<div class=${`figure ${colour}`} key=${words}>

@@ -2,12 +2,11 @@
 
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { CodeDialog, Menu, filesOf } from "./files.js";
-import { usePictures } from "./desk.js";
+import { useAsk, usePictures, useResult } from "./desk.js";
 import { Source } from "./pad.js";
 import { Cancel, Chips, NoModels, Progress } from "./parts.js";
 import { epsOf, guess, noised, shown } from "./pictures.js";
 import { chain, filling, many, shortSeed, stepsFrom } from "./requests.js";
-import { start } from "./runs.js";
 import { service } from "./service.js";
 import { ClassChips, ModelChoice, Settings, startOf } from "./settings.js";
 import { Stage } from "./stage.js";
@@ -61,6 +60,7 @@ function useGuess(model, picture, { t, seed, label }) {
 
 export function Noise({ run }) {
   const [fault, say] = useState(null);
+  const [asking, ask] = useAsk(say);
   const desk = usePictures(run, say);
   const { model, slots } = desk;
   const [chosen, setMode] = useState(null);
@@ -69,9 +69,10 @@ export function Noise({ run }) {
   const [first] = useState(shortSeed);
   const [drawn, draw] = useState(null);
   const [code, setCode] = useState(false);
-  const result = useRef();
+  const result = useResult(run);
   if (!model) return html`<${NoModels} service=${service} />`;
   const { settings: now } = desk;
+  const put = (slot, picture) => { say(null); desk.put(slot, picture); };
   const change = (some) => desk.change(some);
   // Of a job that is shown, its own, until others are chosen.
   const its = run?.job?.request;
@@ -80,15 +81,6 @@ export function Noise({ run }) {
   const seed = written ?? drawn ?? its?.seed ?? first;
   const live = run?.live;
 
-  const ask = async (kind, request, about) => {
-    say(null);
-    try {
-      await start(kind, request, about);
-      setTimeout(() => result.current?.scrollIntoView({ block: "nearest" }), 100);
-    } catch (error) {
-      say(error);
-    }
-  };
   const walk = (images, how = now) => ({
     ...chain(model, how, images, stepsFrom(at, model.T, how.steps)), t: at, seed });
   const denoise = () => ask("reconstruct",
@@ -103,7 +95,7 @@ export function Noise({ run }) {
   const act = { denoise, mix, restore }[mode];
   const words = { denoise: `Denoise from here ×${VARIATIONS}`, mix: "Mix here, nine shares",
     restore: `Fill in, ${VARIATIONS} ways` }[mode];
-  const ready = slots.a && !live
+  const ready = slots.a && !live && !asking
     && (mode === "restore" ? slots.mask : at > 0 && (mode !== "mix" || slots.b));
 
   const actions = html`
@@ -117,10 +109,10 @@ export function Noise({ run }) {
       <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
         thumbnail=${slots.a} />
       <${Chips} name="mode" label="What to do" value=${mode} options=${MODES} onChange=${setMode} />
-      <${Source} model=${model} picture=${slots.a} onPicture=${(p) => desk.put("a", p)}
+      <${Source} model=${model} picture=${slots.a} onPicture=${(p) => put("a", p)}
         onError=${say} label=${mode === "mix" ? "The first picture" : "Your picture"} />
       ${mode === "mix" && html`<${Source} model=${model} picture=${slots.b}
-        onPicture=${(p) => desk.put("b", p)} onError=${say} label="The second picture" />`}
+        onPicture=${(p) => put("b", p)} onError=${say} label="The second picture" />`}
       ${mode === "restore"
         ? html`<${ClassChips} model=${model} value=${now.label}
             onChange=${(label) => change({ label })} />`

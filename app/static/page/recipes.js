@@ -32,18 +32,21 @@ function shell({ body, files, url, key, kind }) {
 }
 
 function python({ body, files, url, key, kind }) {
+  const folder = url.slice(0, -kind.length - 1);
   const headers = `{"Prefer": "wait=60"${key ? ', "Authorization": "Bearer KEY"' : ""}}`;
   const opened = files.map((name) => `("image", open("${name}", "rb"))`).join(", ");
   const sent = files.length
     ? `data={"request": json.dumps(request)}, files=[${opened}]` : "json=request";
   const result = kind === "likelihood" ? 'print(job["result"])'
     : `with open("images.png", "wb") as file:
-        file.write(client.get("${url.slice(0, -kind.length - 1)}" + job["urls"]["grid"]).content)`;
+        file.write(client.get("${folder}" + job["urls"]["grid"]).raise_for_status().content)`;
   return `${files.length ? "import json\n\n" : ""}import httpx
 
 request = ${inPython(body)}
 with httpx.Client(headers=${headers}, timeout=90) as client:
     job = client.post("${url}", ${sent}).raise_for_status().json()
+    while job["status"] in ("queued", "running"):
+        job = client.get("${folder}" + job["urls"]["self"] + "?wait=20").raise_for_status().json()
     print(job["status"])
     ${result}
 `;
@@ -64,8 +67,12 @@ for (const file of files) form.append("image", file);
 const images = await grid.blob(); // a PNG; in a page, URL.createObjectURL(images) is its address`;
   return `const request = ${body};
 ${files.length ? form : ""}const headers = {${type}"Prefer": "wait=60"${auth}};
-const reply = await fetch("${url}", {method: "POST", headers, body: ${sent}});
-const job = await reply.json();
+let reply = await fetch("${url}", {method: "POST", headers, body: ${sent}});
+let job = await reply.json();
+while (job.status === "queued" || job.status === "running") {
+  reply = await fetch("${folder}" + job.urls.self + "?wait=20", {headers: {${auth.slice(2)}}});
+  job = await reply.json();
+}
 if (!reply.ok) throw new Error(job.detail);
 console.log(job.status);
 ${result}

@@ -14,6 +14,9 @@ export function placeOf(job) {
   return job.kind === "generate" || branch ? "generate" : "noise";
 }
 
+/* As a part of an address, whatever a link says: with nothing in it that leads elsewhere. */
+const idOf = (text) => text && (text.replace(/[^\w-]/g, "") || "none");
+
 class Router extends Observable {
   latest = {}; // place → id of the job that was shown there last
 
@@ -25,10 +28,10 @@ class Router extends Observable {
 
   #read() {
     const asked = new URLSearchParams(location.hash.slice(1));
-    this.job = asked.get("job");
+    this.job = idOf(asked.get("job"));
     this.place = Object.keys(PLACES).find((place) => asked.has(place)) ?? "generate";
     const [job, index] = (asked.get("picture") ?? "").split("/");
-    this.picture = job ? { job, index: Number(index) || 0 } : null;
+    this.picture = job ? { job: idOf(job), index: Number.parseInt(index, 10) || 0 } : null;
   }
 }
 

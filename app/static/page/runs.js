@@ -1,11 +1,12 @@
 /* Jobs as this page holds them: what has been seen of each chain, live or long ago. */
 
-import { Refusal, call, create, follow, get } from "./api.js";
+import { Refusal, call, create, follow, get, pause } from "./api.js";
 import { history, remember } from "./history.js";
 import { Observable } from "./observable.js";
 import { show } from "./router.js";
 
 const MOST_KEPT = 8;
+const EVERY_MS = 4_000;
 const ENDED = new Set(["succeeded", "failed", "canceled", "expired"]);
 
 /* A picture is {png: base64} where its event brought it, else {url}, to be fetched when it is shown
@@ -23,6 +24,8 @@ export async function fetched(picture) {
 export class Run extends Observable {
   job = null; // as the service told it last
   taken = false; // whether the form has its settings
+  laid = false; // whether its picture has been put on the desk
+  fresh = false; // asked for here, and not yet brought into sight
   madeOf = null; // the address of the picture that it was made of, where it was asked for here
   error = ""; // why there is nothing to see
   progress = null; // {step, total, eta_s}, never going back
@@ -90,8 +93,21 @@ export class Run extends Observable {
   async #watch(signal) {
     this.#told(await get(`jobs/${this.id}`, { signal }));
     if (this.status === "expired") return;
+    this.#countDown(signal).catch(() => {}); // the events say that the service is away
     for await (const event of follow(this.id, signal)) this.#take(event);
     this.#told(await get(`jobs/${this.id}`, { signal }));
+  }
+
+  /* How many wait before it, which no event tells. */
+  async #countDown(signal) {
+    while (this.status === "queued") {
+      await pause(EVERY_MS);
+      const { status, queue_position } = await get(`jobs/${this.id}`, { signal });
+      if (status === "queued" && this.status === "queued") {
+        this.job = { ...this.job, queue_position };
+        this.changed();
+      }
+    }
   }
 
   #told(job) {
@@ -173,6 +189,7 @@ export async function start(kind, body, about = {}, { lends = false } = {}) {
   const job = await create(kind, body);
   remember({ id: job.id, kind, created: job.created_at, ...about });
   const run = runOf(job.id, job);
+  run.fresh = run.laid = true;
   run.madeOf = about.picture;
   run.taken = !lends; // else the form has its settings already
   if (location.hash === here) show(job.id);

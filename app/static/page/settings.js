@@ -62,16 +62,15 @@ export function ClassChips({ model, value, onChange, label = "What to draw" }) {
     onChange=${onChange} />`;
 }
 
-/* A number, once what is written is one; until then it stands as it is being written. */
+/* A number. While it is being written it stands as it is written, and counts where it is one. */
 function NumberInput({ value, onChange, ...rest }) {
-  const [typed, setTyped] = useState({ value, text: String(value) });
-  const write = ({ target: { value: text, valueAsNumber } }) => {
-    const now = Number.isNaN(valueAsNumber) ? value : valueAsNumber;
-    setTyped({ value: now, text });
-    if (now !== value) onChange(now);
+  const [text, write] = useState(null);
+  const take = ({ target }) => {
+    write(target.value);
+    if (!Number.isNaN(target.valueAsNumber)) onChange(target.valueAsNumber);
   };
-  return html`<input type="number" required ...${rest} onInput=${write}
-    value=${typed.value === value ? typed.text : String(value)} />`;
+  return html`<input type="number" required ...${rest} value=${text ?? String(value)}
+    onInput=${take} onBlur=${() => write(null)} />`;
 }
 
 const Field = ({ label, children, hint }) =>
