@@ -115,7 +115,7 @@ def run_code(page: Any, tmp_path: Path, language: str) -> None:
     """Take the code that is shown, and run it."""
     page.click("#code")
     page.click(f"dialog button:has-text('{language.split()[0]}')")
-    code = page.inner_text("#code >> nth=-1")
+    code = page.inner_text("dialog pre")
     page.keyboard.press("Escape")
     if language == "JavaScript in a page":
         mine = tmp_path / "picture.png"
