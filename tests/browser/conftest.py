@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +16,9 @@ import pytest
 
 import diffusion
 from diffusion import ScheduleConfig
+from diffusion.checkpoint import WEIGHTS_NAME
+from diffusion.files import digest_of
+from diffusion.tuned import Tuned, write_tuned
 from tests.app.test_up import up
 from tests.diffusion.networks import TINY, build_model
 
@@ -32,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """A running `ddpm up` with two tiny models, which differ in size, colours, classes and T."""
+    """A running `ddpm up` with two tiny models, which differ in size, colours, classes, T and
+    samplers."""
 
     process: subprocess.Popen[str]
     client: httpx.Client
@@ -52,6 +58,12 @@ class Served:
         return found
 
 
+def tune(folder: Path) -> None:
+    """A tuned table of one row."""
+    table = Tuned((99.0,), ((1.0, -0.3, 0.5, 0.0),))
+    write_tuned([table], folder, weights=digest_of([folder / WEIGHTS_NAME]))
+
+
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     place = tmp_path_factory.mktemp("page")
@@ -59,7 +71,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     diffusion.save(model, place / "models" / "tiny")
     other = replace(TINY, image_size=16, in_channels=3, num_classes=0, null_class=False)
     diffusion.save(build_model(other), place / "models" / "wide")
+    tune(place / "models" / "wide")
     with up(place) as (process, client):
+        deadline = time.monotonic() + PATIENCE_MS / 1000
+        while len(client.get("/models").json()["data"]) < 2:  # one after the other
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         yield Served(process, client)
 
 

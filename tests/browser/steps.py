@@ -16,10 +16,16 @@ def until(page: Any, condition: str) -> None:
         page.wait_for_timeout(50)
 
 
+def unfold(page: Any) -> None:
+    """Open the rest of the form."""
+    page.click("text=Everything else")
+    page.wait_for_selector("#steps:visible")
+
+
 def fill(page: Any, *, images: int, steps: int, seed: int | None = None) -> None:
     """Fill the form in."""
     if not page.locator("#count").is_visible():
-        page.click("text=Everything else")
+        unfold(page)
     page.fill("#count", str(images))
     page.fill("#steps", str(steps))
     page.fill("#seed", "" if seed is None else str(seed))

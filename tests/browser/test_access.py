@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from tests.browser.conftest import Served, Visit
 from tests.browser.steps import ask, draw, drawn, says
 
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe")
+PICTURE = Path(__file__).parent.parent / "pictures" / "plain.png"
 PHONE = {"width": 390, "height": 844}
 
 
@@ -45,6 +48,17 @@ def test_no_place_violates_a_rule(visit: Visit, served: Served, scheme: str) -> 
     check(page, "queue")
 
 
+def mixture(served: Served) -> str:
+    """The id of a job whose nine pictures are one row."""
+    picture = base64.b64encode(PICTURE.read_bytes()).decode()
+    body = {"model": "wide", "images": [picture] * 2, "t": 50, "steps": 2}
+    lambdas = {"lambdas": [i / 8 for i in range(9)]}
+    job = served.client.post(
+        "/interpolate", json={**body, **lambdas}, headers={"Prefer": "wait=60"}
+    )
+    return str(job.json()["id"])
+
+
 def test_a_phone_has_the_button_and_the_result_in_sight(visit: Visit, served: Served) -> None:
     page = visit(served.url, viewport=PHONE, has_touch=True, is_mobile=True)
     page.wait_for_selector("#go")
@@ -61,6 +75,9 @@ def test_a_phone_has_the_button_and_the_result_in_sight(visit: Visit, served: Se
         page.wait_for_selector(f"main.{place}")
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width == PHONE["width"], place
+    page.goto(f"{served.url}#job={mixture(served)}")
+    page.wait_for_selector(".grid.wide img >> nth=8")
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     check(page, "on a phone")
 
 

@@ -10,16 +10,11 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Served, Visit
-from tests.browser.steps import ask, draw, drawn, fill, job_of, says, slide, until
+from tests.browser.steps import ask, draw, drawn, fill, job_of, says, slide, unfold, until
 
 PICTURE = Path(__file__).parent.parent / "pictures" / "plain.png"
 KINDS = ("generate", "reconstruct", "noise")
 WAIT = {"Prefer": "wait=60"}
-
-
-def unfold(page: Any) -> None:
-    page.click("text=Everything else")
-    page.wait_for_selector("#steps:visible")
 
 
 def request_of(served: Served, job: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import httpx
@@ -93,6 +94,23 @@ def test_a_file_without_a_manifest_is_told(page: Any, tmp_path: Path) -> None:
     page.locator("[role=alert]", has_text="other.json: holds no manifest").wait_for()
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("reconstruct", "was made from a picture, and a manifest holds none: bring it at Noise"),
+        pytest.param("interpolate", "two pictures", marks=pytest.mark.slow),
+        pytest.param("likelihood", "bring it at Look inside", marks=pytest.mark.slow),
+    ],
+)
+def test_a_manifest_of_a_picture_says_what_is_missing(page: Any, kind: str, words: str) -> None:
+    made = {"kind": kind, "model": "tiny", "source": "image", "t": 50}
+    page.set_input_files(
+        "input[accept*=json]",
+        {"name": "m.json", "mimeType": "application/json", "buffer": json.dumps(made).encode()},
+    )
+    page.locator("[role=alert]", has_text=words).wait_for()
+
+
 # What node is told before the code, the pictures that a person would have chosen, and after it.
 FILES_OF_NODE = """
 const {readFileSync, writeFileSync} = await import("node:fs");
@@ -157,6 +175,23 @@ def test_the_code_gives_the_same(page: Any, tmp_path: Path, language: str) -> No
         picture.convert("L").resize((8, 8)).save(tmp_path / "picture.png")
     run_code(page, tmp_path, language)
     assert (tmp_path / "images.png").stat().st_size > 100
+
+
+@pytest.mark.slow
+def test_the_shell_waits_for_a_long_job(page: Any, served: Served, tmp_path: Path) -> None:
+    """Longer than the service would keep one request waiting, a minute."""
+    if shutil.which("curl", path="/usr/bin:/bin") is None:
+        pytest.skip("there is no curl here")
+    ask(page, images=1, steps=3)
+    says(page, "1 image in")
+    [queue] = served.client.get("/queue").json()["queues"]
+    served.client.post(f"/queue/{queue['name']}/pause")
+    resume = Timer(64, served.client.post, [f"/queue/{queue['name']}/resume"])
+    resume.start()
+    run_code(page, tmp_path, "curl")
+    resume.join()
+    with Image.open(tmp_path / "images.png") as image:
+        assert image.size == (8, 8)
 
 
 class Proxied:

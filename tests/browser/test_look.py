@@ -28,6 +28,10 @@ def test_a_picture_is_measured_and_its_noising_filmed(visit: Visit, served: Serv
     # The last point of the plot is the whole rate, L_1 … L_{T−1}.
     ratios = rate(page, result["images"][0]["terms"])
     assert math.isclose(ratios, result["L_t"], rel_tol=1e-3)
+    # In Queue a film is no thin line.
+    page.click("nav >> text=Queue")
+    box = page.locator(f".jobs a[href='#job={noise}'] img").bounding_box()
+    assert box["height"] > 20 and box["width"] > 5 * box["height"]
 
 
 def rate(page: Any, terms: dict[str, Any]) -> float:

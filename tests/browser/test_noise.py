@@ -103,6 +103,22 @@ def test_what_is_brushed_over_is_filled_in(visit: Visit, served: Served) -> None
         assert (pixels(src)[:4] == drawing[:4]).all()  # what was known is as it was
 
 
+def test_mean_and_deviation_are_of_the_fillings_beside_them(visit: Visit, served: Served) -> None:
+    """Whatever is about to be done with another picture."""
+    picture = base64.b64encode((PICTURES / "plain.png").read_bytes()).decode()
+    job = served.client.post(
+        "/restore",
+        json={"model": "wide", "images": [picture], "operator": {"name": "identity"},
+              "num_images": 2, "steps": 2},
+        headers={"Prefer": "wait=60"},
+    ).json()  # fmt: skip
+    page = visit(f"{served.url}#job={job['id']}")
+    says(page, "2 images in")
+    page.check("input[value=denoise]")
+    page.wait_for_selector(".forward")
+    page.wait_for_selector(".stage .summary img >> nth=1")
+
+
 @pytest.mark.slow
 def test_a_generated_picture_is_taken_along(page: Any, served: Served) -> None:
     ask(page, images=2, steps=10)

@@ -5,6 +5,7 @@ import { get } from "./api.js";
 import { history } from "./history.js";
 import { useObservable } from "./observable.js";
 import { Picture } from "./parts.js";
+import { parentOf } from "./requests.js";
 import { jobLink } from "./router.js";
 
 const FURTHEST = 12;
@@ -23,9 +24,6 @@ async function trunkOf(id) {
   }
   return above;
 }
-
-export const parentOf = (request) =>
-  (typeof request.source === "object" && request.source ? request.source : null);
 
 function Node({ job, below, current }) {
   const children = below.filter((other) => other.parent?.job === job.id);

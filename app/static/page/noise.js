@@ -6,7 +6,7 @@ import { useAsk, usePictures, useResult } from "./desk.js";
 import { Source } from "./pad.js";
 import { Cancel, Chips, NoModels, Progress } from "./parts.js";
 import { epsOf, guess, noised, shown } from "./pictures.js";
-import { chain, filling, many, shortSeed, stepsFrom } from "./requests.js";
+import { chain, filling, many, onward, shortSeed, stepsFrom } from "./requests.js";
 import { service } from "./service.js";
 import { ClassChips, ModelChoice, Settings, startOf } from "./settings.js";
 import { Stage } from "./stage.js";
@@ -81,10 +81,11 @@ export function Noise({ run }) {
   const seed = written ?? drawn ?? its?.seed ?? first;
   const live = run?.live;
 
-  const walk = (images, how = now) => ({
+  const how = (mode === "mix" ? onward : many)(model, now);
+  const walk = (images) => ({
     ...chain(model, how, images, stepsFrom(at, model.T, how.steps)), t: at, seed });
   const denoise = () => ask("reconstruct",
-    { ...walk(VARIATIONS, many(model, now)), num_images: VARIATIONS, images: [slots.a.png] },
+    { ...walk(VARIATIONS), num_images: VARIATIONS, images: [slots.a.png] },
     { title: `${VARIATIONS} from t = ${at}`, picture: slots.a.src });
   const mix = () => ask("interpolate",
     { ...walk(LAMBDAS.length), lambdas: LAMBDAS, images: [slots.a.png, slots.b.png] },
@@ -124,13 +125,14 @@ export function Noise({ run }) {
       ${mode === "restore"
         ? html`<${Unknown} shape=${model.shape} picture=${slots.a} mask=${slots.mask}
             onMask=${(mask) => desk.put("mask", mask)}
-            actions=${actions} summary=${run && html`<${Summary} run=${run} />`} />`
+            actions=${actions} />`
         : html`<${Forward} model=${model} slots=${slots} mode=${mode} t=${at} seed=${seed}
-            label=${now.label} by=${many(model, now).sampler} own=${now.sampler} onChange=${(to) => setT(Math.round(to))} say=${say}
-            actions=${actions} />`}
+            label=${now.label} by=${how.sampler} chosen=${now.sampler} say=${say} actions=${actions}
+            onChange=${(to) => setT(Math.round(to))} />`}
       ${run && html`<div ref=${result}>
         <${Stage} run=${run} wide=${run.job?.kind === "interpolate"}
           head=${html`<${Progress} run=${run} service=${service} />`}
+          below=${html`<${Summary} run=${run} />`}
           actions=${(time, index, view) => html`
             <${Menu} words="Download" items=${filesOf(run, index, view.kind)} onError=${say} />
             <button type="button" id="code" disabled=${!run.job}
@@ -143,7 +145,7 @@ export function Noise({ run }) {
 
 /* The forward process of the picture at hand: x_t here, for every t, of the very ε that the service
    will start from; x̂_0 by one evaluation of the network. */
-function Forward({ model, slots, mode, t, seed, label, by, own, onChange, say, actions }) {
+function Forward({ model, slots, mode, t, seed, label, by, chosen, onChange, say, actions }) {
   const { a, b } = slots;
   const eps = useEps(model, a, seed, say);
   const alphaBar = useAlphaBar(model.name);
@@ -151,15 +153,17 @@ function Forward({ model, slots, mode, t, seed, label, by, own, onChange, say, a
   const x0 = a && mode === "mix" && b ? a.x.map((value, i) => (value + b.x[i]) / 2) : a?.x;
   const xT = a && (t === 0 ? shown(x0, model.shape)
     : eps && alphaBar ? shown(noised(x0, eps, alphaBar[t]), model.shape) : null);
+  const why = mode === "mix" ? "is for whole chains"
+    : "draws no noise, and its ways would all be one";
   const xStart = mode === "mix" ? null : t === 0 ? a : look.picture;
   return html`<div class="forward">
     <p class="lead">${!a
       ? html`Draw something, or take a picture, and slide it into noise.`
       : mode === "mix"
         ? html`Both pictures get the same noise; at <i class="math">t</i> they are mixed: λ of the second, 1−λ of the first.`
-        : html`${X_T} is your picture with noise, as ${model.name} sees it at <i class="math">t</i>. ${
-          by !== own && `Back goes ${by}: ${own} draws no noise, and its ways would all be one.`}`}</p>
-    <${Strip} model=${model.name} T=${model.T} t=${t} stops=${null} xT=${xT}
+        : html`${X_T} is your picture with noise, as ${model.name} sees it at <i class="math">t</i>.`}
+      ${a && by !== chosen && ` Back goes ${by}: ${chosen} ${why}.`}</p>
+    <${Strip} name="Your picture in noise" model=${model.name} T=${model.T} t=${t} stops=${null} xT=${xT}
       xStart=${xStart} disabled=${!a} onChange=${onChange} actions=${actions}
       captions=${mode === "mix" ? ["both, half and half", "decoded below"] : null} /></div>`;
 }

@@ -13,6 +13,9 @@ const SHOWN = 24;
 const EVERY_MS = 4_000;
 const ENDED = new Set(["succeeded", "failed", "canceled", "expired"]);
 
+/* Kinds whose pictures are one long row. */
+const IN_A_ROW = new Set(["interpolate", "noise"]);
+
 /* The state of this browser's jobs: those that have ended are asked for once. */
 function useStates(jobs) {
   const [states, setStates] = useState({});
@@ -61,7 +64,7 @@ function Mine() {
 function Job({ job, state }) {
   const grid = state?.status === "succeeded" && job.kind !== "likelihood";
   const [picture] = useState({ url: `jobs/${job.id}/grid.png` });
-  return html`<li><a href=${jobLink(job.id)}>
+  return html`<li><a href=${jobLink(job.id)} class=${IN_A_ROW.has(job.kind) ? "long" : ""}>
     <${Picture} picture=${grid ? picture : null} alt="" />
     <span class="what"><b>${job.title}</b><small>${job.kind} · ${ago(job.created)}</small></span>
     <span class=${`state ${state?.status ?? ""}`}>${wordsOf(state)}</span></a></li>`;

@@ -1,13 +1,10 @@
 /* The same request as a line for a shell, a script in Python, or one in JavaScript. */
 
 import { connection } from "./api.js";
-import { plain } from "./requests.js";
+import { ownPictures, plain } from "./requests.js";
 
-/* How many pictures a request of this kind brings; people have theirs in files. */
-function pictures(kind, { source }) {
-  if (kind === "generate" || (typeof source === "object" && source)) return [];
-  return kind === "interpolate" ? ["first.png", "second.png"] : ["picture.png"];
-}
+/* The pictures that it brings, by how many: people have theirs in files. */
+const FILES = [[], ["picture.png"], ["first.png", "second.png"]];
 
 const root = () => new URL(".", location.href.split("#")[0]).href.replace(/\/$/, "");
 const quoted = (text) => `'${text.replace(/'/g, "'\\''")}'`;
@@ -15,24 +12,28 @@ const inPython = (body) =>
   body.replace(/\btrue\b/g, "True").replace(/\bfalse\b/g, "False").replace(/\bnull\b/g, "None");
 
 export function recipes(kind, request) {
-  const files = pictures(kind, request);
+  const files = FILES[ownPictures(kind, request)];
   const body = JSON.stringify(plain(request));
-  const of = { kind, body, files, url: `${root()}/${kind}`, key: Boolean(connection.key) };
+  const folder = root();
+  const of = { kind, body, files, folder, url: `${folder}/${kind}`, key: Boolean(connection.key) };
   return { curl: shell(of), Python: python(of), JavaScript: script(of) };
 }
 
-function shell({ body, files, url, key, kind }) {
+/* Location leads to the job; asked for with `wait` it answers as soon as it has ended. */
+function shell({ body, files, folder, url, key, kind }) {
   const what = files.length
     ? [...files.map((name) => `-F image=@${name}`),
       `-F ${quoted(`request=${body};type=application/json`)}`].join(" ")
     : `--json ${quoted(body)}`;
-  const answer = kind === "likelihood" ? "" : " -H 'Accept: image/png' -o images.png";
-  return `curl ${what} -H 'Prefer: wait=60'${answer}${
-    key ? " -H 'Authorization: Bearer KEY'" : ""} ${url}`;
+  const curl = `curl -sS${key ? " -H 'Authorization: Bearer KEY'" : ""}`;
+  const result = kind === "likelihood" ? `"$job"` : `-f -o images.png "$job/grid.png"`;
+  return `job=${folder}$(${curl} --fail-with-body -o /dev/stderr -w '%header{location}' ${what} ${url}) &&
+while ${curl} "$job?wait=20" | grep -Eq '"status": ?"(queued|running)"'; do :; done &&
+${curl} ${result}
+`;
 }
 
-function python({ body, files, url, key, kind }) {
-  const folder = url.slice(0, -kind.length - 1);
+function python({ body, files, folder, url, key, kind }) {
   const headers = `{"Prefer": "wait=60"${key ? ', "Authorization": "Bearer KEY"' : ""}}`;
   const opened = files.map((name) => `("image", open("${name}", "rb"))`).join(", ");
   const sent = files.length
@@ -52,7 +53,7 @@ with httpx.Client(headers=${headers}, timeout=90) as client:
 `;
 }
 
-function script({ body, files, url, key, kind }) {
+function script({ body, files, folder, url, key, kind }) {
   const auth = key ? ', "Authorization": "Bearer KEY"' : "";
   const form = `const form = new FormData();
 form.append("request", new Blob([JSON.stringify(request)], {type: "application/json"}));
@@ -61,7 +62,6 @@ for (const file of files) form.append("image", file);
 `;
   const sent = files.length ? "form" : "JSON.stringify(request)";
   const type = files.length ? "" : '"Content-Type": "application/json", ';
-  const folder = url.slice(0, -kind.length - 1);
   const result = kind === "likelihood" ? "console.log(job.result);"
     : `const grid = await fetch("${folder}" + job.urls.grid, {headers: {${auth.slice(2)}}});
 const images = await grid.blob(); // a PNG; in a page, URL.createObjectURL(images) is its address`;

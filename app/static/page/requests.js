@@ -1,5 +1,7 @@
 /* What this page asks the service for. */
 
+import { PLACES, placeOf } from "./router.js";
+
 const PICTURES_A_JOB = 720; // in events: the service keeps 2,000 of a job
 const SLOW = new Set(["slow-2g", "2g", "3g"]);
 
@@ -44,6 +46,10 @@ export const many = (model, settings) =>
   (model.draws.includes(settings.sampler) ? settings
     : { ...settings, ...MANY, steps: Math.min(model.T, Math.max(settings.steps, MANY.steps)) });
 
+/* The same for one way from an x_t: a tuned table is of whole chains alone. */
+export const onward = (model, settings) => (spaced(settings) ? settings
+  : { ...settings, sampler: model.sampling.sampler, steps: model.steps, spacing: "" });
+
 /* From t on, as densely as the whole chain would go; in two steps at least, as the last draws no
    noise. */
 export const stepsFrom = (t, T, steps) => Math.min(t, Math.max(2, Math.round((steps * t) / T)));
@@ -62,10 +68,25 @@ export function filling(model, settings, { images, mask, count, seed }) {
 /* Only these are asked for, whatever the file of a stranger says: a kind is part of an address. */
 const KINDS = ["generate", "noise", "reconstruct", "restore", "encode", "interpolate", "likelihood"];
 
+/* The state of another job that this one goes on from, or null. */
+export const parentOf = ({ source }) => (typeof source === "object" && source ? source : null);
+
+/* How many pictures of one's own a request of this kind needs. */
+export function ownPictures(kind, request) {
+  if (kind === "generate" || parentOf(request)) return 0;
+  return kind === "interpolate" ? 2 : 1;
+}
+
 /* What a manifest asks for. Throws Error. */
 export function again({ kind = "generate", ...request }) {
   if (!KINDS.includes(kind)) {
     throw new Error(`kind = ${JSON.stringify(kind)}: must be one of ${KINDS.join(", ")}`);
+  }
+  const missing = request.images ? 0 : ownPictures(kind, request);
+  if (missing) {
+    throw new Error(`This ${kind} was made from ${missing === 2 ? "two pictures" : "a picture"}, and a `
+      + `manifest holds none: bring ${missing === 2 ? "them" : "it"} at ${
+        PLACES[placeOf({ kind, request })]}, and ask there.`);
   }
   return { kind, request };
 }
@@ -79,6 +100,6 @@ export function plain(request) {
   const said = Object.entries(request).filter(([name, value]) =>
     value !== null && !OURS.has(name)
     && !(name === "guidance" && value === 1) && !(UNSAID.has(name) && !value));
-  const source = typeof request.source === "object" && request.source ? { source: request.source } : {};
-  return { ...Object.fromEntries(said), ...source };
+  const source = parentOf(request);
+  return { ...Object.fromEntries(said), ...(source && { source }) };
 }

@@ -99,9 +99,10 @@ export function Readings({ alphaBar, t }) {
 /* x_t and x̂_0 at t, the curve, the slider. actions: what can be done from here. */
 export function Strip({
   model, T, t, stops, xT, xStart, onChange, disabled, actions, captions, signs = [X_T, X_START],
+  name = "The chain",
 }) {
   const alphaBar = useAlphaBar(model);
-  return html`<section class="strip" aria-label="The chain">
+  return html`<section class="strip" aria-label=${name}>
     <figure><${Picture} picture=${xT} alt=${`x_t at t = ${Math.round(t)}`} />
       <figcaption>${signs[0]} <span>${captions?.[0] ?? "what the chain holds"}</span></figcaption></figure>
     <figure><${Picture} picture=${xStart} alt=${`x̂_0 at t = ${Math.round(t)}`} />

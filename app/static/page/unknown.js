@@ -32,7 +32,7 @@ function maskOf(canvas, shape) {
   return count ? { png, share: count / (width * height), shape, paint } : null;
 }
 
-export function Unknown({ shape, picture, mask, onMask, actions, summary }) {
+export function Unknown({ shape, picture, mask, onMask, actions }) {
   const [, height, width] = shape;
   const canvas = useRef();
   const last = useRef(null);
@@ -97,7 +97,7 @@ export function Unknown({ shape, picture, mask, onMask, actions, summary }) {
       <p class="row">${Object.entries(PARTS).map(([name, box]) => html`<button type="button"
         key=${name} disabled=${!picture} onClick=${part(box)}>${name}</button>`)}
         <button type="button" disabled=${!mask} onClick=${() => onMask(null)}>Clear the brush</button></p>
-      <div class="actions">${actions}</div>${summary}</div></div>`;
+      <div class="actions">${actions}</div></div></div>`;
 }
 
 /* Beside the fillings: their mean, and where they differ. */
