@@ -192,7 +192,7 @@ def test_where_the_page_may_not_copy_the_code_is_selected(page: Any) -> None:
     page.evaluate("void (navigator.clipboard.writeText = () => Promise.reject(new Error()))")
     page.click("dialog >> text=Copy")
     page.locator("dialog [role=status]", has_text="Selected").wait_for()
-    assert page.evaluate("getSelection().toString()").startswith("curl ")
+    assert page.evaluate("getSelection().toString()").startswith("job=")
 
 
 def test_a_manifest_asks_for_no_other_address(page: Any) -> None:
