@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.browser.conftest import Served, Visit
-from tests.browser.steps import ask, draw, drawn, job_of, says, slide, until
+from tests.browser.steps import PATIENCE_S, ask, draw, drawn, job_of, says, slide, until
 
 PICTURES = Path(__file__).parent.parent / "pictures"
 
@@ -117,6 +119,32 @@ def test_mean_and_deviation_are_of_the_fillings_beside_them(visit: Visit, served
     page.check("input[value=denoise]")
     page.wait_for_selector(".forward")
     page.wait_for_selector(".stage .summary img >> nth=1")
+
+
+@pytest.mark.slow
+def test_what_has_expired_is_not_offered(visit: Visit, served: Served) -> None:
+    """And its link says what there still is."""
+    jobs = [
+        served.client.post(
+            "/generate",
+            json={"model": "tiny", "num_images": 1, "steps": 3, "ttl_s": ttl_s},
+            headers={"Prefer": "wait=60"},
+        ).json()
+        for ttl_s in (1, 3600)
+    ]
+    said = [{**job, "created": job["created_at"], "title": job["id"], "done": True} for job in jobs]
+    deadline = time.monotonic() + PATIENCE_S
+    while served.client.get(f"/jobs/{jobs[0]['id']}").json()["status"] != "expired":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    page = visit(served.url)
+    page.evaluate("jobs => localStorage.setItem('ddpm-jobs', jobs)", json.dumps(said))
+    page.goto(f"{served.url}#job={jobs[0]['id']}")
+    page.reload()
+    says(page, "the settings are still here")
+    page.click("nav >> text=Noise")
+    page.wait_for_selector(f".recent button[aria-label*='{jobs[0]['id']}']", state="detached")
+    assert page.locator(".recent button").count() == 1
 
 
 @pytest.mark.slow

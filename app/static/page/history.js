@@ -23,10 +23,10 @@ class History extends Observable {
 
   of(id) { return this.all.find((job) => job.id === id); }
 
-  /* Its pictures are there. */
-  finish(id) {
-    if (!this.of(id) || this.of(id).done) return;
-    this.all = this.all.map((job) => (job.id === id ? { ...job, done: true } : job));
+  /* Its pictures are there, or (done = false) no more. */
+  finish(id, done = true) {
+    if (!this.of(id) || Boolean(this.of(id).done) === done) return;
+    this.all = this.all.map((job) => (job.id === id ? { ...job, done } : job));
   }
 }
 

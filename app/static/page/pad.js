@@ -101,7 +101,7 @@ export function Recent({ model, onPicture, onError }) {
 
 function Thumbnail({ id }) {
   const [picture] = useState({ url: `jobs/${id}/images/0.png` });
-  return html`<${Picture} picture=${picture} alt="" />`;
+  return html`<${Picture} picture=${picture} alt="" onGone=${() => history.finish(id, false)} />`;
 }
 
 /* All ways to a picture. */

@@ -5,14 +5,18 @@ import { call } from "./api.js";
 import { fetched, sourceOf } from "./runs.js";
 import { count, seconds } from "./words.js";
 
-/* One picture of a run, in hard pixels; its box keeps its size while it is empty. */
-export function Picture({ picture, alt }) {
+/* One picture of a run, in hard pixels; its box keeps its size while it is empty. onGone: told where
+   the service has it no more. */
+export function Picture({ picture, alt, onGone }) {
   const [src, setSrc] = useState(sourceOf(picture));
   useEffect(() => {
     let here = true;
     const there = sourceOf(picture);
     if (there || !picture) setSrc(there);
-    else fetched(picture).then((found) => here && setSrc(found)).catch(() => here && setSrc(""));
+    else fetched(picture).then((found) => here && setSrc(found), ({ status }) => {
+      if (here) setSrc("");
+      if (status === 404 || status === 410) onGone?.();
+    });
     return () => { here = false; };
   }, [picture]);
   const now = sourceOf(picture) || src;
