@@ -1,5 +1,6 @@
 /* Ways to walk the chain, for who does not want to choose: the model says what each stands for. */
 
+import { spaced } from "./requests.js";
 import { count } from "./words.js";
 
 const PAPERS = "the paper's chain, exactly";
@@ -34,6 +35,6 @@ export const balanced = (model) => (presetsOf(model).balanced?.settings ?? own(m
 export function presetOf(model, { sampler, steps, spacing }) {
   const found = Object.entries(presetsOf(model)).find(([, { settings: its }]) =>
     its.sampler === sampler && its.steps === steps
-      && its.spacing === (spacing || model.sampling.spacing));
+      && (!spaced(its) || its.spacing === (spacing || model.sampling.spacing)));
   return found?.[0];
 }
