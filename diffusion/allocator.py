@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-MiB = 2**20
+_MIB = 2**20
 
 
 def keep_freed_memory() -> None:
@@ -19,5 +19,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(_MMAP_THRESHOLD, 32 * MiB)  # the most it takes
-    mallopt(_TRIM_THRESHOLD, 128 * MiB)
+    mallopt(_MMAP_THRESHOLD, 32 * _MIB)  # the most it takes
+    mallopt(_TRIM_THRESHOLD, 128 * _MIB)

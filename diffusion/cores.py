@@ -32,6 +32,7 @@ from diffusion.allocator import keep_freed_memory
 LARGE = 10_000_000  # weights of a network whose single rows are worth a team
 T = TypeVar("T")
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+ROUNDED_ONCE = {"cpp.enable_floating_point_contract_flag": "fast"}  # a·b + c, by compiled code
 _NAME = "rows-"  # of the threads that evaluate parts
 _cores = 0  # as told to `use`; 0: what torch was told
 
@@ -64,11 +65,7 @@ def compile_options() -> dict[str, Any]:
     As C++ from end to end it lets go of the interpreter's lock; where Python calls one loop after
     the other, the parts would take turns. Its teams are as large as their thread's.
     """
-    return {
-        "cpp_wrapper": True,
-        "cpp.dynamic_threads": True,
-        "cpp.enable_floating_point_contract_flag": "fast",  # a·b + c is rounded once
-    }
+    return {"cpp_wrapper": True, "cpp.dynamic_threads": True, **ROUNDED_ONCE}
 
 
 def count() -> int:

@@ -44,10 +44,9 @@ def _exp(a: Tensor) -> Tensor:
     As (e^(a/8))⁸: it needs no cases, and ends in ∞. Inductor would call a function for each sixteen
     numbers, which takes more time than all else that is done with them.
     """
-    root: Tensor | float = _ROOT[-1]
-    for coefficient in _ROOT[-2::-1]:
+    root = _ROOT[-1] * a + _ROOT[-2]
+    for coefficient in _ROOT[-3::-1]:
         root = root * a + coefficient
-    assert isinstance(root, Tensor)
     return root.square().square().square()
 
 

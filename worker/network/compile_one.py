@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import diffusion
+from diffusion.cores import ROUNDED_ONCE
 from diffusion.speed import prepare
 from worker.network.in_process import fill_cache
 from worker.network.network import ANY_ROWS, example
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
             package_path=str(temporary),
             inductor_configs={
                 "freezing": True,  # weights are constants: convolutions prepack them
-                "cpp.enable_floating_point_contract_flag": "fast",  # a·b + c is rounded once
+                **ROUNDED_ONCE,
             },
         )
     temporary.replace(out)

@@ -132,9 +132,7 @@ class Network:
             return Tile(ANY_ROWS, 1)
         parts, threads = cores.deal(rows, cores.count(), large=self.model.is_large)
         each = 1 << (-(-rows // parts) - 1).bit_length()
-        if each > 8:
-            each = min(each // 2, MOST_AT_ONCE)
-        return Tile(each, threads)
+        return Tile(min(each, max(8, each // 2), MOST_AT_ONCE), threads)
 
     def add_compiled(self, tile: Tile, forward: Forward) -> None:
         """Offer compiled code (x, t, labels) → raw output, to be called by several threads.
