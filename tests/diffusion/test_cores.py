@@ -145,16 +145,14 @@ def test_parts_are_the_whole(rows: int, labelled: bool) -> None:
 
 
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from diffusion import cores
 
-if sys.argv[1] == "use":
-    cores.use(2)
+cores.use(2)
 
 def evaluate(x, t, labels):
-    for _ in range(20):  # activations of 4 MiB, of which two live at once
-        x = x + 1
-    return x
+    found = [x + i for i in range(8)]  # 32 MiB a core, freed at the end
+    return found[0]
 
 x, t = torch.zeros(2, 2**20), torch.zeros(2)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -168,14 +166,11 @@ print((faults() - before) // 10)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others decide for themselves")
 def test_evaluations_get_the_memory_that_those_before_freed() -> None:
-    """Counted in pages that the system had to hand out, each of them cleared, an evaluation."""
-    pages = {}
-    for way in ("use", "leave"):
-        run = [sys.executable, "-c", FAULTS, way]
-        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
-        pages[way] = int(done.stdout)
-    assert pages["use"] < 100
-    assert pages["leave"] > 10 * pages["use"]
+    """Counted in pages that the system had to hand out, each of them cleared, an evaluation: of
+    itself, glibc gives 200 to 16,000 back."""
+    run = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
 
 
 def test_an_error_in_one_part_is_raised_once_all_have_ended() -> None:
