@@ -27,12 +27,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from diffusion import winograd
 from diffusion.allocator import keep_freed_memory
 
 LARGE = 10_000_000  # weights of a network whose single rows are worth a team
 T = TypeVar("T")
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-ROUNDED_ONCE = {"cpp.enable_floating_point_contract_flag": "fast"}  # a·b + c, by compiled code
 _NAME = "rows-"  # of the threads that evaluate parts
 _cores = 0  # as told to `use`; 0: what torch was told
 
@@ -59,13 +59,18 @@ def keep_to_one() -> None:
         torch.set_num_threads(1)
 
 
+def code_options() -> dict[str, Any]:
+    """For Inductor, whoever calls it: a·b + c rounded once, and operations of our own."""
+    return {"cpp.enable_floating_point_contract_flag": "fast", **winograd.code_options()}
+
+
 def compile_options() -> dict[str, Any]:
     """For torch.compile on a CPU: code that threads run side by side.
 
     As C++ from end to end it lets go of the interpreter's lock; where Python calls one loop after
     the other, the parts would take turns. Its teams are as large as their thread's.
     """
-    return {"cpp_wrapper": True, "cpp.dynamic_threads": True, **ROUNDED_ONCE}
+    return {"cpp_wrapper": True, "cpp.dynamic_threads": True, **code_options()}
 
 
 def count() -> int:

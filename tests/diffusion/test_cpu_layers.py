@@ -72,11 +72,20 @@ def test_silu_of_every_bfloat16() -> None:
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     x = x[x.isfinite()]
     expected = F.silu(x.double())
-    found = cpu_layers.silu_bfloat16(x).double()
+    found = cpu_layers.silu_forward(x).double()
     torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-5)
     plain = expected.abs() > 1e-4
     same = (found == expected.to(torch.bfloat16).double())[plain]
     assert plain.sum() > 15_000 and same.double().mean() > 0.99
+
+
+def test_silu_of_float32() -> None:
+    """A few units of the last digit, and nothing where there is nothing."""
+    x = torch.cat(
+        [torch.linspace(-30, 30, 60_001), torch.tensor([-1e30, -200.0, -90.0, 200.0, 1e30])]
+    )
+    found, expected = cpu_layers.silu_forward(x).double(), F.silu(x.double())
+    torch.testing.assert_close(found, expected, rtol=5e-7, atol=1e-6)
 
 
 def test_double() -> None:
@@ -111,14 +120,23 @@ def test_attend() -> None:
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])
-def test_attend_bfloat16(spread: float) -> None:
+def test_attend_forward_of_bfloat16(spread: float) -> None:
     """Not further from the exact values than torch's own; weights of one and of nothing, too."""
     q, k, v = (leaf(2, 3, 64, 8, seed=seed).detach().to(torch.bfloat16) for seed in range(3))
     q = q * spread
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    ours = (cpu_layers.attend_bfloat16(q, k, v) - exact).square().mean()
+    ours = (cpu_layers.attend_forward(q, k, v) - exact).square().mean()
     theirs = (cpu_layers.attend(q, k, v) - exact).square().mean()
     assert ours <= 1.1 * theirs < 1e-3
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 1000.0])
+def test_attend_forward_of_float32(spread: float) -> None:
+    q, k, v = (leaf(2, 3, 64, 8, seed=seed).detach() for seed in range(3))
+    exact = F.scaled_dot_product_attention(spread * q.double(), k.double(), v.double())
+    # What the scores are rounded by, the weights are off by.
+    difference = (cpu_layers.attend_forward(spread * q, k, v) - exact).abs().max()
+    assert difference < 4e-6 + 4e-7 * spread
 
 
 @pytest.mark.slow

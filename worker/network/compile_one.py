@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from diffusion.cores import ROUNDED_ONCE
+from diffusion import cores
 from diffusion.speed import prepare
 from worker.network.in_process import fill_cache
 from worker.network.network import ANY_ROWS, example
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
             package_path=str(temporary),
             inductor_configs={
                 "freezing": True,  # weights are constants: convolutions prepack them
-                **ROUNDED_ONCE,
+                **cores.code_options(),
             },
         )
     temporary.replace(out)

@@ -30,6 +30,7 @@ import torch
 import diffusion.graphs
 import diffusion.speed
 import diffusion.unet
+import diffusion.winograd
 from diffusion import cores
 from jobs.processes import command_of, environment
 from worker.network import in_process
@@ -55,6 +56,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest output
 SOURCES = (
     diffusion.unet.__file__,
     *map(str, sorted(Path(diffusion.unet.__file__).parent.glob("*_layers.py"))),
+    *map(str, sorted(Path(diffusion.winograd.__file__).parent.glob("*.[ph]*"))),
     diffusion.speed.__file__,
     diffusion.graphs.__file__,
     in_process.__file__,
