@@ -8,7 +8,7 @@ The default conventions (asymmetric padding on the way down, [sin | cos] time em
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 
 import torch
@@ -123,10 +123,11 @@ class ResBlock(nn.Module):
         self.conv2 = Conv3x3(c_out, c_out)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor, kept: Tensor | None = None) -> Tensor:
-        """kept: bool, of the output's shape, in dropout's place."""
+    def forward(self, x: Tensor, added: Tensor, kept: Tensor | None = None) -> Tensor:
+        """added: [N, C], `emb` of the embedding; kept: bool, of the output's shape, in dropout's
+        place."""
         h = self.conv1(silu(self.norm1(x)))
-        h = h + self.emb(emb)[:, :, None, None]
+        h = h + added[:, :, None, None]
         h = silu(self.norm2(h))
         h = self.dropout(h) if kept is None else h * (kept.to(h.dtype) / (1 - self.dropout.p))
         out: Tensor = self.shortcut(x) + self.conv2(h)
@@ -200,8 +201,8 @@ class Level(nn.Module):
             Attention(c_out, config) if attention else nn.Identity() for _ in c_ins
         )
 
-    def forward(self, i: int, x: Tensor, emb: Tensor, kept: Tensor | None = None) -> Tensor:
-        out: Tensor = self.attn[i](self.res[i](x, emb, kept))
+    def forward(self, i: int, x: Tensor, added: Tensor, kept: Tensor | None = None) -> Tensor:
+        out: Tensor = self.attn[i](self.res[i](x, added, kept))
         return out
 
 
@@ -282,6 +283,18 @@ class UNet(nn.Module):
             raise ValueError("class_label: this network is unconditional and takes none")
         return F.silu(emb)
 
+    def _added(self, emb: Tensor) -> Iterator[Tensor]:
+        """What each residual block adds to all of its pixels, [N, its width], in turn."""
+        # They were made in the order in which they are called.
+        layers = [block.emb for block in self.modules() if isinstance(block, ResBlock)]
+        if not _evaluating_for_cpu(emb):
+            return (layer(emb) for layer in layers)
+        # They are so small that to call them is what they cost; so they are one.
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers])
+        all_of_them = F.linear(emb, weight, bias)
+        return iter(torch.split(all_of_them, [layer.out_features for layer in layers], dim=1))
+
     def _enter(self, x: Tensor) -> Tensor:
         """The first layer, in float32 also where the others run in less: x_t is not rounded.
 
@@ -305,22 +318,22 @@ class UNet(nn.Module):
         kept: what dropout keeps in each residual block, bool [N, *shape] of `dropout_shapes`; None:
         in training, torch draws it for the whole batch. Returns [N, out, H, W].
         """
-        emb = self.embed(t, class_label)
+        added = self._added(self.embed(t, class_label))
         keeps = repeat(None) if kept is None else iter(kept)
         h = self._enter(x)
         skips = [h]
         for i, level in enumerate(self.down):
             for j in range(self.config.res_blocks):
-                h = level(j, h, emb, next(keeps))
+                h = level(j, h, next(added), next(keeps))
                 skips.append(h)
             if i < len(self.downsample):
                 h = self.downsample[i](h)
                 skips.append(h)
-        h = self.mid1(h, emb, next(keeps))
-        h = self.mid2(self.mid_attn(h), emb, next(keeps))
+        h = self.mid1(h, next(added), next(keeps))
+        h = self.mid2(self.mid_attn(h), next(added), next(keeps))
         for i, level in enumerate(self.up):
             for j in range(self.config.res_blocks + 1):
-                h = level(j, torch.cat([h, skips.pop()], dim=1), emb, next(keeps))
+                h = level(j, torch.cat([h, skips.pop()], dim=1), next(added), next(keeps))
             if i < len(self.upsample):
                 h = self.upsample[i](h)
         out: Tensor = self.conv_out(silu(self.norm_out(h)))

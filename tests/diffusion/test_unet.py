@@ -176,6 +176,6 @@ def test_levels_that_hear_nothing_of_t_and_label(groups: int, deaf: list[int]) -
     generator = torch.Generator().manual_seed(0)
     for i, level in enumerate(network.down):
         x = torch.randn(1, level.res[0].conv1.in_channels, 8, 8, generator=generator)
-        one, other = torch.randn(2, 1, 32, generator=generator)
+        one, other = level.res[0].emb(torch.randn(2, 1, 32, generator=generator))
         change = (level(0, x, one) - level(0, x, other)).abs().max()
         assert change < 1e-4 if i in deaf else change > 0.1
