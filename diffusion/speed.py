@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from copy import deepcopy
 
@@ -14,6 +15,9 @@ from diffusion import cores
 from diffusion.graphs import Graphs
 from diffusion.model import Model
 from diffusion.unet import UNet
+
+CLEARLY = 0.7  # of the time in float32
+TURNS = 10
 
 
 def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> Model:
@@ -59,23 +63,40 @@ def fast_dtype(model: Model) -> torch.dtype:
 
 
 @functools.cache  # a second answer might differ, and with it the rounding of the same seed's image
-@torch.inference_mode()
 def _timed(device: torch.device, side: int, width: int) -> torch.dtype:
-    x = torch.zeros(max(1, 2**16 // side**2), width, side, side, device=device)
+    return torch.bfloat16 if cost_of_bfloat16(device, side, width) < CLEARLY else torch.float32
+
+
+@torch.inference_mode()
+def cost_of_bfloat16(device: torch.device, side: int, width: int) -> float:
+    """The time of a 3×3 convolution of [·, width, side, side] in bfloat16, of that in float32.
+
+    On a CPU the time that this thread had a core, in turns: whatever else runs has no say in it.
+    """
+    on_cpu = device.type == "cpu"
+    clock = time.thread_time if on_cpu else time.perf_counter
+    pixels = 2**14 if on_cpu else 2**16  # milliseconds of a core
+    x = torch.zeros(max(1, pixels // side**2), width, side, side, device=device)
     weight = torch.zeros(width, width, 3, 3, device=device)
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (v.to(dtype, memory_format=torch.channels_last) for v in (x, weight))
-        times = []
-        for _ in range(4):  # the first sets the kernel up
-            start = time.perf_counter()
-            F.conv2d(a, b, padding=1)
-            _synchronize(device)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return (
-        torch.bfloat16 if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else torch.float32
-    )
+    inputs = {
+        dtype: [v.to(dtype, memory_format=torch.channels_last) for v in (x, weight)]
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    seconds = dict.fromkeys(inputs, math.inf)
+    threads = torch.get_num_threads()
+    if on_cpu:
+        torch.set_num_threads(1)
+    try:
+        for _ in range(TURNS):  # the first sets the kernel up
+            for dtype, (a, b) in inputs.items():
+                start = clock()
+                F.conv2d(a, b, padding=1)
+                _synchronize(device)
+                seconds[dtype] = min(seconds[dtype], clock() - start)
+    finally:
+        if on_cpu:
+            torch.set_num_threads(threads)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
 def _synchronize(device: torch.device) -> None:
