@@ -51,7 +51,7 @@ def test_the_verdict_is_in_words() -> None:
     good = Figures(400, 310, 305, 300, first_s=0.8, compiled=True)
     assert "| the engine | 305 | 0.98 |" in table(good)
     said = verdict(good)
-    assert said[0] == "The network has 0.78 of the speed of its convolutions alone, as wanted."
+    assert said[0] == "The network has 0.78 of the speed of torch's convolutions alone, as wanted."
     assert all(line.endswith("as wanted.") for line in said[:4])
     assert "6.0 pictures/s of 50 steps" in said[4]
     bad = verdict(Figures(400, 200, 100, 50, first_s=3.0, compiled=False))

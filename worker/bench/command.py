@@ -127,7 +127,7 @@ def forward_rate(network: Network, shape: Shape, seconds: float) -> float:
 def table(found: Figures) -> str:
     """The figures, each against the part above it."""
     rows = [
-        ("its convolutions alone", found.limit),
+        ("torch's convolutions alone", found.limit),
         (f"the network, {'compiled' if found.compiled else 'eager'}", found.forward),
         ("the engine", found.engine),
         ("the whole service", found.service),
@@ -146,7 +146,7 @@ def verdict(found: Figures) -> list[str]:
     said = []
     if found.limit:
         share, good = found.forward / found.limit, GOOD["network"]
-        said.append(_judged("The network", share, good, "its convolutions alone"))
+        said.append(_judged("The network", share, good, "torch's convolutions alone"))
     if not found.compiled:
         said.append("It ran uncompiled: a worker compiles what it uses in the background.")
     for name, share in (
