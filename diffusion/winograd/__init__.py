@@ -7,6 +7,7 @@ there convolutions are most of an evaluation, and torch's own do them by the def
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def suits(x: Tensor, weight: Tensor, *, doubled: bool = False) -> bool:
     n, channels, *sides = x.shape
     height, width = (side << doubled for side in sides)
     return (
-        x.dtype == weight.dtype == torch.float32
+        sys.platform == "linux"  # where g++ is GCC: how fast others make the code was not measured
+        and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and channels % CHANNELS == weight.shape[0] % CHANNELS == 0
         and channels * weight.shape[0] <= MOST_PAIRS
