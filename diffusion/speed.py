@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion import cores
 from diffusion.graphs import Graphs
 from diffusion.model import Model
-from diffusion.unet import UNet
+from diffusion.unet import Conv3x3, UNet
 
 CLEARLY = 0.7  # of the time in float32
 TURNS = 10
@@ -31,6 +31,9 @@ def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool =
     conv_in = deepcopy(network.conv_in).to(**first, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = network.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.conv_in = conv_in
+    for layer in network.modules():
+        if isinstance(layer, Conv3x3):
+            layer.fewer_products = True
     on_cpu = model.device.type == "cpu"
     if compile:
         network.compile(options=cores.compile_options() if on_cpu else None)

@@ -67,13 +67,19 @@ def _evaluating_for_cpu(x: Tensor) -> bool:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3×3 convolution of stride 1; compiled for a CPU, with fewer products where that gains."""
+    """A 3×3 convolution of stride 1.
+
+    fewer_products: compiled for a CPU, by `winograd` where that gains. It has no gradient, and its
+    code comes with `cores.code_options`: for copies that `diffusion.speed.prepare` makes.
+    """
+
+    fewer_products = False
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__(c_in, c_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _evaluating_for_cpu(x) and winograd.suits(x, self.weight):
+        if self.fewer_products and torch.compiler.is_compiling() and winograd.suits(x, self.weight):
             return winograd.convolution(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -174,12 +180,13 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         if _evaluating_for_cpu(x):
-            if winograd.suits(x, self.conv.weight, doubled=True):
-                return winograd.convolution(x, self.conv.weight, self.conv.bias, doubled=True)
+            weight = self.conv.weight
+            if self.conv.fewer_products and winograd.suits(x, weight, doubled=True):
+                return winograd.convolution(x, weight, self.conv.bias, doubled=True)
             return cpu_layers.doubled_convolution(x, self.conv.weight, self.conv.bias)
         fast = _compiling_for_cpu(x) or _compiling_for_gpu(x)
         x = cpu_layers.double(x) if fast else F.interpolate(x, scale_factor=2.0, mode="nearest")

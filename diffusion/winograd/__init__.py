@@ -45,9 +45,10 @@ _AT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 
 def suits(x: Tensor, weight: Tensor, *, doubled: bool = False) -> bool:
     """Whether `convolution` takes x [N, C, H, W] and weight [K, C, 3, 3], and gains by it."""
     n, channels, *sides = x.shape
-    height, width = (side << doubled for side in sides)
+    height, width = (2 * side if doubled else side for side in sides)
     return (
-        sys.platform == "linux"  # where g++ is GCC: how fast others make the code was not measured
+        sys.platform == "linux"  # where g++ is mostly GCC: others were not measured
+        and torch.get_num_threads() == 1  # it has no team, with which torch's own are soon faster
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and channels % CHANNELS == weight.shape[0] % CHANNELS == 0

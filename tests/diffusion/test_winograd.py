@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from diffusion import UNet, UNetConfig, cores, winograd
 from diffusion.unet import Conv3x3, Upsample
@@ -135,14 +136,40 @@ def test_suits(shape: tuple[int, int, int, int, int], dtype: torch.dtype, taken:
     assert winograd.suits(x.to(dtype), weight.to(dtype)) is taken
 
 
+@pytest.mark.usefixtures("a_team")
+def test_a_team_keeps_torchs_own() -> None:
+    x, weight, _ = inputs(4, 16, 16, 8, 8)
+    assert not winograd.suits(x, weight)
+
+
+@pytest.fixture
+def a_team() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_by_itself_a_layer_is_compiled_as_torch_has_it() -> None:
+    """Without the code's options, and with gradients by weights alone, as for fine tuning."""
+    layer, x = Conv3x3(16, 16), torch.randn(4, 16, 8, 8)
+    expected = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    layer.compile(backend="aot_eager")
+    found = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    torch.testing.assert_close(found, expected)
+
+
 def test_what_a_network_is_exported_with() -> None:
     """All 3×3 convolutions of stride 1 between feature maps of float32, and none of bfloat16."""
     config = UNetConfig(
         image_size=16, channels=(16, 32), attention=(False, False), res_blocks=1, groups=8
     )
     network = UNet(config).requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, Conv3x3):
+            module.fewer_products = True
     x, t = torch.zeros(4, 3, 16, 16), torch.zeros(4)
-    suit = sum(isinstance(module, Conv3x3 | Upsample) for module in network.modules())
+    suit = sum(isinstance(module, Conv3x3) for module in network.modules())
     with torch.no_grad():
         for dtype, count in ((torch.float32, suit), (torch.bfloat16, 0)):
             network.to(dtype)
@@ -156,12 +183,13 @@ def test_what_a_network_is_exported_with() -> None:
 @needs_gcc
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own
 def test_compiled_by_inductor() -> None:
-    """The code is called, and not Python, with teams and all."""
+    """The code is called, and not Python."""
 
     class Layers(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.one, self.two = Conv3x3(16, 32), Upsample(32)
+            self.one.fewer_products = self.two.conv.fewer_products = True
 
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = self.two(self.one(x).relu())
@@ -172,8 +200,9 @@ def test_compiled_by_inductor() -> None:
     expected = layers(x)
     layers.compile(options=cores.compile_options())
     with torch.inference_mode():
-        layers(x)  # compiles
+        _, code = run_and_get_code(layers, x)
         with torch.profiler.profile() as profile:
             found = layers(x)
+    assert "".join(code).count("aoti_torch_cpu_winograd(") == 1 + 2  # its definition
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert not [event for event in profile.events() if event.name == "ddpm::winograd"]

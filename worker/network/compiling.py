@@ -58,6 +58,7 @@ SOURCES = (
     *map(str, sorted(Path(diffusion.unet.__file__).parent.glob("*_layers.py"))),
     *map(str, sorted(Path(diffusion.winograd.__file__).parent.glob("*.[ph]*"))),
     diffusion.speed.__file__,
+    cores.__file__,
     diffusion.graphs.__file__,
     in_process.__file__,
     str(Path(__file__).with_name("compile_one.py")),
