@@ -129,14 +129,17 @@ def test_a_bad_image_fails_alone_and_deterministic_strands_see_no_mates(model: M
     assert torch.equal(harness.density(alone), harness.density(mated))
 
 
+CLOSE = 4e-5  # bits/dim, of some 17: the rows are dealt otherwise, and float32 has 7 digits
+
+
 def same(result: dict[str, Any], expected: FlowLikelihood) -> None:
     for i, image in enumerate(result["images"]):
-        assert image["bits_per_dim"] == pytest.approx(float(expected.bits_per_dim[i]), abs=1e-5)
+        assert image["bits_per_dim"] == pytest.approx(float(expected.bits_per_dim[i]), abs=CLOSE)
         error = float(expected.standard_error[i]) / DIMS / math.log(2)
-        assert image["standard_error"] == pytest.approx(error, abs=1e-5)
-        assert image["log_density"] == pytest.approx(float(expected.mean[i]), abs=2e-3)
+        assert image["standard_error"] == pytest.approx(error, abs=CLOSE)
+        assert image["log_density"] == pytest.approx(float(expected.mean[i]), abs=CLOSE * DIMS)
     bits = expected.bits_per_dim
-    assert result["bits_per_dim"] == pytest.approx(float(bits.mean()), abs=1e-5)
+    assert result["bits_per_dim"] == pytest.approx(float(bits.mean()), abs=CLOSE)
     assert result["dims"] == DIMS
 
 
