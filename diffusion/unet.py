@@ -78,8 +78,13 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__(c_in, c_out, 3, padding=1)
 
+    def has_fewer(self, x: Tensor, *, doubled: bool = False) -> bool:
+        """Whether x, or the doubled x, is to be convolved by `winograd`."""
+        evaluating = self.fewer_products and _evaluating_for_cpu(x)
+        return evaluating and winograd.suits(x, self.weight, doubled=doubled)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.fewer_products and torch.compiler.is_compiling() and winograd.suits(x, self.weight):
+        if self.has_fewer(x):
             return winograd.convolution(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -183,10 +188,9 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.conv.has_fewer(x, doubled=True):
+            return winograd.convolution(x, self.conv.weight, self.conv.bias, doubled=True)
         if _evaluating_for_cpu(x):
-            weight = self.conv.weight
-            if self.conv.fewer_products and winograd.suits(x, weight, doubled=True):
-                return winograd.convolution(x, weight, self.conv.bias, doubled=True)
             return cpu_layers.doubled_convolution(x, self.conv.weight, self.conv.bias)
         fast = _compiling_for_cpu(x) or _compiling_for_gpu(x)
         x = cpu_layers.double(x) if fast else F.interpolate(x, scale_factor=2.0, mode="nearest")

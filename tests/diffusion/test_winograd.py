@@ -159,6 +159,18 @@ def test_by_itself_a_layer_is_compiled_as_torch_has_it() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_gradient_by_x_keeps_torchs_own() -> None:
+    """Of a copy for evaluation, compiled: it is differentiated by x where something is restored."""
+    one, two = Conv3x3(16, 16).requires_grad_(False), Upsample(16).requires_grad_(False)
+    one.fewer_products = two.conv.fewer_products = True
+    x = torch.randn(4, 16, 8, 8, requires_grad=True)
+    for layer in (one, two):
+        expected = torch.autograd.grad(layer(x).square().sum(), x)
+        compiled = torch.compile(layer, backend="aot_eager")
+        found = torch.autograd.grad(compiled(x).square().sum(), x)
+        torch.testing.assert_close(found, expected)
+
+
 def test_what_a_network_is_exported_with() -> None:
     """All 3×3 convolutions of stride 1 between feature maps of float32, and none of bfloat16."""
     config = UNetConfig(
