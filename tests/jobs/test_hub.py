@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
+from app.tasks import reap
 from jobs.settings import Settings
 from jobs.store import keys
 from jobs.store.connections import connect_async
@@ -22,8 +23,7 @@ async def running(settings: Settings) -> AsyncIterator[EventHub]:
     try:
         yield hub
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await reap([task])  # redis-py may lose one cancellation
         await hub.close()
         await connection.aclose()
         await blocked.aclose()
