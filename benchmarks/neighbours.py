@@ -32,6 +32,7 @@ from training.trainer import Trainer
 from worker.bench.load import image_steps
 
 BUSY = (0, 1, 2)
+STEPS = 24  # of training by several processes
 PATIENCE = 30.0  # seconds beyond the window for answers; the peer may give none
 
 
@@ -136,6 +137,41 @@ def trainer_step(
     return by_team
 
 
+def several(compiled: bool, dropout: float) -> None:
+    """The trainer in as many processes as there are cores, as accelerate launches them."""
+    print("\n| images/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |")
+    print("|---|---|---|---|---|---|")
+    options = ["--dropout", str(dropout), *["--compiled"] * compiled]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+    with tempfile.TemporaryDirectory() as scratch:
+        write_pictures(Path(scratch) / "images")
+        for processes in (1, cores.usable()):
+            command = [*launch, str(processes), __file__, "--member", scratch, *options]
+            rates = []
+            for busy in BUSY:
+                with neighbours(busy):
+                    said = subprocess.check_output(command, text=True)
+                rates.append(float(said.split()[-1]))
+            row(f"{processes} process{'es' if processes > 1 else ''}", rates)
+
+
+def member(folder: Path, compiled: bool, dropout: float) -> None:
+    """One process of those: the first prints images/s of so many steps of them all."""
+    cores.use(cores.count())
+    options = [f"data.source={folder / 'images'}", f"compile={str(compiled).lower()}"]
+    options.append(f"network.dropout={dropout}")
+    trainer = Trainer(load_config(CONFIG, options), folder / "run", progress=False)
+    step = trainer.stepper()
+    for _ in range(3):
+        step()
+    trainer.accelerator.wait_for_everyone()
+    began = time.perf_counter()
+    for _ in range(STEPS):  # the gradients of each are those of all processes
+        step()
+    if trainer.accelerator.is_main_process:
+        print(STEPS * trainer.config.batch_size / (time.perf_counter() - began))
+
+
 def step_rate(step: Callable[[], None], seconds: float) -> float:
     """Images/s."""
     count, began = 0, time.perf_counter()
@@ -202,14 +238,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=HERE.parent / "models" / "mnist")
     parser.add_argument("--seconds", type=float, default=20)
-    parts = ("network", "training", "service")
+    parts = ("network", "training", "processes", "service")
     parser.add_argument("--only", choices=parts, help="default: all")
     parser.add_argument("--server", help="of the servers, only this one, by its row's name")
     parser.add_argument("--dropout", type=float, default=0.0, help="training with dropout")
     parser.add_argument("--compiled", action="store_true", help="training under torch.compile")
     parser.add_argument("--one", choices=["apart", "team"], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--member", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.member:
+        member(arguments.member, arguments.compiled, arguments.dropout)
+        return
     if arguments.one:
         print(forward_rate(arguments.model, arguments.one, arguments.rows, arguments.seconds))
         return
@@ -218,6 +258,8 @@ def main() -> None:
         network(arguments.model, arguments.seconds / 5)
     if "training" in wanted:
         training(arguments.seconds / 2, arguments.compiled, arguments.dropout)
+    if "processes" in wanted:
+        several(arguments.compiled, arguments.dropout)
     if "service" in wanted:
         service(arguments.model, arguments.seconds, arguments.server)
 

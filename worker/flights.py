@@ -5,6 +5,7 @@ Each kind of job has a flight of its own (`worker.kinds`); what they share is he
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from jobs.kinds.common import JobSpec
 from jobs.pictures import Float32
 from jobs.store.batch import WriteBatch
 from jobs.store.started import Started
-from worker.engine.tasks import Event, Snapshot, Work
+from worker.engine.tasks import Advanced, Event, Snapshot, Work
 from worker.models import Served
 from worker.network.networks import Mode
 
@@ -83,6 +84,8 @@ class Flight(Generic[SpecT]):
         self.best = started.best
         self.intent = Intent.RUN
         self.began = time.monotonic()
+        self.untold: Advanced | None = None  # what has been done since it was last written
+        self.told_at = -math.inf
         self._marks: deque[tuple[float, int]] = deque(maxlen=PACES)  # when how much was done
         assert spec.seed is not None  # filled at admission
         self.seed = spec.seed
@@ -101,6 +104,10 @@ class Flight(Generic[SpecT]):
         then, before = self._marks[0]
         made = done - before
         return (now - then) * (self.record.work - done) / made if made > 0 else None
+
+    def told(self, now: float) -> None:
+        """All that was done is written."""
+        self.untold, self.told_at = None, now
 
     # What a kind fills in
 

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import redis
@@ -35,6 +36,7 @@ log = logging.getLogger("ddpm.worker")
 T = TypeVar("T")
 RETRY_S = 0.5
 PACE_S = 0.01  # between two pipelines: a fast device makes steps faster than anyone can watch
+TELL_S = 0.2  # between two words of the progress of a job that has nothing else to tell
 
 
 class Outputs:
@@ -101,22 +103,36 @@ class Outputs:
 
     def _write(self, pairs: list[tuple[AnyFlight, Event]]) -> dict[str, Fate]:
         batch = self._store.batch()
-        progress: dict[str, tuple[AnyFlight, Advanced]] = {}
+        advanced, wrote = dict[AnyFlight, Advanced](), set[AnyFlight]()
         for flight, event in pairs:
             if isinstance(event, Advanced):
-                progress[flight.id] = (flight, event)
+                advanced[flight] = event
             else:
                 flight.write(event, batch)
-        for flight, event in progress.values():
-            done = flight.done_before + event.done
-            eta = flight.eta_s(done)
-            batch.progress(flight.record, flight.execution, done=done, t=event.t + 1, eta_s=eta)
-        saved = [self._save(batch, flight) for flight in {flight: None for flight, _ in pairs}]
+                wrote.add(flight)
+        flights = dict.fromkeys(flight for flight, _ in pairs)
+        told = [self._tell(batch, f, advanced.get(f), beside=f in wrote) for f in flights]
+        saved = [self._save(batch, flight) for flight in flights]
         fates = batch.send()
-        for written in saved:
+        for written in [*told, *saved]:
             if written is not None:
                 written()
         return fates
+
+    def _tell(
+        self, batch: WriteBatch, flight: AnyFlight, advanced: Advanced | None, *, beside: bool
+    ) -> Callable[[], None] | None:
+        """The progress of a job, if it is time, or beside something else that is written of it."""
+        advanced, now = advanced or flight.untold, time.monotonic()
+        if advanced is None:
+            return None
+        if not beside and now < flight.told_at + TELL_S:
+            flight.untold = advanced
+            return None
+        done = flight.done_before + advanced.done
+        eta = flight.eta_s(done)
+        batch.progress(flight.record, flight.execution, done=done, t=advanced.t + 1, eta_s=eta)
+        return partial(flight.told, now)
 
     def _save(self, batch: WriteBatch, flight: AnyFlight) -> Callable[[], None] | None:
         released = flight.intent is Intent.RELEASE

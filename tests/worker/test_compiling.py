@@ -27,7 +27,8 @@ from worker.engine.tasks import Event, Failed, Finished, Images, Start, Task
 from worker.models import ModelFolder, Served
 from worker.network import compiling, in_process
 from worker.network.compiling import TOLERANCE, Compiler, difference
-from worker.network.network import ANY_ROWS, Network, example
+from worker.network.costs import Shape
+from worker.network.network import ANY_ROWS, Network, Tile, example
 from worker.network.networks import Networks
 
 
@@ -175,8 +176,7 @@ def test_compiled_code_is_swapped_in_and_kept(served: Served, tmp_path: Path) ->
         assert time.monotonic() < deadline
         time.sleep(0.2)
     compiler.close()
-    (shape,) = [shape for shape in network.shapes if shape.compiled]
-    assert shape.rows == 1
+    assert network.shapes[0] == Shape(1, compiled=True) and not network.shapes[-1].compiled
     tile = network.tile(1)
     assert difference(network, network._compiled[tile], tile) < TOLERANCE[network.dtype]
     assert convolutions(next((tmp_path / "cache").glob("*.pt2"))) == {"mkldnn__convolution"}
@@ -262,6 +262,45 @@ def smallest(tmp_path: Path) -> Served:
 def in_process_network(model: Model, max_rows: int = 64) -> Network:
     """As on a GPU."""
     return Networks(torch.float32, max_rows, in_process=True).prepare(model)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("available", [1, 2, 3, 6, 16])
+def test_compiled_code_is_called_alike_by_all_cores(
+    model: Model, available: int, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever shape; and those for which it is not there yet stay eager."""
+    monkeypatch.setattr(cores, "count", lambda: available)
+    monkeypatch.setitem(vars(model), "is_large", large)
+    network = Networks(torch.float32, 64, in_process=False).prepare(model)
+    called: list[int] = []
+
+    def compiled(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        called.append(x.shape[0])
+        return model.output(x, t, labels)
+
+    eager = [shape.rows for shape in network.shapes]
+    assert eager == [shape.rows for shape in network.eager_shapes]
+    for size in (8, 1, 4, 2, 16):
+        for threads in range(1, available + 1):
+            network.add_compiled(Tile(size, threads), compiled)
+        rows = [shape.rows for shape in network.shapes]
+        assert rows == sorted(set(rows)), "one of each, by size"
+        assert rows[0] == 1
+        for waiting in range(1, 65):
+            chosen = network.costs.best(waiting, network.shapes)
+            network.costs.record(chosen, 0.1 + chosen.rows)
+            x, t, labels = example(model, min(waiting, chosen.rows))
+            called.clear()
+            with torch.inference_mode():
+                network.output(x, t, labels, chosen)
+            assert bool(called) == chosen.compiled
+            if not chosen.compiled:
+                continue
+            assert sum(called) >= len(x) and set(called) == {network.tile(chosen.rows).rows}
+            if not large:
+                assert sum(called) == chosen.rows and len(called) % min(len(x), available) == 0
+    assert all(shape.compiled for shape in network.shapes)
 
 
 def test_what_is_compiled_in_process_serves_all_sizes(model: Model) -> None:

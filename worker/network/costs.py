@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,10 +24,14 @@ RATE_HALF_LIFE = 10.0  # seconds of work
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch shape that the network can run: its rows, and whether compiled code is there."""
+    """A batch shape that the network can run: its rows, and whether compiled code is there.
+
+    to_fit: only worth a thought where no smaller one holds all rows that wait.
+    """
 
     rows: int
     compiled: bool = False
+    to_fit: bool = field(default=False, compare=False)
 
 
 class CostModel:
@@ -86,11 +90,11 @@ class CostModel:
         """The smallest shape whose rate for `waiting` rows is nearly the best of all.
 
         A shape larger than `waiting` is padded; a smaller one leaves rows for the next step.
-        Shapes of a power of two that were not lately measured are tried first.
+        Shapes that were not lately measured are tried first.
         """
         candidates = _candidates(waiting, [shape for shape in shapes if shape.rows >= at_least])
         for shape in candidates:
-            if shape.rows <= waiting and len(self._fresh(shape)) < TRIALS and _power_of_two(shape):
+            if shape.rows <= waiting and len(self._fresh(shape)) < TRIALS and not shape.to_fit:
                 return shape
         rates = [min(waiting, shape.rows) / self.seconds(shape) for shape in candidates]
         enough = NEARLY_BEST * max(rates)
@@ -103,19 +107,15 @@ class CostModel:
 
 
 def _candidates(waiting: int, shapes: Iterable[Shape]) -> list[Shape]:
-    """Shapes worth a thought, by size: powers of two, and the first that holds all that waits."""
+    """Shapes worth a thought, by size, up to the first that holds all that waits."""
     by_size = sorted(shapes, key=lambda shape: shape.rows)
     enough = next((shape.rows for shape in by_size if shape.rows >= waiting), by_size[-1].rows)
     least = min(waiting / EXPLORE, enough)
     return [
         shape
         for shape in by_size
-        if least <= shape.rows <= enough and (_power_of_two(shape) or shape.rows == enough)
+        if least <= shape.rows <= enough and (not shape.to_fit or shape.rows == enough)
     ]
-
-
-def _power_of_two(shape: Shape) -> bool:
-    return shape.rows.bit_count() == 1
 
 
 class RateMeter:

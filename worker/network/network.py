@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,20 +98,27 @@ class Network:
         self.uses: Counter[int] = Counter()  # steps by their rows
         self.exact = exact
         sizes = tuple(size for size in EAGER_SIZES if size <= max_rows)
-        self._sizes = (self._exact_size(),) if exact else sizes
+        self._eager = _shapes((self._exact_size(),) if exact else sizes)
+        self._to_compile = _shapes(sizes, compiled=True)
+        if not self.in_process and not model.is_large:
+            self._to_compile = [Shape(size, compiled=True) for size in _even(max_rows)]
         self.costs = CostModel()
         self._warm_up()
 
     @property
     def shapes(self) -> list[Shape]:
-        """The shapes to choose from: eager ones only where there is no compiled code."""
-        compiled = self._compiled
-        return [Shape(size, compiled=self.tile(size) in compiled) for size in self._sizes]
+        """The shapes to choose from: eager ones only where there is no compiled code for as many
+        rows, or for more than half of them."""
+        code = self._compiled
+        ready = [shape for shape in self._to_compile if self.tile(shape.rows) in code]
+        served = {rows for shape in ready for rows in range(shape.rows, 2 * shape.rows)}
+        rest = [shape for shape in self._eager if shape.rows not in served]
+        return sorted(ready + rest, key=lambda shape: shape.rows)
 
     @property
     def eager_shapes(self) -> list[Shape]:
         """The shapes that run whatever happens."""
-        return [Shape(size) for size in self._sizes]
+        return self._eager
 
     def provenance(self) -> dict[str, Any]:
         """All beside weights, software and device that rounding depends on; JSON."""
@@ -131,6 +138,8 @@ class Network:
         if self.in_process:
             return Tile(ANY_ROWS, 1)
         parts, threads = cores.deal(rows, cores.count(), large=self.model.is_large)
+        if rows > 1 and not self.model.is_large:  # Python holds up no part of compiled code
+            parts, threads = min(rows, cores.count()), 1
         each = 1 << (-(-rows // parts) - 1).bit_length()
         return Tile(min(each, max(8, each // 2), MOST_AT_ONCE), threads)
 
@@ -243,6 +252,21 @@ class Network:
         first_labels = None if labels is None else labels[:1].expand(size)
         alone = self.eager(x[:1].repeat(size, 1, 1, 1), t[:1].expand(size), first_labels)
         return torch.equal(alone[:1], whole[:1])
+
+
+def _shapes(sizes: Iterable[int], *, compiled: bool = False) -> list[Shape]:
+    """Powers of two, and others for those who fill them."""
+    return [Shape(size, compiled, to_fit=size.bit_count() > 1) for size in sizes]
+
+
+def _even(max_rows: int) -> list[int]:
+    """Batches of which each core has as many rows as the others, and a power of two.
+
+    Of 25 rows on two cores 16 at once are done at a rate that is 1.1 times that of all 25, and 1.3
+    times that of 32 with padding.
+    """
+    n = min(cores.count(), max_rows)
+    return [*range(1, n), *(n << k for k in range((max_rows // n).bit_length()))]
 
 
 def example(model: Model, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
