@@ -138,15 +138,17 @@ def trainer_step(
 
 
 def several(compiled: bool, dropout: float) -> None:
-    """The trainer in as many processes as there are cores, as accelerate launches them."""
+    """The trainer in one process and in as many as there are cores, as torchrun starts them."""
     print("\n| images/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |")
     print("|---|---|---|---|---|---|")
     options = ["--dropout", str(dropout), *["--compiled"] * compiled]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
     with tempfile.TemporaryDirectory() as scratch:
         write_pictures(Path(scratch) / "images")
         for processes in (1, cores.usable()):
             command = [*launch, str(processes), __file__, "--member", scratch, *options]
+            if processes == 1:
+                command = [sys.executable, *command[5:]]
             rates = []
             for busy in BUSY:
                 with neighbours(busy):

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 THREADS = click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads; default: the cores there are."
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads; default: the cores there are, shared among processes of one run.",
 )
 
 
@@ -45,8 +47,8 @@ def train(
     FOLDER holds pictures, in a folder a class if there are classes: size, channels and classes
     are inferred and shown. CONFIG may be a name of ours, such as mnist. Any key can be overridden:
     `ddpm train mnist steps=2000 optimizer.learning_rate=1e-3`. `ddpm train --resume RUN` goes on
-    with the run in a folder. Several processes: `accelerate launch --num_processes 2 -m ddpm train`
-    and the same words.
+    with the run in a folder. Several processes: `torchrun --nproc-per-node 2 -m ddpm train` and
+    the same words.
     """
     from diffusion import cores
     from diffusion.files import CheckpointError
@@ -56,7 +58,8 @@ def train(
     from training.trainer import Trainer
 
     folder = out or default_folder(config, resume)
-    cores.use(threads or cores.count())
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun would give each one core
+    cores.use(threads or (cores.count() if processes == 1 else max(1, cores.usable() // processes)))
     try:
         if resume and init is not None:
             raise StateError("--init starts a run and --resume goes on with one: give one of them")

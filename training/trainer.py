@@ -57,7 +57,8 @@ class Trainer:
         torch.manual_seed(config.seed)  # the initial weights
         self.network = UNet(config.network)
         self.accelerator = Accelerator(
-            cpu=device is not None and device.type == "cpu",
+            # Told of nothing, accelerate takes several processes without a GPU for as many runs.
+            cpu=device.type == "cpu" if device else not torch.accelerator.is_available(),
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.accumulate, sync_with_dataloader=False
             ),

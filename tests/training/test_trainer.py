@@ -357,15 +357,24 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
         subprocess.run(["umount", "--lazy", str(small_disk)], check=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [[], ["network.dropout=0.2", "timesteps=importance", "accumulate=2"]]
+    "options",
+    [
+        [],
+        pytest.param(
+            ["network.dropout=0.2", "timesteps=importance", "accumulate=2"], marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_two_processes_train_as_one(config_file: Path, tmp_path: Path, options: list[str]) -> None:
     run(config_file, tmp_path / "one", *options)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    train = ["-m", "ddpm", "train", str(config_file), "--out", str(tmp_path / "two"), "--quiet"]
-    subprocess.run([sys.executable, *launch, *train, *options], check=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ddpm"]
+    launch += ["train", str(config_file), "--out", str(tmp_path / "two"), "--quiet", *options]
+    parts = 4 if "accumulate=2" in options else 2
+    odd = [*launch, f"batch_size={3 * parts // 2}"]
+    refused = subprocess.run(odd, capture_output=True, text=True).stderr
+    assert f"must be a multiple of processes × accumulate = {parts}" in refused, "there are two"
+    subprocess.run(launch, check=True)
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     for name in one:
         if name.startswith("weights."):
