@@ -142,13 +142,12 @@ def several(compiled: bool, dropout: float) -> None:
     print("\n| images/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |")
     print("|---|---|---|---|---|---|")
     options = ["--dropout", str(dropout), *["--compiled"] * compiled]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node"]
     with tempfile.TemporaryDirectory() as scratch:
         write_pictures(Path(scratch) / "images")
         for processes in (1, cores.usable()):
-            command = [*launch, str(processes), __file__, "--member", scratch, *options]
-            if processes == 1:
-                command = [sys.executable, *command[5:]]
+            launch = [] if processes == 1 else [*torchrun, str(processes)]
+            command = [sys.executable, *launch, __file__, "--member", scratch, *options]
             rates = []
             for busy in BUSY:
                 with neighbours(busy):

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 THREADS = click.option(
-    "--threads",
-    type=click.IntRange(1),
-    help="CPU threads; default: the cores there are, shared among processes of one run.",
+    "--threads", type=click.IntRange(1), help="CPU threads; default: the cores there are."
 )
 
 
@@ -47,8 +45,8 @@ def train(
     FOLDER holds pictures, in a folder a class if there are classes: size, channels and classes
     are inferred and shown. CONFIG may be a name of ours, such as mnist. Any key can be overridden:
     `ddpm train mnist steps=2000 optimizer.learning_rate=1e-3`. `ddpm train --resume RUN` goes on
-    with the run in a folder. Several processes: `torchrun --nproc-per-node 2 -m ddpm train` and
-    the same words.
+    with the run in a folder. Several processes, which share the cores: `torchrun --nproc-per-node 2
+    -m ddpm train` and the same words.
     """
     from diffusion import cores
     from diffusion.files import CheckpointError

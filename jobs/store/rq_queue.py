@@ -1,6 +1,6 @@
 """The service's use of RQ: enqueue, cancel, delete, look. Public names of RQ only.
 
-Workers import none of this but JOB_FUNCTION; the private half of RQ is the worker's business.
+Workers import JOB_FUNCTION and `Queues.cancel`; the private half of RQ is their business.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import redis
 from rq import Queue, Retry
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.executions import Execution
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.registry import clean_registries
@@ -108,8 +109,9 @@ class Queues:
         """Do something to a job, if there is one.
 
         RQ lists the executions of a job and then reads each; one that a worker ends in between
-        is a ValueError, and gone at the next look. So is a job that expires in between, of which
-        RQ says InvalidJobOperation.
+        is a ValueError, and gone at the next look, as is one of a dead worker, which RQ lists for a
+        minute longer than it keeps it. So is a job that expires in between, of which RQ says
+        InvalidJobOperation.
         """
         for attempt in range(LOOKS):
             job = self._fetch(job_id)
@@ -120,6 +122,15 @@ class Queues:
             except (ValueError, InvalidJobOperation, NoSuchJobError):
                 if attempt == LOOKS - 1:
                     raise
+                self._strike_lost(job)
+
+    def _strike_lost(self, job: Job) -> None:
+        """Take executions off the list of a job that RQ no longer has."""
+        registry = job.execution_registry
+        for execution_id in registry.get_execution_ids():
+            execution = Execution(execution_id, job_id=job.id, connection=self._redis)
+            if not self._redis.exists(execution.key):
+                self._redis.zrem(registry.key, execution_id)
 
     def _fetch(self, job_id: str) -> Job | None:
         try:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from redis.exceptions import ResponseError
 from rq.job import Job
+from rq.serializers import JSONSerializer
 
 from jobs.states import TRANSITIONS, Status
 from jobs.store import keys, writer
@@ -339,6 +340,21 @@ def test_every_move_is_in_the_table(store: JobStore, submit: Submit) -> None:
 def test_a_move_outside_the_table_is_an_error(store: JobStore, submit: Submit) -> None:
     with pytest.raises(ResponseError, match="queued to succeeded"):
         store.finish(submit(), "", Status.SUCCEEDED)
+
+
+@pytest.mark.parametrize("act", [Queues.delete, Queues.cancel])
+def test_an_execution_that_rq_lists_and_no_longer_has_is_in_nobodys_way(
+    store: JobStore, submit: Submit, act: Callable[[Queues, str], None]
+) -> None:
+    """As it is for a minute once a worker is dead: RQ itself stumbles over it."""
+    job_id = submit()
+    job = Job.fetch(job_id, connection=store.redis, serializer=JSONSerializer)
+    store.redis.zadd(job.execution_registry.key, {"gone": time.time() + 60})
+    with pytest.raises(ValueError, match="gone not found"):
+        job.get_executions()
+    act(Queues(store.redis), job_id)
+    left = store.redis.hget(job.key, "status")
+    assert left == (None if act is Queues.delete else b"canceled")
 
 
 @pytest.mark.parametrize("act", [Queues.delete, Queues.cancel])

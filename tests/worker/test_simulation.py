@@ -286,7 +286,7 @@ def go_on(state: Machine, puppet: Puppet, *, rounds: int = 4) -> None:
 def test_a_job_over_which_workers_froze_waits_for_them(machine: type[Machine], thawed: int) -> None:
     """The first had it in its batch, the others ran it alone: were they dead, it killed them."""
     state = machine()
-    state.admit(client="a", images=1, steps=8, seed=0, high=False)
+    state.admit(client="a", images=1, steps=20, seed=0, high=False)
     [job_id] = state.world.jobs
     silent = [freeze_at_the_job(state, which) for which in range(4)]
     heir = state.world.worker(4)

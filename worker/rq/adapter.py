@@ -23,12 +23,12 @@ from typing import Any
 
 import redis
 from rq.command import handle_command, parse_payload
-from rq.exceptions import InvalidJobOperation
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.utils import now
 
 from jobs.states import ACTIVE
+from jobs.store.rq_queue import Queues
 from jobs.store.trouble import passes
 from worker.engine.tasks import EngineStopped
 from worker.flights import Ending, Flight, Intent, Outcome
@@ -52,6 +52,7 @@ class EngineWorker(HoldingWorker):
     def __init__(self, runtime: Runtime, connection: redis.Redis, *, name: str = "") -> None:
         super().__init__(runtime, connection, name=name)
         self._boarded: dict[str, Boarded] = {}  # by execution
+        self._queues = Queues(connection)
         self._orders: deque[dict[str, Any]] = deque()  # from the pub/sub thread
         self._ends: deque[Outcome] = deque()  # of flights, not yet told to RQ
         self._stop_at: float | None = None
@@ -200,8 +201,7 @@ class EngineWorker(HoldingWorker):
             self._fail(boarded, outcome.error or RuntimeError("see the job's record"))
         elif outcome.ending is Ending.CANCELED:
             self._clean_up(boarded)
-            with contextlib.suppress(InvalidJobOperation):  # canceled in RQ as well
-                job.cancel()
+            self._queues.cancel(job.id)  # it may be, there as well, by the API at this moment
         elif outcome.ending is Ending.STOPPED:
             self._stop_job(boarded)
         elif outcome.ending is Ending.RELEASED:
