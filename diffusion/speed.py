@@ -35,8 +35,9 @@ def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool =
         if isinstance(layer, Conv3x3):
             layer.fewer_products = True
     on_cpu = model.device.type == "cpu"
-    if compile:
-        network.compile(options=cores.compile_options() if on_cpu else None)
+    if compile:  # frozen: weights are constants, which convolutions take packed
+        options = {**cores.compile_options(), "freezing": True} if on_cpu else None
+        network.compile(options=options)
     fast = Model(model.config, network, model.digest, presets=model.presets, tuned=model.tuned)
     if not on_cpu:
         fast.evaluator = Graphs(_any_batch(network) if compile else network)

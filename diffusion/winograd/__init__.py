@@ -42,13 +42,20 @@ _G = (
 _AT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _no_team() -> bool:
+    """A constant for torch.compile, which compiles anew where it changes. Asked itself, it would
+    compile what comes before and after the question apart."""
+    return torch.get_num_threads() == 1
+
+
 def suits(x: Tensor, weight: Tensor, *, doubled: bool = False) -> bool:
     """Whether `convolution` takes x [N, C, H, W] and weight [K, C, 3, 3], and gains by it."""
     n, channels, *sides = x.shape
     height, width = (2 * side if doubled else side for side in sides)
     return (
         sys.platform == "linux"  # where g++ is mostly GCC: others were not measured
-        and torch.get_num_threads() == 1  # it has no team, with which torch's own are soon faster
+        and _no_team()  # it has none itself, and with one torch's own are soon faster
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and channels % CHANNELS == weight.shape[0] % CHANNELS == 0
