@@ -171,7 +171,7 @@ def evaluate(
     if inside or not x.shape[0] or x.device.type != "cpu":
         return network(x, t, labels)
     parts, threads = deal(x.shape[0], count(), large=large)
-    compiled = getattr(network, "_compiled_call_impl", None) is not None
+    compiled = getattr(network, "is_compiled", False)
     if torch.is_grad_enabled():
         if compiled or not x.requires_grad or t.requires_grad or _learns(network):
             return network(x, t, labels)

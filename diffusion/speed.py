@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
@@ -20,11 +22,16 @@ CLEARLY = 0.7  # of the time in float32
 TURNS = 10
 
 
+class CompileError(RuntimeError):
+    """Code that could not be made; the message says why."""
+
+
 def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool = False) -> Model:
     """A copy of the model for fast evaluation: `dtype`, channels last, compiled if asked.
 
     The first layer takes x_t in float32 at least, and hands on `dtype`: see `UNet`. On a GPU an
-    evaluation is one launch, see `diffusion.graphs`.
+    evaluation is one launch, see `diffusion.graphs`. Compiled, its first evaluation takes a minute,
+    and raises CompileError where there is no compiler that works.
     """
     network = deepcopy(model.network).eval().requires_grad_(False)
     first = {"dtype": torch.promote_types(dtype, torch.float32)}
@@ -39,22 +46,61 @@ def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool =
         options = {**cores.compile_options(), "freezing": True} if on_cpu else None
         network.compile(options=options)
     fast = Model(model.config, network, model.digest, presets=model.presets, tuned=model.tuned)
+    if compile:
+        fast.evaluator = AnyBatch(network)
     if not on_cpu:
-        fast.evaluator = Graphs(_any_batch(network) if compile else network)
+        fast.evaluator = Graphs(fast.evaluator)
     return fast
 
 
-def _any_batch(network: UNet) -> cores.Network:
-    """A compiled network whose code is made for batches of any size, at the first of them."""
+class AnyBatch:
+    """A compiled network, called as it is: its code is made for batches of any size, at the first.
 
-    def evaluate(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        for given in (x, t, labels):
-            if given is not None:
-                torch._dynamo.maybe_mark_dynamic(given, 0)
-        out: Tensor = network(x, t, labels)
-        return out
+    What torch.compile would take for a call of another kind, and compile for a minute, is brought
+    into one form. One row alone is such a kind; where there is code for several it runs as two.
+    """
 
-    return evaluate
+    is_compiled = True  # see `cores.evaluate`
+
+    def __init__(self, network: UNet) -> None:
+        self._network = network
+        self._met: set[bool] = set()  # whether there was one row alone
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The raw output, [N, …] of x, t and labels [N, …]. Raises CompileError."""
+        rows = x.shape[0]
+        if rows == 1 and self._met == {False}:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+            labels = labels if labels is None else torch.cat([labels, labels])
+        self._met.add(x.shape[0] == 1)
+        with compiling():
+            out: Tensor = self._network(
+                _plain(x), _plain(t.to(torch.float32)), labels if labels is None else _plain(labels)
+            )
+        return out[:rows]
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """In here torch.compile is called, perhaps for the first time. Raises CompileError."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # takes a second
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        why = next(line for line in str(error).splitlines() if line)
+        raise CompileError(f"torch.compile failed: {why}") from error
+
+
+def _plain(v: Tensor) -> Tensor:
+    """v [N, …] in the one form that code is made for."""
+    v = v.contiguous()
+    if v.is_inference() != torch.is_inference_mode_enabled():
+        v = v.clone()
+    torch._dynamo.maybe_mark_dynamic(v, 0)
+    return v
 
 
 def fast_dtype(model: Model) -> torch.dtype:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from training.config import TrainConfig
 
 PATH = click.Path(path_type=Path)
+COMPILE = "By torch.compile: takes a minute, and then up to half of the time. Needs a C++ compiler."
 THREADS = click.option(
     "--threads", type=click.IntRange(1), help="CPU threads; default: the cores there are."
 )
@@ -50,6 +51,7 @@ def train(
     """
     from diffusion import cores
     from diffusion.files import CheckpointError
+    from diffusion.speed import CompileError
     from training.config import ConfigError
     from training.sources import DataError
     from training.state import StateError
@@ -78,7 +80,7 @@ def train(
             step = trainer.resume()
             click.echo(f"resuming {folder} at step {step} of {settings.steps}", err=True)
         trainer.run()
-    except (CheckpointError, ConfigError, DataError, StateError) as error:
+    except (CheckpointError, CompileError, ConfigError, DataError, StateError) as error:
         sys.exit(f"ddpm train: {error}")
     if trainer.is_main:
         click.echo(f"{folder}: step {trainer.step} of {settings.steps}")
@@ -158,7 +160,7 @@ def find_model(name: str | Path) -> Path:
 @click.option("--kind", type=click.Choice(["x_t", "x_start"]), default="x_start", show_default=True)
 @click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile; pays on long jobs.")
+@click.option("--compile", "compiled", is_flag=True, help=COMPILE)
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
 @THREADS
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -174,6 +176,7 @@ def sample(threads: int | None, **options: object) -> None:
     from diffusion.files import CheckpointError
     from diffusion.samplers import FewStepsWarning
     from diffusion.sampling import NotFiniteError
+    from diffusion.speed import CompileError
     from training.sample import SampleOptions, draw
 
     cores.use(threads or cores.count())
@@ -184,7 +187,7 @@ def sample(threads: int | None, **options: object) -> None:
     try:
         with warnings_in_words(FewStepsWarning):
             written, seed = draw(SampleOptions(**options))  # type: ignore[arg-type]
-    except (CheckpointError, NotFiniteError, OSError, ValueError) as error:
+    except (CheckpointError, CompileError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm sample: {error}")
     click.echo(f"{written} (seed {seed})")
 

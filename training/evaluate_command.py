@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from training.commands import THREADS
+from training.commands import COMPILE, THREADS
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=0)
@@ -63,7 +63,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--pictures", default=6, show_default=True, type=COUNT, help="In progressive.png.")
 @click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="fp32")
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile.")
+@click.option("--compile", "compiled", is_flag=True, help=COMPILE)
 @click.option("--batch-size", default=64, show_default=True, type=POSITIVE)
 @THREADS
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -78,6 +78,7 @@ def evaluate(threads: int | None, **options: Any) -> None:
     from diffusion import cores
     from diffusion.files import CheckpointError
     from diffusion.sampling import NotFiniteError
+    from diffusion.speed import CompileError
     from training.commands import find_model
     from training.evaluate import EvaluateOptions
     from training.evaluate import evaluate as run
@@ -105,7 +106,7 @@ def evaluate(threads: int | None, **options: Any) -> None:
         run(EvaluateOptions(model=model, out=out, splits=splits, **options), click.echo)
     except KeyboardInterrupt:
         sys.exit(f"ddpm evaluate: interrupted; {out} holds what was done, run it again to go on")
-    except (CheckpointError, NotFiniteError, OSError, ValueError) as error:
+    except (CheckpointError, CompileError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm evaluate: {error}")
     click.echo(f"\n{out}/results.json")
 

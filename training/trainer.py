@@ -16,7 +16,7 @@ from tqdm import tqdm
 from diffusion import cores
 from diffusion.model import Model, ModelConfig, build_network
 from diffusion.sampling import sample
-from diffusion.speed import fast_dtype
+from diffusion.speed import compiling, fast_dtype
 from diffusion.unet import UNet
 from training.batches import Batch, Batches
 from training.config import ConfigError, OptimizerConfig, TrainConfig
@@ -189,7 +189,7 @@ class Trainer:
         """Train to config.steps, or until interrupted: either way the last step is on disk.
 
         Raises StateError if the run diverges: the last good checkpoint is on disk; ConfigError
-        for consistency tuning of weights that nothing has trained.
+        for consistency tuning of weights that nothing has trained; CompileError.
         """
         config = self.config
         if not self._begun:
@@ -210,7 +210,8 @@ class Trainer:
             meter = Meter(config.batch_size)
             while self.step < config.steps and not self._asked_to_stop():
                 rate = learning_rate(config.optimizer, self.step, config.steps)
-                loss, norm = self._optimize(network, optimizer, rate)
+                with compiling():
+                    loss, norm = self._optimize(network, optimizer, rate)
                 self.step += 1
                 self.ema.update(self.step)
                 meter.add(loss)

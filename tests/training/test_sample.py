@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +170,23 @@ def test_conversion_names_what_diffusers_lacks_and_takes_another(
     assert result.exit_code == 0, result.output
     sampling = diffusion.load(tmp_path / "out").config.sampling
     assert (sampling.sampler, sampling.clip, sampling.landing) == ("ddim", False, "stride")
+
+
+def test_without_a_compiler_one_sentence_says_so(
+    model: Path, config_file: Path, tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "no-compiler")
+    environment = {**os.environ, "CXX": missing, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    commands = {
+        "sample": ["--model", str(model), "--out", str(tmp_path / "a.png"), "--compile"],
+        "train": [str(config_file), "--out", str(tmp_path / "run"), "compile=true"],
+    }
+    for name, arguments in commands.items():
+        command = [sys.executable, "-m", "ddpm", name, *arguments, "--quiet"]
+        ended = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=120, check=False
+        )
+        said = ended.stderr.strip().splitlines()[-1]
+        assert ended.returncode == 1, ended.stderr
+        assert said.startswith(f"ddpm {name}: torch.compile failed: InvalidCxxCompiler: ")
+        assert missing in said and "Traceback" not in ended.stderr

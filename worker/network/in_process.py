@@ -50,10 +50,7 @@ def build(model: Model, dtype: torch.dtype, *, threads: int | None = None) -> Fo
     def forward(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         if torch.get_num_threads() != team:  # of the calling thread: with another it runs eagerly
             torch.set_num_threads(team)
-        out: Tensor = fast.evaluator(
-            _plain(x), _plain(t), labels if labels is None else _plain(labels)
-        )
-        return out
+        return fast.evaluator(x, t, labels)
 
     inductor = {} if threads is None else {"compile_threads": threads}
     with (
@@ -83,12 +80,3 @@ def fill_cache(model: Model, dtype: torch.dtype, marker: Path) -> None:
     temporary = marker.with_suffix(".tmp")
     temporary.write_text(json.dumps({**made, "torch": torch.__version__}), encoding="utf-8")
     temporary.replace(marker)
-
-
-def _plain(v: Tensor) -> Tensor:
-    """In the one form that the code is made for: anything else would be another kind of call."""
-    v = v.contiguous()
-    if not v.is_inference():
-        v = v.clone()
-    torch._dynamo.maybe_mark_dynamic(v, 0)
-    return v
