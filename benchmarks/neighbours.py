@@ -49,10 +49,12 @@ def neighbours(count: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def forward_rate(folder: Path, how: str, rows: int, seconds: float) -> float:
-    """Rows/s of one network; `how`: apart, or team."""
+def forward_rate(folder: Path, how: str, rows: int, seconds: float, *, compiled: bool) -> float:
+    """Rows/s of one network; `how`: apart, as the command line's tools do it, or team."""
+    if how == "apart":
+        cores.use(cores.usable())
     model = diffusion.load(folder, "cpu")
-    fast = prepare(model, dtype=fast_dtype(model))
+    fast = prepare(model, dtype=fast_dtype(model), compile=compiled)
     x, t = torch.randn(rows, *model.shape), torch.arange(rows) % model.schedule.T
     labels = torch.zeros_like(t) if model.config.network.num_classes else None
 
@@ -62,7 +64,8 @@ def forward_rate(folder: Path, how: str, rows: int, seconds: float) -> float:
         else:
             fast.network(x, t, labels)
 
-    evaluate()
+    for _ in range(2):
+        evaluate()
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         evaluate()
@@ -76,8 +79,9 @@ def row(name: str, rates: list[float]) -> None:
     print(f"| {name} | {' | '.join(f'{rate:.0f}' for rate in rates)} | {shares} |", flush=True)
 
 
-def network(folder: Path, seconds: float) -> None:
+def network(folder: Path, seconds: float, *, compiled: bool) -> None:
     """The forward of a batch, in processes of their own, by turns."""
+    code = "under torch.compile, " * compiled
     print("\n| rows/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |")
     print("|---|---|---|---|---|---|")
     for rows in (1, 4, 16, 64):
@@ -87,8 +91,9 @@ def network(folder: Path, seconds: float) -> None:
                 with neighbours(busy):
                     command = [sys.executable, __file__, "--model", str(folder), "--one", how]
                     command += ["--rows", str(rows), "--seconds", str(seconds)]
+                    command += ["--compiled"] * compiled
                     rates.append(float(subprocess.check_output(command, text=True)))
-            row(f"{rows} rows, {'apart' if how == 'apart' else 'a team'}", rates)
+            row(f"{code}{rows} rows, {'apart' if how == 'apart' else 'a team'}", rates)
 
 
 def training(seconds: float, compiled: bool, dropout: float) -> None:
@@ -243,7 +248,9 @@ def main() -> None:
     parser.add_argument("--only", choices=parts, help="default: all")
     parser.add_argument("--server", help="of the servers, only this one, by its row's name")
     parser.add_argument("--dropout", type=float, default=0.0, help="training with dropout")
-    parser.add_argument("--compiled", action="store_true", help="training under torch.compile")
+    parser.add_argument(
+        "--compiled", action="store_true", help="network and training, by torch.compile"
+    )
     parser.add_argument("--one", choices=["apart", "team"], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--member", type=Path, help=argparse.SUPPRESS)
@@ -252,11 +259,12 @@ def main() -> None:
         member(arguments.member, arguments.compiled, arguments.dropout)
         return
     if arguments.one:
-        print(forward_rate(arguments.model, arguments.one, arguments.rows, arguments.seconds))
+        how = {"how": arguments.one, "rows": arguments.rows, "seconds": arguments.seconds}
+        print(forward_rate(arguments.model, **how, compiled=arguments.compiled))
         return
     wanted = parts if arguments.only is None else (arguments.only,)
     if "network" in wanted:
-        network(arguments.model, arguments.seconds / 5)
+        network(arguments.model, arguments.seconds / 5, compiled=arguments.compiled)
     if "training" in wanted:
         training(arguments.seconds / 2, arguments.compiled, arguments.dropout)
     if "processes" in wanted:
