@@ -109,7 +109,7 @@ def fewest(cells: Sequence[Cell], aim: Cell) -> str:
 def plot(cells: Sequence[Cell], aim: Cell, path: Path) -> None:
     """The best of each sampler against evaluations, the aim as a band of two errors. What is far
     worse than all others (`MOST_DRAWN`) is left out."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
     low, high = (aim.ratio + ERRORS * sign * aim.ratio_error for sign in (-1, 1))
     axes.axhspan(low, high, color="0.9", label=f"{aim.sampler}, {aim.steps} evaluations, ± 2 s.e.")
     axes.axhline(aim.ratio, color="0.6", linewidth=0.8)
@@ -141,7 +141,7 @@ def plot(cells: Sequence[Cell], aim: Cell, path: Path) -> None:
     axes.set_yticks(levels, [str(level) for level in levels])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=7, ncols=4, loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
