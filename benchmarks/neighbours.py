@@ -201,14 +201,14 @@ async def served(ask: Client, seconds: float) -> float:
     return rate
 
 
-def service(folder: Path, seconds: float, only: str | None) -> None:
+def service(folder: Path, seconds: float, only: str | None, peer_dtype: str) -> None:
     """32 clients in a closed loop, jobs of 10 to 100 steps."""
     logs = Path(tempfile.mkdtemp(prefix="ddpm-bench-"))
     print(f"logs: {logs}", file=sys.stderr)
     os.environ["DDPM_MODELS"] = str(folder.resolve().parent)
     convert(folder, logs / "peer", "diffusers", sampling=PEERS)
     ours = [sys.executable, "-m", "ddpm", "up", "--port", str(OUR_PORT)]
-    peer = [sys.executable, str(HERE / "peer.py"), str(logs / "peer"), str(PEER_PORT), "bfloat16"]
+    peer = [sys.executable, str(HERE / "peer.py"), str(logs / "peer"), str(PEER_PORT), peer_dtype]
     print("\n| image-steps/s | alone | beside 1 | beside 2 | 1 / alone | 2 / alone |")
     print("|---|---|---|---|---|---|")
     rates: dict[str, list[float]] = {}
@@ -247,6 +247,7 @@ def main() -> None:
     parts = ("network", "training", "processes", "service")
     parser.add_argument("--only", choices=parts, help="default: all")
     parser.add_argument("--server", help="of the servers, only this one, by its row's name")
+    parser.add_argument("--peer-dtype", default="bfloat16", help="bfloat16 or float32")
     parser.add_argument("--dropout", type=float, default=0.0, help="training with dropout")
     parser.add_argument(
         "--compiled", action="store_true", help="network and training, by torch.compile"
@@ -270,7 +271,7 @@ def main() -> None:
     if "processes" in wanted:
         several(arguments.compiled, arguments.dropout)
     if "service" in wanted:
-        service(arguments.model, arguments.seconds, arguments.server)
+        service(arguments.model, arguments.seconds, arguments.server, arguments.peer_dtype)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Jobs are one image of 10, 20, 50 or 100 DDIM steps, mixed evenly. After a warm-up of the service,
 in which it compiles what it uses, 32 clients in a closed loop, each server in turn, twice:
 image-steps/s. Then the same Poisson arrivals to each, at half
-of the peer's capacity as just measured: latencies from request to picture.
+of the peer's capacity as just measured: latencies from request to picture. Only the server that is
+measured runs: LitServe's idle processes take a tenth of a core.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ async def open_loop(ask: Client, arrivals: list[Job]) -> list[tuple[int, float]]
 @contextmanager
 def server(command: list[str], ready: str, log_path: Path) -> Iterator[None]:
     """Run a server until it answers, then stop it with everything that it started."""
-    log = log_path.open("w")
+    log = log_path.open("a")
     process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(600):
@@ -208,21 +209,44 @@ def main() -> None:
     ours += ["--data", str(folder / "ddpm")]
     peer = [sys.executable, str(HERE / "peer.py"), str(folder / "peer"), str(PEER_PORT)]
     peer.append(arguments.peer_dtype)
-    with (
-        server(ours, f"http://127.0.0.1:{OUR_PORT}/readyz", folder / "ours.log"),
-        server(peer, f"http://127.0.0.1:{PEER_PORT}/health", folder / "peer.log"),
-    ):
-        asyncio.run(compare(arguments))
+    us = Contender(ask_us, ours, f"http://127.0.0.1:{OUR_PORT}/readyz", folder / "ours.log")
+    them = Contender(ask_peer, peer, f"http://127.0.0.1:{PEER_PORT}/health", folder / "peer.log")
+    compare(us, them, arguments)
 
 
-async def compare(asked: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Contender:
+    """A server, which runs for one measurement at a time, and how it is asked."""
+
+    ask: Client
+    command: list[str]
+    ready: str
+    log: Path
+
+    def rate(self, seconds: float, lengths: Sequence[int]) -> float:
+        """Image-steps/s in a closed loop."""
+        with server(self.command, self.ready, self.log):
+            return asyncio.run(closed_loop(self.ask, seconds, lengths=lengths))
+
+    def latencies(self, arrivals: list[Job]) -> list[tuple[int, float]]:
+        """(steps, seconds) of each job, after some seconds in a closed loop."""
+
+        async def measure() -> list[tuple[int, float]]:
+            await closed_loop(self.ask, 6, lengths=sorted({job.steps for job in arrivals}))
+            return await open_loop(self.ask, arrivals)
+
+        with server(self.command, self.ready, self.log):
+            return asyncio.run(measure())
+
+
+def compare(ours: Contender, theirs: Contender, asked: argparse.Namespace) -> None:
     seconds, turns, dtype = asked.seconds, asked.turns, asked.peer_dtype
     lengths = tuple(map(int, asked.steps.split(",")))
-    await closed_loop(ask_us, asked.warm_up * 3 / 4, lengths=lengths)
+    ours.rate(asked.warm_up * 3 / 4, lengths)
     rates: dict[str, list[float]] = {"us": [], "peer": []}
     for _ in range(turns):
-        rates["us"].append(await closed_loop(ask_us, seconds, lengths=lengths))
-        rates["peer"].append(await closed_loop(ask_peer, seconds, lengths=lengths))
+        rates["us"].append(ours.rate(seconds, lengths))
+        rates["peer"].append(theirs.rate(seconds, lengths))
     us, peer = (statistics.median(rates[name]) for name in ("us", "peer"))
     print(f"Jobs of {asked.steps} steps; each turn: {rates}", file=sys.stderr)
     print(f"32 closed-loop clients, {seconds:.0f} s, {turns} turns: image-steps/s\n")
@@ -233,9 +257,9 @@ async def compare(asked: argparse.Namespace) -> None:
     arrivals = poisson(rate, seconds * 1.5, lengths)
     print(f"Poisson arrivals, {rate:.2f} jobs/s, {len(arrivals)} jobs: seconds to the picture\n")
     print(f"| server | p50 of {min(lengths)} steps | p50 | p95 | p99 |\n|---|---|---|---|---|")
-    ours = show("ddpm-serve", await open_loop(ask_us, arrivals))
-    theirs = show(f"LitServe, diffusers {dtype}", await open_loop(ask_peer, arrivals))
-    ratios = " | ".join(f"{ours[name] / theirs[name]:.2f}" for name in ours)
+    mine = show("ddpm-serve", ours.latencies(arrivals))
+    peers = show(f"LitServe, diffusers {dtype}", theirs.latencies(arrivals))
+    ratios = " | ".join(f"{mine[name] / peers[name]:.2f}" for name in mine)
     print(f"| ratio | {ratios} |")
 
 
