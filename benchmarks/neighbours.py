@@ -62,7 +62,7 @@ def forward_rate(folder: Path, how: str, rows: int, seconds: float, *, compiled:
         if how == "apart":
             fast.output(x, t, labels)
         else:
-            fast.network(x, t, labels)
+            fast.evaluator(x, t, labels)
 
     for _ in range(2):
         evaluate()

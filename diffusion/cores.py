@@ -171,7 +171,7 @@ def evaluate(
     if inside or not x.shape[0] or x.device.type != "cpu":
         return network(x, t, labels)
     parts, threads = deal(x.shape[0], count(), large=large)
-    compiled = getattr(network, "is_compiled", False)
+    compiled = _is_compiled(network)
     if torch.is_grad_enabled():
         if compiled or not x.requires_grad or t.requires_grad or _learns(network):
             return network(x, t, labels)
@@ -183,6 +183,12 @@ def evaluate(
         met = _compiled.setdefault(network, FirstTimes())
         in_turn = met.any_new((size, *kind) for size in sizes(x.shape[0], parts))
     return side_by_side(network, x, t, labels, parts=parts, threads=threads, in_turn=in_turn)
+
+
+def _is_compiled(network: Network) -> bool:
+    """Whether it is a module that torch.compile compiled, or calls one: `diffusion.speed`."""
+    here = getattr(network, "_compiled_call_impl", None) is not None
+    return here or getattr(network, "is_compiled", False)
 
 
 def _learns(network: Network) -> bool:

@@ -181,7 +181,7 @@ def sample(
     says (`SamplingDefaults`). class_label: one label for all, or one an image. Image i depends on
     (seed, i) and not on `batch_size`. travel, condition: of `diffusion.restore`. dtype: of the
     network (default: bfloat16 where a probe finds it faster, else float32). compile: through
-    torch.compile (about a minute at first).
+    torch.compile (about a minute at first; CompileError where no compiler works).
     on_step(first image of the batch, rows done, Step) is called after every evaluation.
     Raises SamplerError or ValueError naming the bad argument, NotFiniteError. Warns with
     FewStepsWarning where the sampler has too few steps.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -42,9 +42,9 @@ def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool =
         if isinstance(layer, Conv3x3):
             layer.fewer_products = True
     on_cpu = model.device.type == "cpu"
-    if compile:  # frozen: weights are constants, which convolutions take packed
-        options = {**cores.compile_options(), "freezing": True} if on_cpu else None
-        network.compile(options=options)
+    if compile:
+        with compiling():
+            network.compile(options=cores.compile_options() if on_cpu else None)
     fast = Model(model.config, network, model.digest, presets=model.presets, tuned=model.tuned)
     if compile:
         fast.evaluator = AnyBatch(network)
@@ -54,30 +54,59 @@ def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool =
 
 
 class AnyBatch:
-    """A compiled network, called as it is: its code is made for batches of any size, at the first.
+    """A compiled network, called as it is: few kinds of code, made at the first call, serve all.
 
     What torch.compile would take for a call of another kind, and compile for a minute, is brought
-    into one form. One row alone is such a kind; where there is code for several it runs as two.
+    into one form. Code is for one row, for a few or for many; where there is only code for more,
+    fewer rows run as so many.
     """
 
     is_compiled = True  # see `cores.evaluate`
 
     def __init__(self, network: UNet) -> None:
         self._network = network
-        self._met: set[bool] = set()  # whether there was one row alone
+        self._met: set[tuple[int, Hashable]] = set()
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The raw output, [N, …] of x, t and labels [N, …]. Raises CompileError."""
-        rows = x.shape[0]
-        if rows == 1 and self._met == {False}:
-            x, t = torch.cat([x, x]), torch.cat([t, t])
-            labels = labels if labels is None else torch.cat([labels, labels])
-        self._met.add(x.shape[0] == 1)
-        with compiling():
+        rows, kind = x.shape[0], (x.dtype, labels is None, torch.is_inference_mode_enabled())
+        least = _fewest(rows, x.device.type)
+        if (least, kind) not in self._met:
+            larger = [fewest for fewest, met in self._met if met == kind and fewest > least]
+            least = min(larger, default=least)
+        if rows < least:
+            chosen = torch.arange(least, device=x.device).clamp_max(rows - 1)
+            x, t, labels = x[chosen], t[chosen], labels if labels is None else labels[chosen]
+        met = (least, kind)
+        with compiling(), nullcontext() if met in self._met else _of_this_model_alone():
             out: Tensor = self._network(
                 _plain(x), _plain(t.to(torch.float32)), labels if labels is None else _plain(labels)
             )
+        self._met.add(met)
         return out[:rows]
+
+
+def _fewest(rows: int, device: str) -> int:
+    """The fewest rows for which torch.compile makes the same code as for so many.
+
+    For a CPU it asks at each convolution whether there are 16: from there on oneDNN does those of
+    one pixel, too.
+    """
+    return 16 if device == "cpu" and rows >= 16 else min(rows, 2)
+
+
+@contextmanager
+def _of_this_model_alone() -> Iterator[None]:
+    """In here torch.compile makes code that has nothing to do with another model's.
+
+    The layers of all models are the same Python code, to which torch.compile keeps what it made. So
+    one must not take what changed from another for what will change, nor reach a limit of 8.
+    """
+    import torch._dynamo.config
+
+    dynamo = {"automatic_dynamic_shapes": False, "recompile_limit": 256}
+    with torch._dynamo.config.patch(dynamo):
+        yield
 
 
 @contextmanager
@@ -85,18 +114,27 @@ def compiling() -> Iterator[None]:
     """In here torch.compile is called, perhaps for the first time. Raises CompileError."""
     try:
         yield
+    except OSError as error:  # of the folder for code
+        raise CompileError(f"torch.compile failed: {_reason(error)}") from error
     except RuntimeError as error:
         from torch._dynamo.exc import TorchDynamoException  # takes a second
 
         if not isinstance(error, TorchDynamoException):
             raise
-        why = next(line for line in str(error).splitlines() if line)
-        raise CompileError(f"torch.compile failed: {why}") from error
+        raise CompileError(f"torch.compile failed: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """In one line: what went wrong inside of torch.compile, of a compiler its first error."""
+    error = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in lines if "error:" in line.lower()), "".join(lines[:1]))
+    return f"{type(error).__name__}: {said}"
 
 
 def _plain(v: Tensor) -> Tensor:
     """v [N, …] in the one form that code is made for."""
-    v = v.contiguous()
+    v = v.contiguous().flatten().view(v.shape)  # strides of dimensions of size 1 may be any
     if v.is_inference() != torch.is_inference_mode_enabled():
         v = v.clone()
     torch._dynamo.maybe_mark_dynamic(v, 0)

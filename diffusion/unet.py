@@ -45,6 +45,14 @@ def _scaled_init(layer: nn.Conv2d | nn.Linear, scale: float = 1.0) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding; on "meta" without values, for which torch would load its compiler: a second."""
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding(rows, width, _weight=weight)
+
+
 NEAR_ZERO = 1e-10  # scale of the layers that close a residual branch
 
 
@@ -228,7 +236,7 @@ class UNet(nn.Module):
         self.time1 = nn.Linear(widths[0], c_emb)
         self.time2 = nn.Linear(c_emb, c_emb)
         labels = config.num_classes + config.null_class
-        self.label = nn.Embedding(labels, c_emb) if labels else None
+        self.label = _embedding(labels, c_emb) if labels else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
         skips = [widths[0]]  # widths of the feature maps that the way up concatenates

@@ -184,6 +184,15 @@ def test_direction_of_imports(package: str) -> None:
     assert importers(package, OURS - ALLOWED[package] - {package}, besides) == {}
 
 
+LOAD_MODEL = 'import sys, diffusion\ndiffusion.load("models/mnist")'
+
+
+@pytest.mark.parametrize("start", [LOAD_MODEL, "import sys, worker.run"])
+def test_no_start_waits_for_the_compiler(start: str) -> None:
+    """Its modules take a second to load."""
+    assert loaded_by(start, {"torch._dynamo", "torch._inductor"}) == []
+
+
 @pytest.mark.parametrize("place", sorted(FORBIDDEN))
 def test_what_each_part_does_without(place: str) -> None:
     assert importers(place, FORBIDDEN[place]) == {}

@@ -18,7 +18,8 @@ from torch import Tensor
 from diffusion.cpu_layers import double
 
 CHANNELS, SIDE = 16, 4  # multiples
-# Of a batch, with fewer of which the weights, four times as many, take longer to read than to use.
+# Of each batch that code is for; with fewer the weights, four times as many, take longer to read
+# than to use.
 FEWEST_PIXELS = 64
 # Pairs of channels; compiled code keeps four times the weights for each size of batch.
 MOST_PAIRS = 2**15
@@ -42,15 +43,20 @@ _G = (
 _AT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _no_team() -> bool:
     """A constant for torch.compile, which compiles anew where it changes. Asked itself, it would
     compile what comes before and after the question apart."""
     return torch.get_num_threads() == 1
 
 
+# What torch.compiler.assume_constant_result does, but that takes a second of every start to import.
+_no_team._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def suits(x: Tensor, weight: Tensor, *, doubled: bool = False) -> bool:
     """Whether `convolution` takes x [N, C, H, W] and weight [K, C, 3, 3], and gains by it."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # not at every start
+
     n, channels, *sides = x.shape
     height, width = (2 * side if doubled else side for side in sides)
     return (
@@ -61,7 +67,7 @@ def suits(x: Tensor, weight: Tensor, *, doubled: bool = False) -> bool:
         and channels % CHANNELS == weight.shape[0] % CHANNELS == 0
         and channels * weight.shape[0] <= MOST_PAIRS
         and height % SIDE == width % SIDE == 0
-        and n * height * width >= FEWEST_PIXELS
+        and statically_known_true(n * height * width >= FEWEST_PIXELS)
     )
 
 

@@ -199,8 +199,6 @@ def test_a_network_in_a_network_is_part_of_the_part() -> None:
 
 def test_two_threads_never_compile_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Double(torch.nn.Module):
-        is_compiled = True
-
         def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
             return x * 2
 

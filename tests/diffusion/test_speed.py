@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffusion import cores
-from diffusion.speed import AnyBatch, cost_of_bfloat16, prepare
+from diffusion.speed import AnyBatch, CompileError, cost_of_bfloat16, prepare
 from tests.diffusion.networks import TINY, build_model
 
 
@@ -67,9 +67,20 @@ def test_torch_compile_takes_a_network_whole(dtype: torch.dtype) -> None:
         found = torch._dynamo.explain(fast.network)(x, t, t)
     assert found.graph_break_count == 0, found.break_reasons
     assert found.graph_count == 1
+    calls = {str(node.target) for graph in found.graphs for node in graph.graph.nodes}
+    ours = any("winograd" in call for call in calls)
+    assert ours == (dtype == torch.float32 and torch.get_num_threads() == 1)
 
 
-def test_one_code_serves_calls_of_all_kinds() -> None:
+DEEP = dataclasses.replace(  # the coarsest maps of which few rows are too few for Winograd's way
+    TINY, image_size=32, channels=(16, 16, 32, 32), groups=8, attention=(False,) * 4
+)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "codes"), [((32, 17, 8, 3, 2, 1), 1), ((5, 8, 3, 1, 2), 1), ((1, 3, 8, 32), 3)]
+)
+def test_one_code_serves_calls_of_all_kinds(sizes: tuple[int, ...], codes: int) -> None:
     """35 images, 16 at once, took seven compilations, of a minute each."""
     compiled_for: list[int] = []
 
@@ -78,28 +89,34 @@ def test_one_code_serves_calls_of_all_kinds() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    model = build_model(dataclasses.replace(TINY, image_size=32))
+    model = build_model(DEEP)
     network = prepare(model).network
     network.compile(backend=backend)
     evaluate = AnyBatch(network)
-    x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
-    t, labels = torch.arange(8), torch.arange(8) % 3
+    x = torch.randn(32, *model.shape, generator=torch.Generator().manual_seed(0))
+    t, labels = torch.arange(32), torch.arange(32) % 3
     with torch.inference_mode():
-        for rows, dtype in (
-            (8, torch.int64),
-            (5, torch.float64),
-            (1, torch.int64),
-            (2, torch.int64),
-        ):
+        for rows, dtype in zip(sizes, (torch.int64, torch.float64) * 3, strict=False):
+            expected = model.network(x[:rows], t[:rows], labels[:rows])
             for given in (
-                x[:rows],
-                x[-rows:].clone(),
-                x.clone()[:rows],
-            ):  # the first is no inference tensor
+                x[:rows],  # no inference tensor
+                x.flip(0).flip(0)[:rows],
+                x[:rows].clone(memory_format=torch.channels_last),
+            ):
                 found = evaluate(given, t[:rows].to(dtype), labels[:rows])
-                expected = model.network(given, t[:rows], labels[:rows])
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert len(compiled_for) == 1
+    assert len(compiled_for) == codes
+
+
+def test_what_fails_inside_of_a_compiler_is_said_in_one_line() -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        raise ValueError("started\nfile.cpp:7: fatal error: no such header\nand more")
+
+    network = prepare(build_model()).network
+    network.compile(backend=backend)
+    why = r"^torch.compile failed: ValueError: file.cpp:7: fatal error: no such header$"
+    with pytest.raises(CompileError, match=why), torch.inference_mode():
+        AnyBatch(network)(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2).long())
 
 
 def test_one_row_alone_has_code_of_its_own() -> None:

@@ -172,21 +172,31 @@ def test_conversion_names_what_diffusers_lacks_and_takes_another(
     assert (sampling.sampler, sampling.clip, sampling.landing) == ("ddim", False, "stride")
 
 
-def test_without_a_compiler_one_sentence_says_so(
-    model: Path, config_file: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "variable", "reason"),
+    [
+        ("sample", "CXX", "InvalidCxxCompiler: "),
+        ("train", "CXX", "InvalidCxxCompiler: "),
+        ("sample", "TORCHINDUCTOR_CACHE_DIR", "FileExistsError: "),
+    ],
+)
+def test_where_nothing_can_be_compiled_one_sentence_says_so(
+    model: Path, config_file: Path, tmp_path: Path, name: str, variable: str, reason: str
 ) -> None:
-    missing = str(tmp_path / "no-compiler")
-    environment = {**os.environ, "CXX": missing, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    missing = str(tmp_path / "missing")
+    if variable != "CXX":
+        Path(missing).write_text("a file, where a folder is wanted")
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {**os.environ, **cache, variable: missing}
     commands = {
         "sample": ["--model", str(model), "--out", str(tmp_path / "a.png"), "--compile"],
         "train": [str(config_file), "--out", str(tmp_path / "run"), "compile=true"],
     }
-    for name, arguments in commands.items():
-        command = [sys.executable, "-m", "ddpm", name, *arguments, "--quiet"]
-        ended = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=120, check=False
-        )
-        said = ended.stderr.strip().splitlines()[-1]
-        assert ended.returncode == 1, ended.stderr
-        assert said.startswith(f"ddpm {name}: torch.compile failed: InvalidCxxCompiler: ")
-        assert missing in said and "Traceback" not in ended.stderr
+    command = [sys.executable, "-m", "ddpm", name, *commands[name], "--quiet"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    said = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 1, ended.stderr
+    assert said.startswith(f"ddpm {name}: torch.compile failed: {reason}")
+    assert missing in said and "Traceback" not in ended.stderr

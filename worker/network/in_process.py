@@ -22,9 +22,6 @@ from worker.network.network import Forward, example
 
 # A batch of one row is code of its own to torch.compile; that of two or more serves all others.
 SIZES = (1, 4)
-# The layers of all models are the same Python code, to which torch.compile keeps what it made. So
-# one model must not take what changed from another for what will change, nor reach a limit of 8.
-DYNAMO = {"automatic_dynamic_shapes": False, "recompile_limit": 256}
 
 
 def use_cache(folder: Path) -> None:
@@ -40,7 +37,6 @@ def build(model: Model, dtype: torch.dtype, *, threads: int | None = None) -> Fo
     ever after: a call of a kind not met here runs eagerly. The engine must not stand still for a
     minute, which is what a device that hangs looks like.
     """
-    import torch._dynamo.config
     import torch._inductor.config
 
     fast = prepare(model, dtype=dtype, compile=True)
@@ -53,11 +49,7 @@ def build(model: Model, dtype: torch.dtype, *, threads: int | None = None) -> Fo
         return fast.evaluator(x, t, labels)
 
     inductor = {} if threads is None else {"compile_threads": threads}
-    with (
-        torch._dynamo.config.patch(DYNAMO),
-        torch._inductor.config.patch(inductor),
-        torch.inference_mode(),
-    ):
+    with torch._inductor.config.patch(inductor), torch.inference_mode():
         for rows in SIZES:
             forward(*example(model, rows))
     network._compiled_call_impl = torch._dynamo.run(network._call_impl)
