@@ -49,8 +49,13 @@ def neighbours(count: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def forward_rate(folder: Path, how: str, rows: int, seconds: float, *, compiled: bool) -> float:
-    """Rows/s of one network; `how`: apart, as the command line's tools do it, or team."""
+def forward_rates(
+    folder: Path, how: str, rows: int, seconds: float, *, compiled: bool
+) -> list[float]:
+    """Rows/s of one network beside 0, 1 and 2 neighbours, compiled with none beside it.
+
+    how: apart, as the command line's tools do it, or team.
+    """
     if how == "apart":
         cores.use(cores.usable())
     model = diffusion.load(folder, "cpu")
@@ -64,13 +69,17 @@ def forward_rate(folder: Path, how: str, rows: int, seconds: float, *, compiled:
         else:
             fast.evaluator(x, t, labels)
 
-    for _ in range(2):
-        evaluate()
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        evaluate()
-        count += 1
-    return count * rows / (time.perf_counter() - began)
+    evaluate()
+    rates = []
+    for busy in BUSY:
+        with neighbours(busy):
+            evaluate()
+            count, began = 0, time.perf_counter()
+            while time.perf_counter() - began < seconds:
+                evaluate()
+                count += 1
+            rates.append(count * rows / (time.perf_counter() - began))
+    return rates
 
 
 def row(name: str, rates: list[float]) -> None:
@@ -86,13 +95,10 @@ def network(folder: Path, seconds: float, *, compiled: bool) -> None:
     print("|---|---|---|---|---|---|")
     for rows in (1, 4, 16, 64):
         for how in ("apart", "team"):
-            rates = []
-            for busy in BUSY:
-                with neighbours(busy):
-                    command = [sys.executable, __file__, "--model", str(folder), "--one", how]
-                    command += ["--rows", str(rows), "--seconds", str(seconds)]
-                    command += ["--compiled"] * compiled
-                    rates.append(float(subprocess.check_output(command, text=True)))
+            command = [sys.executable, __file__, "--model", str(folder), "--one", how]
+            command += ["--rows", str(rows), "--seconds", str(seconds)]
+            command += ["--compiled"] * compiled
+            rates = [float(word) for word in subprocess.check_output(command, text=True).split()]
             row(f"{code}{rows} rows, {'apart' if how == 'apart' else 'a team'}", rates)
 
 
@@ -261,7 +267,7 @@ def main() -> None:
         return
     if arguments.one:
         how = {"how": arguments.one, "rows": arguments.rows, "seconds": arguments.seconds}
-        print(forward_rate(arguments.model, **how, compiled=arguments.compiled))
+        print(*forward_rates(arguments.model, **how, compiled=arguments.compiled))
         return
     wanted = parts if arguments.only is None else (arguments.only,)
     if "network" in wanted:
