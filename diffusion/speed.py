@@ -114,14 +114,19 @@ def compiling() -> Iterator[None]:
     """In here torch.compile is called, perhaps for the first time. Raises CompileError."""
     try:
         yield
-    except OSError as error:  # of the folder for code
-        raise CompileError(f"torch.compile failed: {_reason(error)}") from error
-    except RuntimeError as error:
-        from torch._dynamo.exc import TorchDynamoException  # takes a second
-
-        if not isinstance(error, TorchDynamoException):
+    except (OSError, RuntimeError) as error:
+        if not _is_of_compiling(error):
             raise
         raise CompileError(f"torch.compile failed: {_reason(error)}") from error
+
+
+def _is_of_compiling(error: OSError | RuntimeError) -> bool:
+    """Or of what was compiled. A network touches no file, but its compiler a folder for code."""
+    if isinstance(error, OSError):
+        return True
+    from torch._dynamo.exc import TorchDynamoException  # takes a second, and needs the folder
+
+    return isinstance(error, TorchDynamoException)
 
 
 def _reason(error: BaseException) -> str:

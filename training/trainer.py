@@ -198,9 +198,7 @@ class Trainer:
                 "trained model to start from"
             )
         self.keeper.save_config()
-        compiles = compiling if config.compile else nullcontext
-        with compiles():
-            network, optimizer = self._prepare()
+        network, optimizer = self._prepare()
         bar = tqdm(
             total=config.steps,
             initial=self.step,
@@ -212,7 +210,7 @@ class Trainer:
             meter = Meter(config.batch_size)
             while self.step < config.steps and not self._asked_to_stop():
                 rate = learning_rate(config.optimizer, self.step, config.steps)
-                with compiles():
+                with compiling() if config.compile else nullcontext():
                     loss, norm = self._optimize(network, optimizer, rate)
                 self.step += 1
                 self.ema.update(self.step)

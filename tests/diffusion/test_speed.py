@@ -80,7 +80,7 @@ DEEP = dataclasses.replace(  # the coarsest maps of which few rows are too few f
 @pytest.mark.parametrize(
     ("sizes", "codes"), [((32, 17, 8, 3, 2, 1), 1), ((5, 8, 3, 1, 2), 1), ((1, 3, 8, 32), 3)]
 )
-def test_one_code_serves_calls_of_all_kinds(sizes: tuple[int, ...], codes: int) -> None:
+def test_few_codes_serve_calls_of_all_kinds(sizes: tuple[int, ...], codes: int) -> None:
     """35 images, 16 at once, took seven compilations, of a minute each."""
     compiled_for: list[int] = []
 

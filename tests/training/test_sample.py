@@ -183,11 +183,11 @@ def test_conversion_names_what_diffusers_lacks_and_takes_another(
 def test_where_nothing_can_be_compiled_one_sentence_says_so(
     model: Path, config_file: Path, tmp_path: Path, name: str, variable: str, reason: str
 ) -> None:
-    missing = str(tmp_path / "missing")
+    unusable = str(tmp_path / "unusable")  # no compiler, or a file where a folder is wanted
     if variable != "CXX":
-        Path(missing).write_text("a file, where a folder is wanted")
+        Path(unusable).touch()
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    environment = {**os.environ, **cache, variable: missing}
+    environment = {**os.environ, **cache, variable: unusable}
     commands = {
         "sample": ["--model", str(model), "--out", str(tmp_path / "a.png"), "--compile"],
         "train": [str(config_file), "--out", str(tmp_path / "run"), "compile=true"],
@@ -199,4 +199,4 @@ def test_where_nothing_can_be_compiled_one_sentence_says_so(
     said = ended.stderr.strip().splitlines()[-1]
     assert ended.returncode == 1, ended.stderr
     assert said.startswith(f"ddpm {name}: torch.compile failed: {reason}")
-    assert missing in said and "Traceback" not in ended.stderr
+    assert unusable in said and "Traceback" not in ended.stderr
