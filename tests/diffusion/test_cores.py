@@ -156,8 +156,8 @@ def evaluate(x, t, labels):
 
 x, t = torch.zeros(2, 2**18), torch.zeros(2)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for i in range(12):
-    if i == 2:
+for i in range(20):
+    if i == 10:  # either thread has had either part by then, or most likely
         before = faults()
     cores.evaluate(evaluate, x, t, None)
 print((faults() - before) // 10)
@@ -167,10 +167,11 @@ print((faults() - before) // 10)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others decide for themselves")
 def test_evaluations_get_the_memory_that_those_before_freed() -> None:
     """Counted in pages that the system had to hand out, each of them cleared, an evaluation: of
-    itself, glibc gives 4,000 back."""
+    itself, glibc gives 4,000 back. The system may hand a few hundred out once more, where other
+    processes decide which thread comes first."""
     run = [sys.executable, "-c", FAULTS]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100
+    assert int(done.stdout) < 400
 
 
 def test_an_error_in_one_part_is_raised_once_all_have_ended() -> None:
