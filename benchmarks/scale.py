@@ -4,7 +4,8 @@
 
 Closed-loop clients, jobs of ddim. The bound of a point is the network, if the service has
 `NEARLY` of what the network alone gives in batches of as many rows as were asked for at once; else
-it is what a job costs beside the network: API, Redis, and the wait for the next step.
+it is what a job costs beside the network: API, Redis, and the wait for the next step. Let a service
+of the same model run a few minutes first: it keeps what it compiled.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import matplotlib
 import torch
 from serving import HERE, open_client, percentile
 
-import diffusion
 from diffusion import cores
+from jobs.settings import load_settings
 from worker.bench.command import cpu_name, forward_rate
 from worker.bench.load import image_steps, service
+from worker.models import ModelFolder
+from worker.network.compiling import Compiler
 from worker.network.network import Network
 from worker.network.networks import Networks
 
@@ -94,9 +97,20 @@ async def measure(url: str, model: str, load: Load, seconds: float) -> tuple[flo
     return rate, taken
 
 
+def network_alone(model: Path) -> Network:
+    """As the service will run it: with the code that was compiled before."""
+    folder = ModelFolder(model.parent, queue="bench", names=(model.name,))
+    folder.rescan()
+    networks = Networks(None, MAX_ROWS)
+    network = networks.prepare(folder.served[model.name].model)
+    code = load_settings().cache_dir.expanduser() / "compiled"
+    Compiler(networks, code).take_up(folder.served[model.name])
+    return network
+
+
 def network_rates(network: Network, seconds: float) -> dict[int, float]:
     """Rows/s of the network alone by the rows of a batch."""
-    by_rows = {shape.rows: shape for shape in network.eager_shapes}
+    by_rows = {shape.rows: shape for shape in network.shapes}
     return {rows: forward_rate(network, by_rows[rows], seconds) for rows in SIZES}
 
 
@@ -167,9 +181,10 @@ def main() -> None:
     arguments = parser.parse_args()
     cores.use(cores.count())
     model = arguments.model.resolve()
-    network = Networks(None, MAX_ROWS).prepare(diffusion.load(model))
+    network = network_alone(model)
     alone = network_rates(network, arguments.seconds / 6)
     title = f"{cpu_name()}, {cores.count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    title += f", {network.provenance()['code']} {network.provenance()['dtype']}"
     print(title, "; rows/s of the network alone:", {k: round(v) for k, v in alone.items()})
     print("\n| clients | steps | images | workers | pictures/s | image-steps/s | p95, s | bound |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
