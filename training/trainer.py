@@ -98,12 +98,13 @@ class Trainer:
         # Batches are all of one size: the first tells which of a GPU's kernels are quickest.
         torch.backends.cudnn.benchmark = True
         optimizer = config.optimizer
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(),
-            lr=optimizer.learning_rate,
-            betas=(optimizer.beta1, optimizer.beta2),
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        with compiling():  # which torch's optimizers load, and which needs a folder for its code
+            self.optimizer = torch.optim.Adam(
+                self.network.parameters(),
+                lr=optimizer.learning_rate,
+                betas=(optimizer.beta1, optimizer.beta2),
+                fused=self.device.type in ("cpu", "cuda"),
+            )
         self._begun = init is not None or config.objective != "consistency"
         if init is not None:
             self._start_from(init)

@@ -178,6 +178,7 @@ def test_conversion_names_what_diffusers_lacks_and_takes_another(
         ("sample", "CXX", "InvalidCxxCompiler: "),
         ("train", "CXX", "InvalidCxxCompiler: "),
         ("sample", "TORCHINDUCTOR_CACHE_DIR", "FileExistsError: "),
+        ("train", "TORCHINDUCTOR_CACHE_DIR", "FileExistsError: "),
     ],
 )
 def test_where_nothing_can_be_compiled_one_sentence_says_so(
