@@ -165,22 +165,28 @@ async def _multipart(request: Request, limit: int, most_files: int) -> Body:
 
 
 async def _parts(form: FormData, most_files: int) -> Body:
-    text: bytes = b"{}"
+    text: bytes | None = None
     arrays: dict[str, bytes] = {}
     files = []
     for name, value in form.multi_items():
         content = await value.read() if isinstance(value, UploadFile) else value.encode()
         if name == "request":
+            if text is not None:
+                raise field_problem("/request", "came twice: must be one part")
             text = _parsable(content)
         elif name == "image" and isinstance(value, UploadFile):
             files.append(content)
         elif name in ARRAYS and isinstance(value, UploadFile):
             arrays[name] = content
+        elif name in ("image", *ARRAYS):
+            raise field_problem(
+                f"/{name}", f"came as text: must be a file ({name}=@FILE with curl)"
+            )
         else:
             raise field_problem(f"/{name}", _UNKNOWN_PART)
     if len(files) > most_files:
         raise field_problem("/image", f"{len(files)} pictures: must be at most {most_files}")
-    return Body(text, tuple(files), arrays)
+    return Body(b"{}" if text is None else text, tuple(files), arrays)
 
 
 def from_base64(text: str, pointer: str) -> bytes:

@@ -137,7 +137,13 @@ def env(data: Path) -> None:
 
 
 @click.command()
-@click.option("--port", default=8000, show_default=True, help="Where the API would listen.")
+@click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    help="Where the API would listen.",
+)
 @DATA
 def doctor(port: int, data: Path) -> None:
     """Look at versions, Redis, workers, models, threads, ports and disks, and say what is wrong.

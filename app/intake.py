@@ -17,7 +17,7 @@ from app.services import Services
 from jobs.cards import ModelCard
 from jobs.errors import OutputExpired, PictureError, PictureMedia, PictureTooLarge
 from jobs.kinds.chain import Kept
-from jobs.kinds.common import ARRAYS, Input, JobSpec, Shape, Strict
+from jobs.kinds.common import ARRAYS, Input, JobSpec, Place, Shape, Strict
 from jobs.outputs import snapshot_name
 from jobs.pictures import Float32, UInt8
 from jobs.settings import MODEL_OF_NO_NAME
@@ -194,10 +194,8 @@ def picture_problem(pointer: str, error: PictureError) -> Problem:
     return problem
 
 
-async def snapshot_plane(
-    held: Services, state: JobState, place: tuple[int, int], card: ModelCard
-) -> bytes:
-    """The x_t that a job kept at (t, index).
+async def snapshot_plane(held: Services, state: JobState, place: Place, card: ModelCard) -> bytes:
+    """The x_t that a job kept at a place.
 
     Raises OutputExpired, or Problem 422 that says what there is.
     """
@@ -209,16 +207,16 @@ async def snapshot_plane(
         detail = f"its images have shape {record.shape}: model {card.name} takes {card.shape}"
         raise field_problem("/source/job", detail)
     kept = [(t, index) for t, kind, index in state.snapshots if kind == "x_t"]
-    at, image = place
-    if place not in kept:
+    at, image = place.t, place.index
+    if (at, image) not in kept:
         ts = [t for t, index in kept if index == image]
         if ts:
             there = ", ".join(map(str, ts))
-            raise field_problem("/source/t", f"{at}: image {image} has x_t at {there}")
+            raise field_problem(place.t_pointer, f"{at}: image {image} has x_t at {there}")
         indices = ", ".join(str(i) for i in sorted({index for _, index in kept}))
         there = f"of image {indices}" if kept else "at all"
         verb = "has x_t" if kept else "has no x_t"
-        raise field_problem("/source/index", f"{image}: job {record.id} {verb} {there}")
+        raise field_problem(place.index_pointer, f"{image}: job {record.id} {verb} {there}")
     field = snapshot_name(at, "x_t", image)
     [plane] = await held.reader.outputs.get(record.id, [field])
     if plane is None:  # expired in this moment

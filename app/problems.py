@@ -46,6 +46,7 @@ CODES: dict[str, int] = {
     "not_found": 404,
     "not_ready": 404,
     "method_not_allowed": 405,
+    "not_acceptable": 406,
     "timeout": 408,
     "job_canceled": 409,
     "expired": 410,
@@ -63,6 +64,13 @@ CODES: dict[str, int] = {
     "storage_full": 503,
     "still_running": 504,
     **dict.fromkeys(TROUBLES, 503),
+}
+
+
+# What pydantic says with the name of a class of ours.
+_WORDS = {
+    "model_type": "Input should be an object",
+    "model_attributes_type": "Input should be an object",
 }
 
 
@@ -117,7 +125,11 @@ def read_json(model: type[M], text: bytes) -> M:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise _fields_problem(error.errors(include_url=False), model) from error
+        try:
+            asked = json.loads(text)
+        except (ValueError, RecursionError):  # that is what is wrong
+            asked = None
+        raise _fields_problem(error.errors(include_url=False), model, asked) from error
 
 
 def read_query(model: type[M], request: Request) -> M:
@@ -132,21 +144,50 @@ def read_query(model: type[M], request: Request) -> M:
 
 
 def _fields_problem(
-    items: Sequence[Mapping[str, Any]], model: type[BaseModel] | None = None
+    items: Sequence[Mapping[str, Any]],
+    model: type[BaseModel] | None = None,
+    asked: Any = None,
 ) -> Problem:
-    """A 422 with what pydantic found. model: that it looked for."""
-    # A bad element also makes pydantic call its list too short: the element's error is enough.
-    looked_at = items[:_MOST_LOOKED_AT]
-    above = {parent for item in looked_at for parent in _parents(item["loc"])}
-    deepest = [item for item in looked_at if tuple(item["loc"]) not in above]
+    """A 422 with what pydantic found. model: that it looked for; asked: in which JSON."""
+    # A bad element also makes pydantic call its list too short: the element's error is enough. And
+    # what is wrong inside of one branch of a union is enough beside its being none of the others.
+    looked_at = [(_place(item, asked), item) for item in items[:_MOST_LOOKED_AT]]
+    above = {parent for place, _ in looked_at for parent in _parents(place)}
+    deepest = [(place, item) for place, item in looked_at if place not in above]
     shown = [
-        FieldError(pointer=_pointer(item["loc"]), detail=_detail(item, model))
-        for item in deepest[:MOST_ERRORS]
+        FieldError(pointer=_pointer(place), detail=_detail(item, model))
+        for place, item in deepest[:MOST_ERRORS]
     ]
     first, more = shown[0], len(items) - len(looked_at) + len(deepest) - len(shown)
     rest = f" (and {more} more errors than are listed)" if more else ""
     detail = f"{clipped(first.pointer) or '/'}: {first.detail}{rest}"
     return Problem("invalid_request", detail, errors=shown)
+
+
+def _place(item: Mapping[str, Any], asked: Any) -> tuple[int | str, ...]:
+    """Where in the JSON an error is: without the names of the branches of a union, which pydantic
+    puts among those of the fields."""
+    location = tuple(item["loc"])
+    if asked is None:
+        return location
+    return _within(asked, location, absent=item["type"] in ("missing", "extra_forbidden"))
+
+
+def _within(value: Any, location: tuple[int | str, ...], *, absent: bool) -> tuple[int | str, ...]:
+    """The parts of a location that lead into a value. absent: the last need not be there."""
+    if not location:
+        return ()
+    first, *rest = location
+    if absent and not rest:
+        return (first,)
+    below = tuple(rest)
+    passed_over = _within(value, below, absent=absent)
+    is_in = isinstance(value, dict) and first in value
+    is_at = isinstance(value, list) and isinstance(first, int) and first < len(value)
+    if not is_in and not is_at:
+        return passed_over
+    taken = (first, *_within(value[first], below, absent=absent))
+    return taken if len(taken) >= len(passed_over) else passed_over
 
 
 def _parents(location: Sequence[int | str]) -> Iterator[tuple[int | str, ...]]:
@@ -165,13 +206,15 @@ def _detail(item: Mapping[str, Any], model: type[BaseModel] | None) -> str:
         return unknown_field(model, item["loc"])
     if item["type"] == "value_error":  # one of ours: without the "Value error, " before it
         return str(item["ctx"]["error"])
-    value = item["input"]
-    if item["type"] == "missing" or not isinstance(value, str | int | float):
-        return str(item["msg"])
+    value, told = item["input"], _WORDS.get(item["type"], str(item["msg"]))
+    if item["type"] == "too_short" and value == []:
+        return "[]: List should have at least 1 item"
+    if item["type"] == "missing" or not isinstance(value, str | int | float | None):
+        return told
     if isinstance(value, str):
         value = value[: LONGEST_VALUE + 1]  # it may be as long as the whole request
     text = clipped(json.dumps(value, ensure_ascii=False), LONGEST_VALUE)
-    return f"{text}: {item['msg']}"
+    return f"{text}: {told}"
 
 
 def unknown_field(model: type[BaseModel], location: Sequence[int | str]) -> str:

@@ -190,7 +190,8 @@ class Model:
         Raises SamplerError naming the option.
         """
         if sampler != TUNED:
-            check_name("sampler", sampler, samplers_of(self.config.sampling))
+            known = samplers_of(self.config.sampling)
+            check_name("sampler", sampler, (*known, TUNED) if self.tuned else known)
             options |= {"start": start, "corrector_steps": corrector_steps, "travel": travel}
             return build_table(self.schedule, sampler=sampler, steps=steps, **options)
         if start is not None:

@@ -27,7 +27,7 @@ def restore(
     sigma: float = 0.0,
     method: str = "projection",
     travel: int | None = None,
-    solver_steps: int = 1,
+    solver_steps: int | None = None,
     sampler: str = "ddim",
     steps: int | None = None,
     eta: float | None = None,
@@ -36,7 +36,7 @@ def restore(
     """Samples of x_0 given y = A x_0 + σ_y n: [num_images, C, H, W] in [−1, 1], float32.
 
     y: what the operator gives of one image, without the batch. sigma: σ_y, where images lie in
-    [−1, 1]. method: projection or moment, with `solver_steps` products a row; see
+    [−1, 1]. method: projection or moment, with `solver_steps` (1) products a row; see
     `diffusion.condition`. travel: how often each jump is walked, by default 5 for projection and 1
     for moment. sampler: by default ddim with η = 1 and 50 steps. options: the others of `sample`.
     The mean of the samples is the best single answer, their deviation tells where they are unsure.
@@ -45,10 +45,15 @@ def restore(
     """
     check_model(model)
     check_real("sigma", sigma, least=0, error=OperatorError)
-    check_whole("solver_steps", solver_steps, least=0, error=OperatorError)
+    if solver_steps is not None:
+        check_whole("solver_steps", solver_steps, least=0, error=OperatorError)
+        if method != "moment":
+            raise OperatorError(
+                f"solver_steps = {solver_steps}: is for method moment, not {method}"
+            )
     check_measured(y, operator, model.shape, sigma=sigma)
     measurement = Measurement(operator, y[None].to(model.device, torch.float32), sigma)
-    given = condition(measurement, method, solver_steps=solver_steps)
+    given = condition(measurement, method, solver_steps=1 if solver_steps is None else solver_steps)
     if method == "moment" and options.get("dtype") is None:
         options["dtype"] = torch.float32  # products with the Jacobian need its digits
     return sample(
@@ -56,7 +61,7 @@ def restore(
         num_images,
         sampler=sampler,
         steps=min(STEPS, model.schedule.T) if steps is None else steps,
-        eta=float(sampler == "ddim") if eta is None else eta,
+        eta=1.0 if eta is None and sampler == "ddim" else eta,
         rederive_eps=True,  # so that ε̂ agrees with the corrected x̂_0
         travel=TRAVEL[method] if travel is None else travel,
         condition=given,

@@ -9,7 +9,7 @@ DPM-Solver++ and UniPC: `diffusion.multistep`. Annealed Langevin dynamics and co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -170,7 +170,10 @@ def few_steps(sampler: str, evaluations: int, length: int, T: int) -> str | None
     needed = SAMPLERS[sampler].needs(length, T)
     if evaluations >= needed:
         return None
-    return f"{evaluations} evaluations are few for {sampler}, which wants {needed} or more here"
+    return (
+        f"{evaluations} evaluation{'s are' if evaluations > 1 else ' is'} few for {sampler}, which "
+        f"wants {needed} or more here"
+    )
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,18 @@ class SamplingDefaults:
             own = self.steps if found["sampler"] == self.sampler else None
             found["steps"] = min(own or DEFAULT_STEPS, most)
         return found
+
+
+def check_options(sampler: str, given: Mapping[str, object]) -> None:
+    """Raise SamplerError for an option that is given (not None) and that the sampler does not take.
+
+    sampler: a name that is known, or one without options.
+    """
+    takes = SAMPLERS[sampler].options if sampler in SAMPLERS else ()
+    for option, value in given.items():
+        if value is not None and option not in takes:
+            takers = " or ".join(name for name, its in SAMPLERS.items() if option in its.options)
+            raise SamplerError(f"{option} = {value!r:.80}: is for sampler {takers}, not {sampler}")
 
 
 def samplers_of(sampling: SamplingDefaults) -> dict[str, Sampler]:

@@ -16,7 +16,7 @@ from diffusion.forward import alpha_bars
 from diffusion.model import Estimate, Model, check_model
 from diffusion.noise import Purpose, check_seed, image_normals, normals
 from diffusion.presets import Preset
-from diffusion.samplers import FewStepsWarning, few_steps
+from diffusion.samplers import FewStepsWarning, check_options, few_steps
 from diffusion.speed import fast_dtype, prepare
 from diffusion.table import (
     COLUMNS,
@@ -161,7 +161,7 @@ def sample(
     class_label: ClassLabel = None,
     guidance: float = 1.0,
     spacing: str | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     variance: str | None = None,
     clip: bool | None = None,
     rederive_eps: bool | None = None,
@@ -178,10 +178,11 @@ def sample(
 
     preset: fast, balanced or faithful, for sampler, steps and spacing (`diffusion.presets`).
     sampler, steps, spacing, variance, clip, rederive_eps, landing: by default as the model's config
-    says (`SamplingDefaults`). class_label: one label for all, or one an image. Image i depends on
-    (seed, i) and not on `batch_size`. travel, condition: of `diffusion.restore`. dtype: of the
-    network (default: bfloat16 where a probe finds it faster, else float32). compile: through
-    torch.compile (about a minute at first; CompileError where no compiler works).
+    says (`SamplingDefaults`). eta: of ddim, by default 0. class_label: one label for all, or one an
+    image. Image i depends on (seed, i) and not on `batch_size`. travel, condition: of
+    `diffusion.restore`. dtype: of the network (default: bfloat16 where a probe finds it faster,
+    else float32). compile: through torch.compile (about a minute at first; CompileError where no
+    compiler works).
     on_step(first image of the batch, rows done, Step) is called after every evaluation.
     Raises SamplerError or ValueError naming the bad argument, NotFiniteError. Warns with
     FewStepsWarning where the sampler has too few steps.
@@ -207,7 +208,10 @@ def sample(
         rederive_eps=rederive_eps,
         landing=landing,
     )
-    table = model.table(eta=eta, corrector_steps=corrector_steps, travel=travel, **chosen)
+    table = model.table(
+        eta=0.0 if eta is None else eta, corrector_steps=corrector_steps, travel=travel, **chosen
+    )
+    check_options(chosen["sampler"], {"eta": eta, "variance": variance})
     if table.learned_variance and not model.config.network.learned_variance:
         raise SamplerError("variance = 'learned': this model has no learned variance")
     T = model.schedule.T

@@ -197,7 +197,7 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
     sentences = []
     for name in sorted(environment):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            (like, *_) = [*difflib.get_close_matches(name.upper(), known, 1), None]
+            (like, *_) = [*difflib.get_close_matches(name.upper(), known, 1, 0.75), None]
             hint = f"did you mean {like}?" if like else "see the README's table of settings"
             sentences.append(f"{name} is no setting; {hint}")
     return sentences

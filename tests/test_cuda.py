@@ -19,6 +19,7 @@ from torch import Tensor
 
 import diffusion
 from diffusion import Model
+from diffusion.device import pick_device
 from diffusion.flow import flow_likelihood
 from diffusion.graphs import WARM_UPS, Graphs
 from diffusion.noise import Purpose, normals
@@ -30,7 +31,6 @@ from training.trainer import Trainer
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
 from worker.engine.tasks import Event, Failed, Finished, Images, Start, Task
-from worker.network.device import pick_device
 from worker.network.network import Network
 
 pytestmark = [

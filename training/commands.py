@@ -50,6 +50,7 @@ def train(
     -m ddpm train` and the same words.
     """
     from diffusion import cores
+    from diffusion.device import DeviceError
     from diffusion.files import CheckpointError
     from diffusion.speed import CompileError
     from training.config import ConfigError
@@ -80,7 +81,9 @@ def train(
             step = trainer.resume()
             click.echo(f"resuming {folder} at step {step} of {settings.steps}", err=True)
         trainer.run()
-    except (CheckpointError, CompileError, ConfigError, DataError, StateError) as error:
+    except (
+        CheckpointError, CompileError, ConfigError, DataError, DeviceError, StateError
+    ) as error:  # fmt: skip
         sys.exit(f"ddpm train: {error}")
     if trainer.is_main:
         click.echo(f"{folder}: step {trainer.step} of {settings.steps}")
@@ -151,7 +154,7 @@ def find_model(name: str | Path) -> Path:
 @click.option("--sampler", help="By name (a wrong one lists all); default: the model's.")
 @click.option("--steps", type=int, help="Evaluations an image; default: the model's, or 100.")
 @click.option("--spacing", help="By name (a wrong one lists all); default: the model's.")
-@click.option("--eta", default=0.0, show_default=True, help="Noise of ddim: 0 none, 1 ancestral.")
+@click.option("--eta", type=float, help="Noise of ddim: 0 none, the default; 1 ancestral.")
 @click.option("--variance", help="σ² of ddpm: large, small or learned; default: the model's.")
 @click.option("--corrector-steps", type=int, help="Langevin steps after each step; default 0.")
 @click.option("--seed", type=int, help="Default: drawn, and printed.")
@@ -182,6 +185,8 @@ def sample(threads: int | None, **options: object) -> None:
     cores.use(threads or cores.count())
     options["model"] = find_model(str(options["model"]))
     out = str(options["out"])
+    if not out:
+        raise click.BadParameter("'': must be a file or a folder", param_hint="--out")
     options["out"] = Path(out)
     options["folder"] = out.endswith("/") or Path(out).is_dir() or not Path(out).suffix
     try:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from diffusion.checkpoint import load
+from diffusion.device import pick_device
 from diffusion.files import write_json
 from diffusion.likelihood import check_variance
 from diffusion.model import Model
@@ -75,8 +76,7 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
     echo: gets a line for each result. Raises ValueError (bad options, data, partial results of
     another run) and OSError.
     """
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load(options.model, device)
+    loaded = load(options.model, pick_device(options.device or "auto"))
     variance = check_variance(loaded, options.variance)
     dtype = DTYPES.get(options.dtype) or fast_dtype(loaded)
     run = Run(options, loaded, variance)

@@ -34,6 +34,9 @@ from training.pictures import grid
 from training.sample import DTYPES
 
 GREY_LEVELS = 127.5  # in one unit of [−1, 1]
+ROUNDING = 0.3  # grey levels: what rounding to 8 bits does to a value, 1/√12
+_OPTIONS = {"mask": ("boxes", "mask"), "average_pool": ("factor",), "blur": ("deviation",)}
+_AS_TYPED = {"boxes": "box"}
 MAX_PIXELS = 1 << 26
 
 
@@ -66,6 +69,11 @@ def read_picture(path: Path, shape: Sequence[int]) -> Tensor:
 
 def operator_for(asked: Asked, shape: Sequence[int]) -> Operator:
     """The operator that was asked for. Raises OperatorError naming the option."""
+    for operator, options in _OPTIONS.items():
+        for option in options if operator != asked.operator else ():
+            if getattr(asked, option) not in (None, ()):
+                name = _AS_TYPED.get(option, option)
+                raise OperatorError(f"--{name}: is for {operator}, not {asked.operator}")
     match asked.operator:
         case "mask":
             return Mask(_known(asked, shape))
@@ -107,7 +115,7 @@ def restored_strip(
     asked: Asked,
     *,
     num_images: int,
-    noise: float,
+    noise: float | None,
     measure: bool,
     dtype: str,
     quiet: bool,
@@ -116,7 +124,12 @@ def restored_strip(
     """The measurement, the samples, their mean and their deviation, from left to right.
 
     measure: the picture is the image itself, of which the measurement is made, without noise.
+    noise: by default that of the rounding of a picture that was blurred, else 0.
     """
+    if noise is None:
+        noise = ROUNDING if asked.operator == "blur" and not measure else 0.0
+    if not noise >= 0:
+        raise OperatorError(f"--noise {noise:g}: must be 0 or more")
     operator = operator_for(asked, model.shape)
     y = read_picture(picture, model.shape if measure else measured_shape(operator, model.shape))
     if measure or isinstance(operator, Mask):  # what is not known of a picture says nothing

@@ -24,11 +24,17 @@ OPERATORS = ("mask", "average_pool", "gray", "blur", "identity")
 @click.option("--mask", type=FILE, help="mask: a picture, white where it is to be filled in.")
 @click.option("--factor", type=click.IntRange(min=1), help="average_pool: side of a block.")
 @click.option("--deviation", type=float, help="blur: of the Gaussian, in pixels.")
-@click.option("--noise", default=0.0, show_default=True, help="σ_y of the picture, in grey levels.")
+@click.option(
+    "--noise",
+    type=float,
+    help="σ_y of the picture, in grey levels; default 0, of a blurred one its rounding, 0.3.",
+)
 @click.option("--measure", is_flag=True, help="PICTURE is an image; measure it first.")
 @click.option("--method", type=click.Choice(["projection", "moment"]), default="projection")
 @click.option("--travel", type=int, help="How often each jump is walked; default 5, moment 1.")
-@click.option("--solver-steps", default=1, show_default=True, help="moment: products a row.")
+@click.option(
+    "--solver-steps", type=click.IntRange(min=0), help="moment: products a row; default 1."
+)
 @click.option("--num-images", "-n", default=4, show_default=True, type=click.IntRange(min=1))
 @click.option("--class-label", type=int)
 @click.option("--guidance", default=1.0, show_default=True)
@@ -112,10 +118,9 @@ def encode(
 
 
 def _loaded(name: str, device: str | None, threads: int | None) -> Any:
-    import torch
-
     from diffusion import cores
     from diffusion.checkpoint import load
+    from diffusion.device import pick_device
 
     cores.use(threads or cores.count())
-    return load(find_model(name), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return load(find_model(name), pick_device(device or "auto"))

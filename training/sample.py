@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.checkpoint import load
+from diffusion.device import pick_device
 from diffusion.model import Model
 from diffusion.sampling import Step, sample
 from training.pictures import grid, save_film, save_picture, to_picture, to_uint8
@@ -36,7 +37,7 @@ class SampleOptions:
     sampler: str | None
     steps: int | None
     spacing: str | None
-    eta: float
+    eta: float | None
     variance: str | None
     corrector_steps: int | None
     seed: int | None
@@ -71,8 +72,7 @@ def draw(options: SampleOptions) -> tuple[Path, int]:
         )
     if not suffix and options.every is not None:
         raise OutputError("--snapshots: needs --out FILE.png, .webp or .gif")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(options.model, device)
+    model = load(options.model, pick_device(options.device or "auto"))
     seed = options.seed if options.seed is not None else secrets.randbelow(2**53)
     labels = parse_labels(options.class_label, model, options.num_images)
     snapshots = Snapshots(options, model)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import cores
+from diffusion.device import pick_device
 from diffusion.model import Model, ModelConfig, build_network
 from diffusion.sampling import sample
 from diffusion.speed import compiling, fast_dtype
@@ -53,7 +54,7 @@ class Trainer:
         progress: bool = True,
     ) -> None:
         self.config, self.folder, self.progress = config, folder, progress
-        device = torch.device(config.device) if config.device != "auto" else None
+        device = pick_device(config.device) if config.device != "auto" else None
         torch.manual_seed(config.seed)  # the initial weights
         self.network = UNet(config.network)
         self.accelerator = Accelerator(

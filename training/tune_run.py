@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import diffusion
 from diffusion.checkpoint import WEIGHTS_NAME
+from diffusion.device import pick_device
 from diffusion.files import digest_of
 from diffusion.model import Model
 from diffusion.noise import Purpose, image_normals
@@ -53,8 +54,7 @@ def tune(options: TuneOptions, echo: Callable[[str], None]) -> Path:
 
     Raises CheckpointError, SamplerError, PartialError.
     """
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = diffusion.load(options.model, device)
+    model = diffusion.load(options.model, pick_device(options.device or "auto"))
     if not model.schedule.alphas_cumprod[-1]:
         raise SamplerError("the model's x_T holds no signal (ᾱ_T = 0), so that it has no λ to tune")
     for rows in options.evaluations:

@@ -10,12 +10,12 @@ import click
 import redis
 
 from diffusion import cores
+from diffusion.device import DeviceError, pick_device
 from jobs import logs
 from jobs.settings import MODEL_OF_NO_NAME, Settings, load_settings, shown
 from jobs.store.connections import connect, wait_until_writable
 from jobs.store.writer import JobStore
 from worker.models import ModelFolder
-from worker.network.device import DeviceError, pick_device
 from worker.rq.adapter import EngineWorker
 from worker.runtime import Runtime
 

@@ -11,12 +11,12 @@ import uuid
 
 from rq import Retry, get_current_job
 
+from diffusion.device import pick_device
 from jobs.settings import Settings
 from jobs.states import ACTIVE
 from jobs.store.writer import JobStore
 from worker.flights import Ending, Flight
 from worker.models import ModelFolder
-from worker.network.device import pick_device
 from worker.patience import SHORTEST_S
 from worker.runtime import Runtime
 

@@ -19,6 +19,7 @@ from app.services import Services, services
 from app.streams import EventStream, job_frames
 from app.waiting import until_ended
 from jobs.errors import JobNotFound
+from jobs.formats import FORMATS, PICTURES
 from jobs.kinds.common import ARRAYS, JobSpec
 from jobs.kinds.table import KINDS, admit
 from jobs.states import ACTIVE, Status
@@ -121,6 +122,8 @@ class Desk:
     async def admit(self, found: Intake) -> Admitted:
         """Check, fill, cost and take in; SpecError or Refused."""
         filled, plan = admit(found.spec, found.card, self._held.settings, found.num_pictures)
+        if not filled.grid(plan.images):
+            self._check_acceptable(found.spec.kind)
         order = Order(
             spec=filled,
             plan=plan,
@@ -131,6 +134,13 @@ class Desk:
             request_id=str(self._asked[0].scope["request_id"]),
         )
         return await self._held.admitter.admit(order)
+
+    def _check_acceptable(self, kind: str) -> None:
+        """A job that gives no picture is not made for who takes nothing else."""
+        wanted = wish(self._asked[0])
+        if wanted.media in PICTURES and not wanted.json:
+            detail = f"Accept: {FORMATS[wanted.media].media}: a {kind} job gives numbers, "
+            raise Problem("not_acceptable", detail + "application/json")
 
 
 def idempotency_key(request: Request) -> str | None:

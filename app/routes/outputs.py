@@ -41,9 +41,12 @@ FilmSuffix = Annotated[str, OneOf(FILMS)]
 Kind = Literal["x_t", "x_start", "eps"]
 Px = Annotated[
     int | None,
-    Query(ge=8, le=2048, description="enlarge the longer side to about this; absent: as it is"),
+    Query(ge=8, le=2048, description="the longer side, about; absent: as it is"),
 ]
-FilmPx = Annotated[int, Query(ge=8, le=2048, description="enlarge the longer side to about this")]
+FilmPx = Annotated[
+    int,
+    Query(ge=8, le=2048, description="enlarge by whole numbers while no side is longer than this"),
+]
 
 
 @router.get(
@@ -160,7 +163,8 @@ async def get_film(
         raise OutputExpired(f"the outputs of job {job_id} have expired")
     frames = film_frames(state, kind, index)
     if not frames:
-        raise Problem("not_found", f"job {job_id} kept no snapshots of {kind}")
+        of = "" if index is None else f" of image {index}"
+        raise Problem("not_found", f"job {job_id} kept no snapshots of {kind}{of}")
     planes = iter(await fetch(held, state.record, [field for f in frames for field in f]))
     grouped = [[next(planes) for _ in fields] for fields in frames]
     columns = film_columns(state.record, len(frames[0]))

@@ -160,6 +160,7 @@ CODES: dict[str, type[Problem]] = {
     "not_found": NotFound,
     "not_ready": NotReady,
     "method_not_allowed": BadRequest,
+    "not_acceptable": BadRequest,
     "timeout": Unavailable,
     "expired": Expired,
     "too_large": TooLarge,

@@ -153,7 +153,10 @@ def few_steps(
     needed = card.samplers[sampler].needs(length, card.T) if sampler in card.samplers else 0
     if evaluations >= needed:
         return ()
-    detail = f"{evaluations} evaluations are few for {sampler}, which wants {needed} or more here"
+    detail = (
+        f"{evaluations} evaluation{'s are' if evaluations > 1 else ' is'} few for {sampler}, which "
+        f"wants {needed} or more here"
+    )
     return (SpecWarning(pointer="/steps", detail=detail),)
 
 
@@ -273,8 +276,12 @@ class ChainSpec(PathSpec):
                 return f"spec/{name}: {asked[:60]} is not known here"
         return None
 
+    def chosen_sampler(self, card: ModelCard) -> str:
+        """The one that is asked for, else this kind's own."""
+        return self.own_sampler(card) if self.sampler is None else self.sampler
+
     def _check_sampler(self, card: ModelCard) -> None:
-        name = self.sampler or self.own_sampler(card)
+        name = self.chosen_sampler(card)
         if name not in card.samplers:
             raise SpecError(
                 "/sampler", f"{name}: model {card.name} runs {', '.join(card.samplers)}"
@@ -298,7 +305,7 @@ class ChainSpec(PathSpec):
     def _check_table(self, card: ModelCard) -> None:
         """A manifest of a table that was made for the model is not run with another one."""
         made_with = (self.provenance or {}).get("table")
-        name = self.sampler or self.own_sampler(card)
+        name = self.chosen_sampler(card)
         if made_with is None or not (known := card.samplers[name].tables):
             return
         now = known.get(self.steps or max(known))
@@ -324,7 +331,7 @@ class ChainSpec(PathSpec):
     def defaults(self, card: ModelCard, settings: Settings) -> dict[str, Any]:
         """Values for the fields that were left out."""
         defaults = super().defaults(card, settings)
-        name = self.sampler or self.own_sampler(card)
+        name = self.chosen_sampler(card)
         sampler = card.samplers[name]
         defaults["sampler"] = name
         if sampler.steps:

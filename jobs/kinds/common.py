@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from jobs import chance
 from jobs.cards import ModelCard
@@ -62,6 +63,16 @@ class Plan:
     output_bytes: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """An x_t that another job kept: of image `index`, at t; and the fields that say so."""
+
+    t: int
+    index: int
+    t_pointer: str = "/source/t"
+    index_pointer: str = "/source/index"
+
+
 class SpecWarning(BaseModel):
     """What is unlikely to be wanted, of one field of a request that was taken in."""
 
@@ -75,6 +86,18 @@ class Strict(BaseModel):
     """Unknown fields are errors, and a number is a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _reachable(address: str) -> str:
+    """The address, if it names a host and a port that there can be."""
+    try:
+        parts = urlsplit(address)
+        there_can_be = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no port, no address within [ ]
+        there_can_be = False
+    if not there_can_be or not address.isprintable() or " " in address:
+        raise ValueError(f"{address:.60}: must be http(s)://HOST, with a PORT of 1..65535 if any")
+    return address
 
 
 class JobSpec(Strict):
@@ -123,7 +146,7 @@ class JobSpec(Strict):
         le=MAX_DEADLINE_S,
         description="seconds from now; a job that has not ended by then fails",
     )
-    webhook_url: str | None = Field(
+    webhook_url: Annotated[str, AfterValidator(_reachable)] | None = Field(
         None, max_length=2000, pattern=r"^https?://", description="told when the job ends"
     )
     priority: Literal["normal", "high"] = Field("normal", description="high: front of the queue")
@@ -151,7 +174,7 @@ class JobSpec(Strict):
         return self
 
     @property
-    def places(self) -> list[tuple[int, int]]:
+    def places(self) -> list[Place]:
         """(t, index) of the x_t that it takes from another job, where it does."""
         return []
 
@@ -201,7 +224,8 @@ class JobSpec(Strict):
     def check(self, card: ModelCard, settings: Settings) -> None:
         """Raise SpecError for what this model or these limits do not allow."""
         if self.model_digest is not None and self.model_digest != card.digest:
-            raise SpecError("/model_digest", f"model {card.name} is {card.digest} now")
+            said = f"{self.model_digest:.64}: model {card.name} is {card.digest} now"
+            raise SpecError("/model_digest", said)
         made_with = (self.provenance or {}).get("noise", 1)
         if self.provenance is not None and made_with != card.noise:
             raise SpecError(

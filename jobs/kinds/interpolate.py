@@ -9,7 +9,7 @@ from pydantic import Field
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
 from jobs.kinds.chain import ChainSpec, Kept
-from jobs.kinds.common import Input, Shape, Timestep, check_timestep
+from jobs.kinds.common import Input, Place, Shape, Timestep, check_timestep
 from jobs.settings import Settings
 
 _LONGEST_ROW = 16
@@ -53,10 +53,11 @@ class InterpolateSpec(ChainSpec):
         return "pictures" if self.source == "image" else "x_t"
 
     @property
-    def places(self) -> list[tuple[int, int]]:
+    def places(self) -> list[Place]:
         """Of a pair, both."""
         pair = self.source
-        return [(self.t, i) for i in pair.indices] if isinstance(pair, PairSource) else []
+        indices = pair.indices if isinstance(pair, PairSource) else ()
+        return [Place(self.t, i, "/t", f"/source/indices/{n}") for n, i in enumerate(indices)]
 
     def input_shape(self, shape: Shape) -> Shape:
         """Of a pair, one after the other."""

@@ -9,7 +9,7 @@ from pydantic import Field
 from jobs.cards import ModelCard
 from jobs.errors import SpecError
 from jobs.kinds.chain import ChainSpec, Kept
-from jobs.kinds.common import Input, Timestep, check_timestep
+from jobs.kinds.common import Input, Place, Timestep, check_timestep
 from jobs.settings import Settings
 
 SAMPLER = "ddpm"
@@ -51,10 +51,10 @@ class ReconstructSpec(ChainSpec):
         return "pictures" if self.source == "image" else "x_t"
 
     @property
-    def places(self) -> list[tuple[int, int]]:
+    def places(self) -> list[Place]:
         """Of a snapshot, its own."""
         source = self.source
-        return [(source.t, source.index)] if isinstance(source, SnapshotSource) else []
+        return [Place(source.t, source.index)] if isinstance(source, SnapshotSource) else []
 
     def own_sampler(self, card: ModelCard) -> str:
         """The model's own if its chains from one x_t differ, else ddpm."""

@@ -103,7 +103,7 @@ class RestoreSpec(ChainSpec):
             raise SpecError("/solver_steps", f"is for method moment, not {self.method}")
         if self._travel == 1:
             return
-        sampler = card.samplers[self.sampler or self.own_sampler(card)]
+        sampler = card.samplers[self.chosen_sampler(card)]
         if sampler.corrector_only or self.corrector_steps:
             field = "/corrector_steps" if self.corrector_steps else "/sampler"
             raise SpecError(field, "Langevin steps do not travel: ask for travel = 1")

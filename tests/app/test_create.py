@@ -79,6 +79,15 @@ def test_high_priority_goes_to_the_front(client: httpx.Client, store: JobStore) 
         ({"guidance": 2.0}, "/guidance", "class_label"),
         ({"eta": 0.5}, "/eta", "ddim"),
         ({"sampler": "euler"}, "/sampler", "ddpm, ddim, dpmpp_2m, langevin"),
+        ({"sampler": ""}, "/sampler", "ddpm, ddim, dpmpp_2m, langevin"),
+        ({"num_images": None}, "/num_images", "null: Input should be"),
+        ({"snapshots": {"at": []}}, "/snapshots/at", "[]: List should have at least 1 item"),
+        ({"webhook_url": "http://"}, "/webhook_url", "http://: must be http(s)://HOST"),
+        ({"webhook_url": "http:///x"}, "/webhook_url", "must be http(s)://HOST"),
+        ({"webhook_url": "http://a:99999/"}, "/webhook_url", "PORT of 1..65535"),
+        ({"webhook_url": "http://a:0/"}, "/webhook_url", "PORT of 1..65535"),
+        ({"webhook_url": "https://exa mple.com"}, "/webhook_url", "must be http(s)://HOST"),
+        ({"webhook_url": "http://[::1/"}, "/webhook_url", "must be http(s)://HOST"),
         ({"sampler": "ddim", "variance": "small"}, "/variance", "ddpm"),
         ({"variance": "learned"}, "/variance", "no learned variance"),
         ({"snapshots": {"at": [0]}}, "/snapshots/at/0", "greater than or equal to 1"),
@@ -88,7 +97,7 @@ def test_high_priority_goes_to_the_front(client: httpx.Client, store: JobStore) 
         ({"ttl_s": 10**9}, "/ttl_s", "at most"),
         ({"deadline_s": 0}, "/deadline_s", "greater than 0"),
         ({"webhook_url": "https://example.org"}, "/webhook_url", "DDPM_WEBHOOK_SECRET"),
-        ({"model_digest": "other"}, "/model_digest", "is dddd"),
+        ({"model_digest": "other"}, "/model_digest", "other: model mnist is dddd"),
         ({"kind": "noise"}, "/kind", "generate"),
     ],
 )
@@ -355,6 +364,14 @@ def test_noise_refuses(
     reply = client.post("/noise", files=parts)
     assert reply.status_code == status and says in reply.json()["detail"]
     assert client.get("/jobs").json()["data"] == []
+
+
+def test_a_part_that_is_no_file_or_comes_twice_is_told_so(client: httpx.Client) -> None:
+    request = ("request", (None, '{"t": [5]}', "application/json"))
+    text = client.post("/noise", files=[("image", (None, "seven.png")), request])
+    assert text.json()["detail"] == "/image: came as text: must be a file (image=@FILE with curl)"
+    twice = client.post("/noise", files=[("image", ("a.png", png())), request, request])
+    assert twice.json()["detail"] == "/request: came twice: must be one part"
 
 
 def test_fit(client: httpx.Client, worker: Worker) -> None:

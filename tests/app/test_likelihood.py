@@ -84,6 +84,16 @@ def test_what_is_refused(
     assert error["pointer"] == pointer and says in error["detail"]
 
 
+def test_who_takes_a_picture_alone_is_told_that_there_is_none(client: httpx.Client) -> None:
+    body, alone = {"images": [PICTURE]}, {"Accept": "image/webp"}
+    reply = client.post("/likelihood", json=body, headers=alone)
+    assert reply.status_code == 406 and reply.json()["code"] == "not_acceptable"
+    assert reply.json()["detail"].startswith("Accept: image/webp: a likelihood job gives numbers")
+    assert client.get("/jobs").json()["data"] == []
+    either = {"Accept": "image/webp, application/json;q=0.5", "Prefer": "wait=0"}
+    assert client.post("/likelihood", json=body, headers=either).status_code == 202
+
+
 def test_work_is_limited_by_the_field_that_makes_it(
     store: JobStore, serve: Callable[..., httpx.Client]
 ) -> None:

@@ -115,6 +115,11 @@ def test_an_early_image_carries_all_that_a_late_one_does(
     assert manifest["provenance"] == {**PROVENANCE, "index": 0}
 
 
+def test_a_film_of_an_image_that_is_not_there(client: httpx.Client, job: dict[str, object]) -> None:
+    reply = client.get(f"/jobs/{job['id']}/snapshots.gif", params={"index": 99})
+    assert reply.status_code == 404 and reply.json()["detail"].endswith("of x_t of image 99")
+
+
 def test_what_is_not_there_yet(client: httpx.Client, worker: Worker) -> None:
     job_id = client.post("/generate", json={"num_images": 2}).json()["id"]
     early = client.get(f"/jobs/{job_id}/images/0.png")

@@ -128,6 +128,9 @@ def test_the_manifest_makes_the_job_again(
         ({"source": "JOB", "t": 501}, "/t", "501: the source is at t = 500"),
         ({"source": "JOB+index"}, "/source/index", "has x_t of image 0, 1"),
         ({"source": "JOB+t"}, "/source/t", "400: image 0 has x_t at 900, 500"),
+        ({"source": "JOB-index"}, "/source/index", "-1: Input should be greater"),
+        ({"source": {}}, "/source/job", "Field required"),
+        ({"source": "JOB+kind"}, "/source/kind", "no such field"),
         ({"x_t": "X"}, "/t", "is needed"),
         ({"x_t": "*", "t": 9}, "/x_t", "is not base64"),
         ({"x_t": "BIG", "t": 9}, "/x_t", "shape (2, 8, 8): must be (1, 8, 8)"),
@@ -147,6 +150,8 @@ def test_what_is_refused(
         "JOB": {"job": source, "t": 500},
         "JOB+index": {"job": source, "t": 500, "index": 2},
         "JOB+t": {"job": source, "t": 400},
+        "JOB-index": {"job": source, "t": 500, "index": -1},
+        "JOB+kind": {"job": source, "t": 500, "kind": "x_t"},
     }
 
     def real(value: Any) -> Any:
@@ -157,7 +162,7 @@ def test_what_is_refused(
     before = len(client.get("/jobs").json()["data"])
     reply = client.post("/reconstruct", json={name: real(value) for name, value in body.items()})
     assert reply.status_code == 422, reply.text
-    [error] = reply.json()["errors"]
+    error = reply.json()["errors"][0]
     assert error["pointer"] == pointer and says in error["detail"]
     assert len(client.get("/jobs").json()["data"]) == before
 
@@ -265,6 +270,32 @@ def test_interpolate_refuses(
     assert reply.status_code == 422
     [error] = reply.json()["errors"]
     assert error["pointer"] == pointer and says in error["detail"]
+
+
+@pytest.mark.parametrize(
+    ("t", "indices", "pointer", "says"),
+    [
+        (500, [0, 5], "/source/indices/1", "5: job"),
+        (499, [0, 1], "/t", "499: image 0 has x_t at 900, 500"),
+        (500, [0], "/source/indices/1", "Field required"),
+        (500, "both", "/source/indices", "valid array"),
+    ],
+)
+def test_of_a_pair_the_field_that_is_wrong_is_named(
+    client: httpx.Client, source: str, t: int, indices: Any, pointer: str, says: str
+) -> None:
+    body = {"t": t, "lambdas": [0.5], "source": {"job": source, "indices": indices}}
+    reply = client.post("/interpolate", json=body)
+    assert reply.status_code == 422
+    error = reply.json()["errors"][0]
+    assert error["pointer"] == pointer and says in error["detail"]
+
+
+def test_what_is_no_source_is_none_of_either_kind(client: httpx.Client) -> None:
+    reply = client.post("/reconstruct", json={"t": 5, "source": "foo"})
+    assert reply.json()["detail"] == "/source: \"foo\": Input should be 'image' or 'x_t'"
+    assert {error["pointer"] for error in reply.json()["errors"]} == {"/source"}
+    assert "SnapshotSource" not in reply.text
 
 
 def test_replays_and_limits(store: JobStore, serve: Callable[..., httpx.Client]) -> None:

@@ -73,6 +73,25 @@ def test_other_operators(place: Path, tmp_path: Path) -> None:
             assert strip.size == (48, 8)
 
 
+def test_of_a_blurred_picture_the_rounding_is_known(place: Path, tmp_path: Path) -> None:
+    """And of the measurement that is made here there is none."""
+    strips = {}
+    for name, more in {
+        "default": (),
+        "rounding": ("--noise", "0.3"),
+        "none": ("--noise", "0"),
+        "measured": ("--measure",),
+        "exact": ("--measure", "--noise", "0"),
+    }.items():
+        out = tmp_path / f"{name}.png"
+        blur = (str(place / "whole.png"), "--operator", "blur", "--deviation", "1.5")
+        call(place, *blur, *more, "--out", str(out))
+        strips[name] = np.asarray(Image.open(out))
+    np.testing.assert_array_equal(strips["default"], strips["rounding"])
+    assert (strips["default"] != strips["none"]).any()
+    np.testing.assert_array_equal(strips["measured"], strips["exact"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -85,7 +104,13 @@ def test_other_operators(place: Path, tmp_path: Path) -> None:
         (("--operator", "average_pool", "--factor", "4"), "8 × 8: must be 2 × 2"),
         (("--operator", "gray"), "weights: 3 for an image of 1 channels"),
         (("--operator", "blur"), "--deviation: is needed"),
-        (("--operator", "identity", "--noise", "-1"), "must be 0 or more"),
+        (("--operator", "identity", "--noise", "-1"), "--noise -1: must be 0 or more"),
+        (("--box", "0,0,8,4", "--noise", "nan"), "--noise nan: must be 0 or more"),
+        (("--box", "0,0,8,4", "--factor", "4"), "--factor: is for average_pool, not mask"),
+        (("--operator", "gray", "--box", "0,0,8,4"), "--box: is for mask, not gray"),
+        (("--box", "0,0,8,4", "--deviation", "1"), "--deviation: is for blur, not mask"),
+        (("--box", "0,0,8,4", "--solver-steps", "2"), "solver_steps = 2: is for method moment"),
+        (("--box", "0,0,8,4", "--device", "foo"), "device = 'foo': cannot be used here: "),
         (("--operator", "identity", "--out", "a.jpg"), "a.jpg: must end in .png or .webp"),
     ],
 )

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 import diffusion
 from diffusion import Model
+from diffusion.device import DeviceError, pick_device
 from diffusion.samplers import SAMPLERS, SamplingDefaults, build_table
 from jobs.kinds.chain import Snapshots
 from jobs.kinds.generate import GenerateSpec
@@ -30,7 +31,6 @@ from worker.kinds.generate import GenerateFlight
 from worker.kinds.inputs import x_start_of
 from worker.kinds.noise import closed, stepwise
 from worker.models import ModelFolder, card_of
-from worker.network.device import DeviceError, pick_device
 from worker.rq import check
 
 SHAPE = (3, 8, 8)
