@@ -209,10 +209,11 @@ def test_a_picture_or_a_stream_in_one_call(client: httpx.Client, pictures: list[
     body = {"images": images, "t": 100, "steps": 5, "lambdas": [0, 0.5, 1]}
     grid = client.post("/interpolate", json=body, headers={"Accept": "image/png"})
     assert Image.open(io.BytesIO(grid.content)).size == (28, 8)  # one row
-    # A likelihood has no picture: its answer is JSON whatever is accepted.
-    numbers = client.post(
-        "/likelihood", json={"images": images}, headers={**WAIT, "Accept": "image/png"}
-    ).json()
+    # A likelihood has no picture: who takes nothing else is told so, and gets no job.
+    alone = client.post("/likelihood", json={"images": images}, headers={"Accept": "image/png"})
+    assert alone.status_code == 406
+    either = {**WAIT, "Accept": "image/png, application/json;q=0.5"}
+    numbers = client.post("/likelihood", json={"images": images}, headers=either).json()
     assert numbers["result"]["images"][1]["standard_error"] > 0
     assert client.get(f"{numbers['urls']['self']}/grid.png").status_code == 404
     stream = client.post(

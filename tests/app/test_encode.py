@@ -71,7 +71,7 @@ def test_its_x_T_is_a_source_at_once(client: httpx.Client, worker: Worker) -> No
         (
             "/interpolate",
             {"source": "JOB", "images": [], "path": "sphere", "t": 999},
-            "/source/t",
+            "/t",
             "image 0 has x_t at 1000",
         ),
     ],
