@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusion.checks import check_real
+
 Float64 = NDArray[np.float64]
 MAX_T = 10_000  # ten times the paper's
 
@@ -234,6 +236,8 @@ class ScheduleConfig:
             raise ScheduleError(f"kind = {self.kind!r}: must be one of {', '.join(_BUILDERS)}")
         if not isinstance(self.T, int) or isinstance(self.T, bool) or not 1 <= self.T <= MAX_T:
             raise ScheduleError(f"T = {self.T!r:.200}: must be an integer 1..{MAX_T}")
+        for name in ("beta_start", "beta_end"):
+            check_real(name, getattr(self, name), least=0, most=1, error=ScheduleError)
         if self.betas is not None:
             object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
         if (self.kind == "betas") != (self.betas is not None):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -67,13 +68,15 @@ def monte_carlo_plan(
     `schedule_proposal`. Raises BoundError: fewer than 2 samples, none for L_0 or for the rest, a
     proposal that is not positive.
     """
+    if isinstance(samples, bool) or not isinstance(samples, Integral):
+        raise BoundError(f"samples = {samples!r:.80}: must be 2 or more, and an int")
     if samples < 2 or len(table) < 2:
         raise BoundError(f"samples = {samples}: must be 2 or more (L_0 and one term), with T ≥ 2")
     m = default_decoder_draws(samples) if decoder_draws is None else decoder_draws
     if not 1 <= m < samples:
         raise BoundError(f"decoder_draws = {m}: must be 1..{samples - 1} of {samples} samples")
     p = (schedule_proposal(table) if proposal is None else np.asarray(proposal))[1:]
-    if p.shape != (len(table) - 1,) or not np.all(p > 0):
+    if p.shape != (len(table) - 1,) or not np.all((p > 0) & np.isfinite(p)):
         raise BoundError(f"proposal: must be {len(table)} positive values, one a term")
     p = p / p.sum()
     draws = samples - m

@@ -125,6 +125,8 @@ NUMPY, LEVELS = np.zeros((1, 8, 8), np.float32), torch.full((1, 8, 8), 200.0)
         ({"guidance": None, "class_label": 1}, r"guidance = None: must be a finite number"),
         ({"seed": "1"}, r"seed = '1': must be an integer from 0"),
         ({"class_label": "seven"}, r"class_label = 'seven': must be an int, or as many as images"),
+        ({"class_label": [1.7, 2.2]}, r"class_label = \[1.7, 2.2\]: must be an int"),
+        ({"class_label": True}, r"class_label = True: must be an int"),
     ],
 )
 def test_what_restore_is_told_by_name(model: Model, given: dict[str, object], says: str) -> None:

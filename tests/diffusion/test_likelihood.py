@@ -12,6 +12,7 @@ import torch
 
 from diffusion import Model, ModelConfig, Schedule, ScheduleConfig
 from diffusion.bound import BoundError, bound_table
+from diffusion.checks import ImagesError
 from diffusion.likelihood import likelihood, likelihood_x_t
 from diffusion.noise import Purpose, image_normals
 from diffusion.schedule import linear_schedule
@@ -212,6 +213,18 @@ def test_labels_matter_and_bad_options_are_refused(images: torch.Tensor) -> None
         likelihood(model, images, samples=4, variance="learned")
     with pytest.raises(BoundError, match="proposal"):
         likelihood(model, images, samples=4, proposal=np.ones(3))
+    with pytest.raises(BoundError, match="proposal"):
+        likelihood(model, images, samples=4, proposal=np.full(model.schedule.T, np.inf))
+    for samples in (2.5, "5", True):
+        with pytest.raises(BoundError, match=rf"samples = {samples!r}: must be 2 or more"):
+            likelihood(model, images, samples=samples)  # type: ignore[arg-type]
+    for size in (0, -1):
+        with pytest.raises(BoundError, match=f"batch_size = {size}: must be 1 or more"):
+            likelihood(model, images, batch_size=size)
+    with pytest.raises(BoundError, match=rf"indices: \[5\]; must be \[{N}\]"):
+        likelihood(model, images, indices=torch.arange(5))
+    with pytest.raises(ImagesError, match="x_start: holds no image"):
+        likelihood(model, images[:0])
 
 
 def test_the_error_of_an_estimate_is_told_by_its_own_draws(images: torch.Tensor) -> None:

@@ -28,12 +28,27 @@ def test_overrides_replace_values_of_the_file(config_file: Path) -> None:
         ("steps", "must look like key=value"),
         ("steps.more=1", "steps is not a table"),
         ("sample_steps=21", "sample_steps = 21: must be 1..20"),
+        ("schedule.beta_start=1.5", "beta_start = 1.5"),
+        ("schedule.beta_start=nan", "beta_start = nan"),
+        ("schedule.beta_start=0", "schedule: betas[0] = 0.0"),
+        ("schedule.beta_end=abc", "beta_end = 'abc'"),
     ],
 )
 def test_a_bad_key_or_value_is_named(config_file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(config_file, [override])
     assert message in str(error.value)
+
+
+def test_a_schedule_of_one_step_is_not_learned(config_file: Path) -> None:
+    learned = ["schedule.kind=learned", "objective=vlb", "schedule.T=1", "sample_steps=1"]
+    with pytest.raises(ConfigError, match=r"schedule\.T = 1: must be 2 or more to be learned"):
+        load_config(config_file, learned)
+
+
+def test_a_bad_default_of_sampling_is_named_itself(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^sampling: steps = 50"):
+        load_config(config_file, ["sampling.steps=50"]).model()
 
 
 def test_the_old_name_of_variance_is_still_read(config_file: Path) -> None:
