@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.bound import BoundError, BoundTable
+from diffusion.checks import check_whole
 from diffusion.noise import Purpose, check_seed, uniform_words
 from diffusion.schedule import Float64
 from diffusion.weights import x_start_weight
@@ -68,10 +68,9 @@ def monte_carlo_plan(
     `schedule_proposal`. Raises BoundError: fewer than 2 samples, none for L_0 or for the rest, a
     proposal that is not positive.
     """
-    if isinstance(samples, bool) or not isinstance(samples, Integral):
-        raise BoundError(f"samples = {samples!r:.80}: must be 2 or more, and an int")
-    if samples < 2 or len(table) < 2:
-        raise BoundError(f"samples = {samples}: must be 2 or more (L_0 and one term), with T ≥ 2")
+    check_whole("samples", samples, least=2, error=BoundError)
+    if len(table) < 2:
+        raise BoundError(f"T = {len(table)}: must be 2 or more, L_0 and one term")
     m = default_decoder_draws(samples) if decoder_draws is None else decoder_draws
     if not 1 <= m < samples:
         raise BoundError(f"decoder_draws = {m}: must be 1..{samples - 1} of {samples} samples")
