@@ -73,9 +73,8 @@ def _of_query(model: type[BaseModel]) -> list[dict[str, Any]]:
 
 CREATE_ERRORS = (
     "unauthorized", "not_acceptable", "timeout", "expired", "too_large", "unsupported_media_type",
-    "invalid_request",
-    "idempotency_conflict", "quota_exceeded", "busy", "queue_full", "storage_full", "no_models",
-    "store_unavailable", "job_failed", "job_canceled", "still_running",
+    "invalid_request", "idempotency_conflict", "quota_exceeded", "busy", "queue_full",
+    "storage_full", "no_models", "store_unavailable", "job_failed", "job_canceled", "still_running",
 )  # fmt: skip
 
 EVENT_EXAMPLES: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ class DeviceError(ValueError):
     """A device that this machine does not have."""
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; `auto` is the first GPU, else the CPU. Raises DeviceError."""
-    if name == "auto":
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name; None, or `auto`: the first GPU, else the CPU. Raises DeviceError."""
+    if name in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -262,14 +262,13 @@ def class_labels(model: Model, class_label: ClassLabel, n: int) -> Tensor | None
         return None
     if not network.num_classes:
         raise ValueError("class_label: this model is unconditional and takes none")
+    wrong = f"class_label = {class_label!r:.80}: must be an int, or as many as images"
     try:
         labels = torch.as_tensor(class_label, device=model.device)
-        if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
-            raise TypeError("no integers")
     except (RuntimeError, TypeError, ValueError) as error:  # a name, or a list that holds one
-        raise ValueError(
-            f"class_label = {class_label!r:.80}: must be an int, or as many as images"
-        ) from error
+        raise ValueError(wrong) from error
+    if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise ValueError(wrong)
     labels = labels.long()
     labels = labels.expand(n) if labels.ndim == 0 else labels
     if labels.shape != (n,):

@@ -168,14 +168,18 @@ class TrainConfig(Section):
                 f"batch_size = {self.batch_size}: must be a multiple of "
                 f"accumulate = {self.accumulate}"
             )
+        if self.sample_steps > self.schedule.T:
+            raise ValueError(f"sample_steps = {self.sample_steps}: must be 1..{self.schedule.T}")
+        return self
+
+    @model_validator(mode="after")
+    def _buildable(self) -> TrainConfig:
         if self.learns_schedule and self.schedule.T < 2:
             raise ValueError(f"schedule.T = {self.schedule.T}: must be 2 or more to be learned")
         try:
             self.schedule.build()
         except ScheduleError as error:
             raise ValueError(f"schedule: {error}") from error
-        if self.sample_steps > self.schedule.T:
-            raise ValueError(f"sample_steps = {self.sample_steps}: must be 1..{self.schedule.T}")
         return self
 
     @model_validator(mode="after")
@@ -216,8 +220,7 @@ class TrainConfig(Section):
         try:
             return ModelConfig(self.network, schedule, self.prediction, names, crop, self.sampling)
         except CheckpointError as error:
-            at = "" if str(error).startswith("sampling") else "network.num_classes: "
-            raise ConfigError(f"{at}{error}") from error
+            raise ConfigError(str(error)) from error
 
 
 def _build(kind: type[Any], raw: object) -> object:

@@ -76,7 +76,7 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
     echo: gets a line for each result. Raises ValueError (bad options, data, partial results of
     another run) and OSError.
     """
-    loaded = load(options.model, pick_device(options.device or "auto"))
+    loaded = load(options.model, pick_device(options.device))
     variance = check_variance(loaded, options.variance)
     dtype = DTYPES.get(options.dtype) or fast_dtype(loaded)
     run = Run(options, loaded, variance)

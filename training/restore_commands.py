@@ -123,4 +123,4 @@ def _loaded(name: str, device: str | None, threads: int | None) -> Any:
     from diffusion.device import pick_device
 
     cores.use(threads or cores.count())
-    return load(find_model(name), pick_device(device or "auto"))
+    return load(find_model(name), pick_device(device))

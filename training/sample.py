@@ -72,7 +72,7 @@ def draw(options: SampleOptions) -> tuple[Path, int]:
         )
     if not suffix and options.every is not None:
         raise OutputError("--snapshots: needs --out FILE.png, .webp or .gif")
-    model = load(options.model, pick_device(options.device or "auto"))
+    model = load(options.model, pick_device(options.device))
     seed = options.seed if options.seed is not None else secrets.randbelow(2**53)
     labels = parse_labels(options.class_label, model, options.num_images)
     snapshots = Snapshots(options, model)

@@ -54,7 +54,7 @@ def tune(options: TuneOptions, echo: Callable[[str], None]) -> Path:
 
     Raises CheckpointError, SamplerError, PartialError.
     """
-    model = diffusion.load(options.model, pick_device(options.device or "auto"))
+    model = diffusion.load(options.model, pick_device(options.device))
     if not model.schedule.alphas_cumprod[-1]:
         raise SamplerError("the model's x_T holds no signal (ᾱ_T = 0), so that it has no λ to tune")
     for rows in options.evaluations:

@@ -27,7 +27,7 @@ from diffusion.tuned import TUNED, table_digest
 from jobs.cards import ModelCard, Preset, SamplerTraits, Sampling
 from jobs.settings import MODEL_OF_NO_NAME
 from worker.memory import free_bytes
-from worker.network.device import is_out_of_memory
+from worker.network.out_of_memory import is_out_of_memory
 
 log = logging.getLogger("ddpm.worker")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -30,7 +30,7 @@ from worker.engine.tasks import (
     NotFinite,
 )
 from worker.flights import AnyFlight, Ending, Intent, Outcome
-from worker.network.device import is_out_of_memory
+from worker.network.out_of_memory import is_out_of_memory
 
 log = logging.getLogger("ddpm.worker")
 T = TypeVar("T")

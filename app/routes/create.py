@@ -122,8 +122,7 @@ class Desk:
     async def admit(self, found: Intake) -> Admitted:
         """Check, fill, cost and take in; SpecError or Refused."""
         filled, plan = admit(found.spec, found.card, self._held.settings, found.num_pictures)
-        if not filled.grid(plan.images):
-            self._check_acceptable(found.spec.kind)
+        check_acceptable(filled, plan.images, wish(self._asked[0]))
         order = Order(
             spec=filled,
             plan=plan,
@@ -135,12 +134,12 @@ class Desk:
         )
         return await self._held.admitter.admit(order)
 
-    def _check_acceptable(self, kind: str) -> None:
-        """A job that gives no picture is not made for who takes nothing else."""
-        wanted = wish(self._asked[0])
-        if wanted.media in PICTURES and not wanted.json:
-            detail = f"Accept: {FORMATS[wanted.media].media}: a {kind} job gives numbers, "
-            raise Problem("not_acceptable", detail + "application/json")
+
+def check_acceptable(spec: JobSpec, images: int, wanted: Wish) -> None:
+    """Raise Problem 406 where a job gives no picture, and who asks takes nothing else."""
+    if wanted.media in PICTURES and not wanted.json and not spec.grid(images):
+        detail = f"Accept: {FORMATS[wanted.media].media}: a {spec.kind} job gives numbers, "
+        raise Problem("not_acceptable", detail + "application/json")
 
 
 def idempotency_key(request: Request) -> str | None:
@@ -189,6 +188,7 @@ async def finished(
 ) -> Response:
     """The answer to a request that was (perhaps) held."""
     status = state.record.status
+    check_acceptable(state.record.spec, state.record.images, wanted)  # it may be a replay
     pictures = state.record.spec.grid(state.record.images)
     if wanted.media == "json" or not pictures or (status in ACTIVE and wanted.json):
         code = 200 if wanted.wait_s and status not in ACTIVE else 202

@@ -91,7 +91,9 @@ def test_who_takes_a_picture_alone_is_told_that_there_is_none(client: httpx.Clie
     assert reply.json()["detail"].startswith("Accept: image/webp: a likelihood job gives numbers")
     assert client.get("/jobs").json()["data"] == []
     either = {"Accept": "image/webp, application/json;q=0.5", "Prefer": "wait=0"}
-    assert client.post("/likelihood", json=body, headers=either).status_code == 202
+    key = {"Idempotency-Key": "one"}
+    assert client.post("/likelihood", json=body, headers={**either, **key}).status_code == 202
+    assert client.post("/likelihood", json=body, headers={**alone, **key}).status_code == 406
 
 
 def test_work_is_limited_by_the_field_that_makes_it(

@@ -31,9 +31,9 @@ from worker.engine.tasks import (
     Task,
 )
 from worker.network.costs import Shape
-from worker.network.device import is_out_of_memory
 from worker.network.network import Network
 from worker.network.networks import LaneKey
+from worker.network.out_of_memory import is_out_of_memory
 
 E = TypeVar("E", bound=Event)
 GREY_LEVEL = 2 / 255

@@ -41,9 +41,9 @@ from worker.engine.tasks import (
 )
 from worker.engine.term_pool import TermPool
 from worker.network.costs import Shape
-from worker.network.device import is_out_of_memory, release_memory
 from worker.network.network import Network
 from worker.network.networks import LaneKey, Networks, lane_key
+from worker.network.out_of_memory import is_out_of_memory, release_memory
 
 log = logging.getLogger("ddpm.worker")
 Sink = Callable[[list[Event]], None]

@@ -15,7 +15,7 @@ from diffusion import cores
 from diffusion.model import Estimate, Model
 from diffusion.speed import fast_dtype, prepare
 from worker.network.costs import CostModel, Shape
-from worker.network.device import is_out_of_memory
+from worker.network.out_of_memory import is_out_of_memory
 
 # A CPU gains nothing from one more row of padding, and its kernels are set up anew for each shape.
 EAGER_SIZES = (

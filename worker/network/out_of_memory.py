@@ -1,4 +1,4 @@
-"""The memory of the device a worker runs on."""
+"""When a device has no memory left."""
 
 from __future__ import annotations
 
