@@ -55,7 +55,8 @@ class Runtime:
         self.settings = settings
         self.store = store
         self.folder = folder
-        self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        # Not a SimpleQueue: its get() never ends if a signal is heard past the end of its timeout.
+        self.outcomes: queue.Queue[Outcome] = queue.Queue()
         self.flights: dict[str, AnyFlight] = {}  # by execution
         self.outputs = Outputs(store, cancel=self._cancel_task, outcome=self.outcomes.put)
         self._writer = OutputsThread(self.outputs) if threads else None

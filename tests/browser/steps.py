@@ -46,8 +46,19 @@ def says(page: Any, text: str) -> None:
 
 
 def drawn(page: Any, where: str = "#grid") -> list[str]:
-    """The sources of the pictures in a place."""
-    found: list[str] = page.eval_on_selector_all(f"{where} img", "all => all.map(i => i.src)")
+    """The pictures in a place, each as the data: address of a PNG of its pixels: those that came
+    with an event and those that were fetched are alike in nothing else."""
+    found: list[str] = page.eval_on_selector_all(
+        f"{where} img",
+        """all => Promise.all(all.map(async image => {
+            const whole = Object.assign(new Image(), {src: image.src});
+            await whole.decode();
+            const canvas = document.createElement("canvas");
+            [canvas.width, canvas.height] = [whole.naturalWidth, whole.naturalHeight];
+            canvas.getContext("2d").drawImage(whole, 0, 0);
+            return canvas.toDataURL();
+        }))""",
+    )
     return found
 
 

@@ -143,6 +143,7 @@ def test_what_has_expired_is_not_offered(visit: Visit, served: Served) -> None:
     page.reload()
     says(page, "the settings are still here")
     page.click("nav >> text=Noise")
+    page.wait_for_selector(f".recent button[aria-label*='{jobs[1]['id']}']")
     page.wait_for_selector(f".recent button[aria-label*='{jobs[0]['id']}']", state="detached")
     assert page.locator(".recent button").count() == 1
 

@@ -44,6 +44,19 @@ ChainPool.step = slow
 """
 
 
+# One that is told to stop so late in a wait that the wait is over once it has heard: on a busy
+# machine that is one stop in thirty.
+LATE = """
+import time
+from worker.rq.adapter import ROUND_S, EngineWorker
+hear = EngineWorker.request_stop
+def hear_late(self, signum, frame):
+    hear(self, signum, frame)
+    time.sleep(3 * ROUND_S)
+EngineWorker.request_stop = hear_late
+"""
+
+
 # One that is stopped as it is about to begin its first job.
 STOPPED = """
 import os, signal
@@ -148,11 +161,12 @@ def test_killed_workers_cost_no_job(service: Service, nursery: Any) -> None:
         service.ended(job_id, seconds=300)
 
 
-def test_a_deploy_makes_no_suspects(service: Service, nursery: Any) -> None:
+@pytest.mark.parametrize("fault", ["", LATE], ids=["at once", "late"])
+def test_a_deploy_makes_no_suspects(service: Service, nursery: Any, fault: str) -> None:
     """Not even if the worker is killed before it has given its jobs back."""
     long = {"steps": 1000, "num_images": 2, "corrector_steps": 9}  # none ends by itself
     jobs = [service.admit(**long) for _ in range(3)]
-    worker = nursery.worker(service, DDPM_DRAIN_S="60")
+    worker = nursery.worker(service, fault=fault, DDPM_DRAIN_S="60")
     # Which of them are stepped first is the engine's affair.
     service.until(lambda: any(service.record(job_id).done for job_id in jobs))
     os.kill(worker.pid, signal.SIGTERM)
