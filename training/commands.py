@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -96,6 +97,26 @@ def warnings_in_words(kind: type[Warning]) -> Iterator[None]:
         warnings.simplefilter("default", kind)
         warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
         yield
+
+
+def numbers_of(option: str, listed: str) -> tuple[int, ...]:
+    """Whole numbers, each once. Raises ValueError naming what is none."""
+    words = [word.strip() for word in listed.split(",")]
+    for word in words:
+        if not (word.isascii() and word.isdigit()):
+            raise ValueError(f"{option} {word!r}: must be whole numbers with commas")
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
+class Finite(click.FloatRange):
+    """A range without NaN and infinity, which click's lets through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; refuses what is none."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def default_folder(config: Path, resume: bool) -> Path:

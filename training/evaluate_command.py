@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from training.commands import COMPILE, THREADS
+from training.commands import COMPILE, THREADS, numbers_of
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=0)
 POSITIVE = click.IntRange(min=1)
+# What is heeded only beside another option.
+BESIDE = {
+    "features": ("quality", "frechet_images", "sampler", "steps"),
+    "quality": (
+        "quality_images", "quality_samplers", "quality_spacings", "quality_steps",
+        "quality_against",
+    ),
+    "monte_carlo": ("samples", "decoder_draws"),
+}  # fmt: skip
 
 
 @click.command()
@@ -31,7 +41,13 @@ POSITIVE = click.IntRange(min=1)
 )
 @click.option("--sigma", hidden=True)
 @click.option("--labelled", is_flag=True, help="Bits/dim given the label, p(x_0|y).")
-@click.option("--seed", default=0, show_default=True, help="Of the choice of images and the noise.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**53 - 1),
+    help="Of the choice of images and the noise.",
+)
 @click.option("--fit", default="auto", type=click.Choice(["auto", "error", "pad", "resize"]))
 @click.option("--image-column", default="image", show_default=True)
 @click.option("--label-column", default="label", show_default=True)
@@ -94,21 +110,36 @@ def evaluate(threads: int | None, **options: Any) -> None:
         options["variance"] = options["variance"] or sigma
     if named is not None and not splits:
         sys.exit("ddpm evaluate: --splits: must name at least one split")
-    if options["quality"] and options["features"] is None:
-        sys.exit("ddpm evaluate: --quality: needs --features")
     for name in ("samplers", "spacings"):
         options[f"quality_{name}"] = _names(options[f"quality_{name}"])
     try:
-        options["quality_steps"] = tuple(int(n) for n in _names(options["quality_steps"]))
-    except ValueError as error:
-        sys.exit(f"ddpm evaluate: --quality-steps: {error}")
-    try:
+        _check_together(options)
+        options["quality_steps"] = numbers_of("--quality-steps", options["quality_steps"])
         run(EvaluateOptions(model=model, out=out, splits=splits, **options), click.echo)
     except KeyboardInterrupt:
         sys.exit(f"ddpm evaluate: interrupted; {out} holds what was done, run it again to go on")
     except (CheckpointError, CompileError, NotFiniteError, OSError, ValueError) as error:
         sys.exit(f"ddpm evaluate: {error}")
     click.echo(f"\n{out}/results.json")
+
+
+def _check_together(options: dict[str, Any]) -> None:
+    """Raise ValueError at options that would have no effect, or leave nothing to measure."""
+    source = click.get_current_context().get_parameter_source
+    for needed, names in BESIDE.items():
+        for name in names:
+            if source(name) is ParameterSource.COMMANDLINE and not options[needed]:
+                raise ValueError(f"{_flag(name)}: needs {_flag(needed)}")
+    for name in ("sampler", "steps"):
+        if options["quality"] and options[name] is not None:
+            raise ValueError(f"{_flag(name)}: --quality has --quality-samplers and --quality-steps")
+    measures = ("images", "monte_carlo", "pictures", "features")
+    if not any(options[name] for name in measures):
+        raise ValueError("nothing to measure: --images, --monte-carlo and --pictures are 0")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _names(listed: str) -> tuple[str, ...]:

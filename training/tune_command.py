@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from training.commands import THREADS
+from training.commands import THREADS, Finite, numbers_of
 
 POSITIVE = click.IntRange(min=1)
 
@@ -20,8 +20,12 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--teacher-steps", default=50, show_default=True, type=POSITIVE)
 @click.option("--iterations", default=300, show_default=True, type=POSITIVE)
 @click.option("--batch-size", default=16, show_default=True, type=POSITIVE)
-@click.option("--rate", default=0.01, show_default=True, type=float, help="Of Adam.")
-@click.option("--radius", default=0.05, show_default=True, help="Of the ball x_T may move in.")
+@click.option(
+    "--rate", default=0.01, show_default=True, type=Finite(0, min_open=True), help="Of Adam."
+)
+@click.option(
+    "--radius", default=0.05, show_default=True, type=Finite(0), help="Of the ball x_T may move in."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Default runs/tune- and the name.")
 @click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
 @THREADS
@@ -51,7 +55,7 @@ def tune(
     from diffusion.files import CheckpointError
     from training.commands import find_model
     from training.tune import Options
-    from training.tune_run import TuneOptions, numbers_of
+    from training.tune_run import TuneOptions
     from training.tune_run import tune as run
 
     cores.use(threads or cores.count())
@@ -59,7 +63,7 @@ def tune(
     out = out or Path("runs") / f"tune-{folder.name}"
     learning = Options(iterations, batch_size, rate, radius)
     try:
-        rows = numbers_of(evaluations.split(","))
+        rows = numbers_of("--evaluations", evaluations)
         options = TuneOptions(
             folder, out, rows, pairs, held, teacher_steps, quiet, device, learning
         )

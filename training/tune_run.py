@@ -5,7 +5,7 @@ All of it grows in a folder, so that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,3 @@ def _numbers(table: SamplerTable) -> dict[str, Any]:
 
 def _table(numbers: dict[str, Any]) -> SamplerTable:
     return stepping(numbers["times"], np.array(numbers["coefficients"]))
-
-
-def numbers_of(listed: Iterable[str]) -> tuple[int, ...]:
-    """Whole numbers from words. Raises ValueError naming the one that is none."""
-    found = []
-    for word in listed:
-        if not word.strip().isdigit():
-            raise ValueError(f"--evaluations {word!r}: must be whole numbers with commas")
-        found.append(int(word))
-    return tuple(dict.fromkeys(found))

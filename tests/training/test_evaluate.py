@@ -270,6 +270,14 @@ def test_frechet_distance_with_a_torchscript_network(
         (("--splits", "nowhere"), "nowhere"),
         (("--splits", "test", "--features", "none.pt"), "features = 'none.pt'"),
         (("--splits", "test", "--features", "inception"), "features = 'inception'"),
+        (("--quality",), "--quality: needs --features"),
+        (("--sampler", "foo"), "--sampler: needs --features"),
+        (("--steps", "5"), "--steps: needs --features"),
+        (("--quality-images", "5"), "--quality-images: needs --quality"),
+        (("--samples", "5"), "--samples: needs --monte-carlo"),
+        (("--quality", "--features", "x.pt", "--quality-steps", "5,ten"), "--quality-steps 'ten'"),
+        (("--quality", "--features", "x.pt", "--sampler", "ddim"), "--sampler: --quality has"),
+        (("--images", "0"), "nothing to measure"),
     ],
 )
 def test_bad_options_are_named(
@@ -278,6 +286,11 @@ def test_bad_options_are_named(
     arguments = [str(model_folder), str(data), "--out", str(tmp_path / "o"), "--pictures", "0"]
     result = CliRunner().invoke(evaluate, [*arguments, "--quiet", *options])
     assert result.exit_code == 1 and message in result.output
+
+
+def test_a_seed_is_none_below_zero(model_folder: Path, data: Path) -> None:
+    result = CliRunner().invoke(evaluate, [str(model_folder), str(data), "--seed", "-1"])
+    assert result.exit_code == 2 and "'--seed': -1" in result.output
 
 
 def test_every_split_is_checked_before_any_is_computed(

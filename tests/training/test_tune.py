@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import diffusion
 from diffusion import ScheduleConfig, cores
@@ -17,8 +18,10 @@ from diffusion.speed import prepare
 from diffusion.table import SamplerError
 from diffusion.tuned import TUNED_NAME
 from tests.diffusion.networks import TINY, build_model
+from training.commands import numbers_of
 from training.tune import Options, Pairs, Student, Tuner, run
-from training.tune_run import TuneOptions, numbers_of, tune
+from training.tune_command import tune as command
+from training.tune_run import TuneOptions, tune
 
 LEARNING = Options(iterations=32, batch=8, rate=0.02)
 
@@ -161,6 +164,21 @@ def test_what_a_student_learns_does_not_depend_on_the_cores(
 
 
 def test_numbers_of_evaluations() -> None:
-    assert numbers_of(["6", " 4", "6"]) == (6, 4)
+    assert numbers_of("--evaluations", "6, 4,6") == (6, 4)
     with pytest.raises(ValueError, match="--evaluations 'x'"):
-        numbers_of(["x"])
+        numbers_of("--evaluations", "4,x")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--rate", "0"),
+        ("--rate", "nan"),
+        ("--rate", "inf"),
+        ("--radius", "-1"),
+        ("--radius", "nan"),
+    ],
+)
+def test_what_is_no_rate_and_no_radius(option: str, value: str) -> None:
+    result = CliRunner().invoke(command, ["models/mnist", option, value])
+    assert result.exit_code == 2 and f"'{option}'" in result.output and value in result.output
