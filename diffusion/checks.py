@@ -32,9 +32,10 @@ def check_images(
         )
     if images.ndim != 4 or (shape is not None and tuple(images.shape[1:]) != shape):
         raise ImagesError(f"{name}: its shape is {[*images.shape]}; must be {wanted}")
-    if not bounded or not images.numel():
-        return
-    check_range(name, images)
+    if not len(images):
+        raise ImagesError(f"{name}: holds no image; must be one or more")
+    if bounded:
+        check_range(name, images)
 
 
 def check_range(
@@ -49,6 +50,20 @@ def check_range(
         levels = high > 2 * most and low >= 0
         hint = f": {name} / 127.5 - 1 of grey levels 0..255" if levels else ""
         raise ImagesError(f"{name}: in {low:g}..{high:g}; must be in [−{most:g}, {most:g}]{hint}")
+
+
+def as_tuple(name: str, value: object, *, error: type[ValueError] = ValueError) -> tuple[Any, ...]:
+    """The value as a tuple: JSON and TOML hand over lists. Raises an error for anything else."""
+    if not isinstance(value, list | tuple):
+        raise error(f"{name} = {value!r:.200}: must be a list")
+    return tuple(value)
+
+
+def check_flags(*, error: type[ValueError] = ValueError, **flags: object) -> None:
+    """Raise an error, naming the flag, unless each is a bool."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise error(f"{name} = {value!r:.200}: must be true or false")
 
 
 def check_whole(

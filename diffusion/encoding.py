@@ -116,29 +116,54 @@ def encode(
     x_start: Tensor,
     *,
     steps: int | None = None,
+    spacing: str = "uniform",
     order: int = 1,
     iterations: int | None = None,
-    **options: Any,
+    class_label: ClassLabel = None,
+    guidance: float = 1.0,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 64,
+    on_step: Callable[[int, int, Step], None] | None = None,
 ) -> Tensor:
     """x_T of images [N, C, H, W] in [−1, 1], float32: `decode` leads back to them.
 
-    steps: timesteps, by default 100, or all where there are fewer. order: 1 or 2. iterations: that
-    mend each step of order 1, by default 1. spacing, class_label, guidance, dtype, batch_size,
-    on_step: as in `sample`. Raises ImagesError, SamplerError or ValueError naming the bad argument.
-    Warns with FewStepsWarning where there are fewer timesteps than ddim needs.
+    steps: timesteps, by default 100, or all where there are fewer. spacing: one of whole timesteps:
+    uniform, quadratic, leading or trailing. order: 1 or 2. iterations: that mend each step of
+    order 1, by default 1. class_label, guidance, dtype, batch_size, on_step: as in `sample`. Raises
+    ImagesError, SamplerError or ValueError naming the bad argument. Warns with FewStepsWarning
+    where there are fewer timesteps than ddim needs.
     """
     check_model(model)
     check_images("x_start", x_start, model.shape)
-    ts, options = _timesteps(model, steps, options)
+    ts = _timesteps(model, steps, spacing)
     if few := few_steps("ddim", len(ts), model.schedule.T, model.schedule.T):
         warnings.warn(few, FewStepsWarning, stacklevel=2)
     mended = (ITERATIONS if order == 1 else 0) if iterations is None else iterations
     table = encoding_table(model.schedule, ts, order=order, iterations=mended)
-    return _walk(model, table, x_start, **options)
+    return _walk(
+        model,
+        table,
+        x_start,
+        class_label=class_label,
+        guidance=guidance,
+        dtype=dtype,
+        batch_size=batch_size,
+        on_step=on_step,
+    )
 
 
 def decode(
-    model: Model, x_T: Tensor, *, steps: int | None = None, order: int = 1, **options: Any
+    model: Model,
+    x_T: Tensor,
+    *,
+    steps: int | None = None,
+    spacing: str = "uniform",
+    order: int = 1,
+    class_label: ClassLabel = None,
+    guidance: float = 1.0,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 64,
+    on_step: Callable[[int, int, Step], None] | None = None,
 ) -> Tensor:
     """Images [N, C, H, W] of their x_T: the inverse of `encode` with the same steps and spacing.
 
@@ -147,8 +172,17 @@ def decode(
     check_model(model)
     check_images("x_T", x_T, model.shape, bounded=False)
     check_range("x_T", x_T, most=FURTHEST)
-    ts, options = _timesteps(model, steps, options)
-    return _walk(model, decoding_table(model.schedule, ts, order=order), x_T, **options)
+    table = decoding_table(model.schedule, _timesteps(model, steps, spacing), order=order)
+    return _walk(
+        model,
+        table,
+        x_T,
+        class_label=class_label,
+        guidance=guidance,
+        dtype=dtype,
+        batch_size=batch_size,
+        on_step=on_step,
+    )
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -165,14 +199,10 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     return (mixed / angle.sin()).to(a.dtype)
 
 
-def _timesteps(
-    model: Model, steps: int | None, options: dict[str, Any]
-) -> tuple[list[int], dict[str, Any]]:
-    """Ascending, and the other options."""
-    options = dict(options)
+def _timesteps(model: Model, steps: int | None, spacing: str) -> list[int]:
+    """Ascending."""
     T = model.schedule.T
-    spacing = options.pop("spacing", "uniform")
-    return spaced_timesteps(T, min(STEPS, T) if steps is None else steps, spacing)[::-1], options
+    return spaced_timesteps(T, min(STEPS, T) if steps is None else steps, spacing)[::-1]
 
 
 def _walk(
@@ -180,11 +210,11 @@ def _walk(
     table: SamplerTable,
     x: Tensor,
     *,
-    class_label: ClassLabel = None,
-    guidance: float = 1.0,
-    dtype: torch.dtype | None = None,
-    batch_size: int = 64,
-    on_step: Callable[[int, int, Step], None] | None = None,
+    class_label: ClassLabel,
+    guidance: float,
+    dtype: torch.dtype | None,
+    batch_size: int,
+    on_step: Callable[[int, int, Step], None] | None,
 ) -> Tensor:
     """The last x of the rows, from x [N, C, H, W]."""
     check_whole("batch_size", batch_size, least=1, error=SamplerError)

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.checks import check_images, check_range, check_whole
+from diffusion.checks import check_flags, check_images, check_range, check_whole
 from diffusion.condition import PRODUCT_COST
 from diffusion.model import Estimate, Model, check_model
 from diffusion.noise import Purpose, check_seed, normals
@@ -89,6 +89,7 @@ def flow_likelihood(
     check_images("x_start", x_start, model.shape, bounded=False)
     check_range("x_start", x_start, slack=_SLACK)
     check_whole("draws", draws, least=1, error=SamplerError)
+    check_flags(dequantise=dequantise)
     T = model.schedule.T
     table = flow_table(
         model.schedule, spaced_timesteps(T, min(STEPS, T) if steps is None else steps)

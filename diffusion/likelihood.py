@@ -25,7 +25,7 @@ from diffusion.bound import (
     prior_nats,
     transition_nats,
 )
-from diffusion.checks import ImagesError, check_images, check_whole
+from diffusion.checks import check_images, check_whole
 from diffusion.forward import gather, q_sample
 from diffusion.model import Model, check_model
 from diffusion.noise import Purpose, check_seed, normals
@@ -240,8 +240,6 @@ def likelihood(
     check_model(model)
     check_images("x_start", x_start, model.shape)
     n = len(x_start)
-    if not n:
-        raise ImagesError("x_start: holds no image; must be one or more")
     check_whole("batch_size", batch_size, least=1, error=BoundError)
     indices = torch.arange(n) if indices is None else indices
     if tuple(indices.shape) != (n,):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion import cores
+from diffusion.checks import as_tuple
 from diffusion.files import CheckpointError
 from diffusion.parameterization import coefficients_at, reading_table, x_start_coefficients
 from diffusion.presets import Preset, presets_of
@@ -44,9 +45,11 @@ class ModelConfig:
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "class_names", tuple(self.class_names))
+        names = as_tuple("class_names", self.class_names, error=CheckpointError)
+        object.__setattr__(self, "class_names", names)
         if self.crop is not None:
-            object.__setattr__(self, "crop", tuple(self.crop))
+            crop = as_tuple("crop", self.crop, error=CheckpointError)
+            object.__setattr__(self, "crop", crop)
         if self.schedule.kind == "learned":
             raise CheckpointError("schedule: kind = 'learned' is for training; a model lists betas")
         x_start_coefficients(self.schedule.build(), self.prediction)
@@ -85,19 +88,30 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """Inverse of `to_dict`. Raises CheckpointError naming an unknown or bad field."""
-        fields = dict(raw)
+        fields = {"sampling": {}, **raw}
         version = fields.pop("format", None)
         if version != FORMAT:
             raise CheckpointError(f"format = {version!r}: this version reads format {FORMAT}")
         try:
-            fields["network"] = UNetConfig(**fields["network"])
-            fields["schedule"] = ScheduleConfig(**fields["schedule"])
-            fields["sampling"] = SamplingDefaults(**fields.get("sampling", {}))
-            return cls(**fields)
-        except KeyError as error:
-            raise CheckpointError(f"{error.args[0]}: missing") from error
+            for name, part in _PARTS.items():
+                if name not in fields:
+                    raise CheckpointError(f"{name}: missing")
+                fields[name] = part(**_known(part, fields[name], name))
+            return cls(**_known(cls, fields))
         except (ArithmeticError, TypeError, ValueError) as error:
             raise CheckpointError(str(error)) from error
+
+
+_PARTS = {"network": UNetConfig, "schedule": ScheduleConfig, "sampling": SamplingDefaults}
+
+
+def _known(kind: Any, raw: object, name: str = "") -> dict[str, Any]:
+    """The fields of a dataclass, or CheckpointError naming what is none."""
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{name} = {raw!r:.200}: must be an object")
+    if unknown := raw.keys() - {field.name for field in dataclasses.fields(kind)}:
+        raise CheckpointError(f"{f'{name}.' if name else ''}{min(unknown)}: unknown field")
+    return raw
 
 
 def _check_crop(crop: tuple[int, int] | None, side: int) -> None:

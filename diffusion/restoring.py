@@ -62,7 +62,7 @@ def restore(
         sampler=sampler,
         steps=min(STEPS, model.schedule.T) if steps is None else steps,
         eta=1.0 if eta is None and sampler == "ddim" else eta,
-        rederive_eps=True,  # so that ε̂ agrees with the corrected x̂_0
+        rederive_eps=True if sampler == "ddim" else None,  # ε̂ agrees with the corrected x̂_0
         travel=TRAVEL[method] if travel is None else travel,
         condition=given,
         **options,

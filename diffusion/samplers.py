@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.checks import check_real, check_whole
+from diffusion.checks import check_flags, check_real, check_whole
 from diffusion.langevin import annealed_langevin, with_correctors
 from diffusion.multistep import dpmpp_2m, dpmpp_3m, unipc
 from diffusion.schedule import Schedule
@@ -200,9 +200,7 @@ class SamplingDefaults:
         check_name("variance", self.variance, VARIANCES)
         check_name("spacing", self.spacing, SPACINGS)
         check_name("landing", self.landing, LANDINGS)
-        for name in ("clip", "rederive_eps"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise SamplerError(f"{name} = {value!r:.200}: must be true or false")
+        check_flags(clip=self.clip, rederive_eps=self.rederive_eps, error=SamplerError)
         if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
             raise SamplerError(f"steps = {self.steps!r:.200}: must be an integer, 1 or more")
 
@@ -224,10 +222,10 @@ def check_options(sampler: str, given: Mapping[str, object]) -> None:
 
     sampler: a name that is known, or one without options.
     """
-    takes = SAMPLERS[sampler].options if sampler in SAMPLERS else ()
+    takes = SAMPLERS[sampler].takes if sampler in SAMPLERS else ()
     for option, value in given.items():
         if value is not None and option not in takes:
-            takers = " or ".join(name for name, its in SAMPLERS.items() if option in its.options)
+            takers = " or ".join(name for name, its in SAMPLERS.items() if option in its.takes)
             raise SamplerError(f"{option} = {value!r:.80}: is for sampler {takers}, not {sampler}")
 
 
@@ -265,6 +263,8 @@ def build_table(
     `diffusion.travel`. Not with Langevin steps.
     """
     check_name("sampler", sampler, SAMPLERS)
+    check_name("landing", landing, LANDINGS)
+    check_flags(clip=clip, rederive_eps=rederive_eps, error=SamplerError)
     if start is not None and not 0 <= start < schedule.T:
         raise SamplerError(f"start = {start}: must be 0..{schedule.T - 1}")
     T = schedule.T if start is None else start + 1

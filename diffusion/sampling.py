@@ -211,7 +211,8 @@ def sample(
     table = model.table(
         eta=0.0 if eta is None else eta, corrector_steps=corrector_steps, travel=travel, **chosen
     )
-    check_options(chosen["sampler"], {"eta": eta, "variance": variance})
+    own = {"eta": eta, "variance": variance, "rederive_eps": rederive_eps, "landing": landing}
+    check_options(chosen["sampler"], own)
     if table.learned_variance and not model.config.network.learned_variance:
         raise SamplerError("variance = 'learned': this model has no learned variance")
     T = model.schedule.T

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.checks import check_real
+from diffusion.checks import as_tuple, check_real
 
 Float64 = NDArray[np.float64]
 MAX_T = 10_000  # ten times the paper's
@@ -239,7 +239,10 @@ class ScheduleConfig:
         for name in ("beta_start", "beta_end"):
             check_real(name, getattr(self, name), least=0, most=1, error=ScheduleError)
         if self.betas is not None:
-            object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+            betas = as_tuple("betas", self.betas, error=ScheduleError)
+            for i, beta in enumerate(betas):
+                check_real(f"betas[{i}]", beta, error=ScheduleError)
+            object.__setattr__(self, "betas", tuple(float(beta) for beta in betas))
         if (self.kind == "betas") != (self.betas is not None):
             raise ScheduleError("betas: must be given with kind = 'betas', and only then")
         if self.betas is not None and len(self.betas) != self.T:

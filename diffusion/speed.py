@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion import cores
+from diffusion.checks import check_flags
 from diffusion.graphs import Graphs
 from diffusion.model import Model
 from diffusion.unet import Conv3x3, UNet
@@ -31,8 +32,12 @@ def prepare(model: Model, *, dtype: torch.dtype = torch.float32, compile: bool =
 
     The first layer takes x_t in float32 at least, and hands on `dtype`: see `UNet`. On a GPU an
     evaluation is one launch, see `diffusion.graphs`. Compiled, its first evaluation takes a minute,
-    and raises CompileError where there is no compiler that works.
+    and raises CompileError where there is no compiler that works. Raises ValueError naming a bad
+    argument.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype = {dtype!r:.80}: must be a floating dtype, such as torch.bfloat16")
+    check_flags(compile=compile)
     network = deepcopy(model.network).eval().requires_grad_(False)
     first = {"dtype": torch.promote_types(dtype, torch.float32)}
     conv_in = deepcopy(network.conv_in).to(**first, memory_format=torch.channels_last)  # type: ignore[call-overload]

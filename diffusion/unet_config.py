@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from diffusion.checks import as_tuple
+
 
 class NetworkConfigError(ValueError):
     """A network configuration that cannot be built; the message names the field."""
@@ -53,9 +55,9 @@ class UNetConfig:
     learned_variance: bool = False
 
     def __post_init__(self) -> None:
-        # JSON and TOML hand over lists.
-        object.__setattr__(self, "channels", tuple(self.channels))
-        object.__setattr__(self, "attention", tuple(self.attention))
+        for field in ("channels", "attention"):
+            listed = as_tuple(field, getattr(self, field), error=NetworkConfigError)
+            object.__setattr__(self, field, listed)
         for field, most in _MOST.items():
             _check_integer(field, getattr(self, field), 1, most)
         levels = len(self.channels)

@@ -53,6 +53,7 @@ def train(
     from diffusion import cores
     from diffusion.device import DeviceError
     from diffusion.files import CheckpointError
+    from diffusion.samplers import FewStepsWarning
     from diffusion.speed import CompileError
     from training.config import ConfigError
     from training.sources import DataError
@@ -81,7 +82,8 @@ def train(
         if resume:
             step = trainer.resume()
             click.echo(f"resuming {folder} at step {step} of {settings.steps}", err=True)
-        trainer.run()
+        with warnings_in_words(FewStepsWarning):
+            trainer.run()
     except (
         CheckpointError, CompileError, ConfigError, DataError, DeviceError, StateError
     ) as error:  # fmt: skip

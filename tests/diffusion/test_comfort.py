@@ -42,6 +42,8 @@ def test_an_image_and_several_become_a_picture() -> None:
     assert many.mode == "RGB" and many.size == (18, 18)
     assert diffusion.to_pil(x.expand(4, 1, 8, 8), columns=4).size == (38, 8)
     assert np.asarray(diffusion.to_pil(5 * x[0]))[0, 0] == 0  # x_t is cut off, not refused
+    with pytest.raises(ImagesError, match="images: holds no image"):
+        diffusion.to_pil(x[:0])
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])

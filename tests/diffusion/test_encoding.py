@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import diffusion
-from diffusion import decode, encode
+from diffusion import ImagesError, decode, encode
 from diffusion.encoding import decoding_table, encoding_table, slerp
 from diffusion.sampling import chain
 from diffusion.schedule import linear_schedule
@@ -116,6 +116,16 @@ def test_what_makes_no_table(given: dict[str, Any], says: str) -> None:
         encoding_table(PAPER, **{"timesteps": [1, 2], **given})
     with pytest.raises(ValueError, match="its shape is"):
         encode(build_model(), torch.zeros(1, 8, 8))
+
+
+def test_no_images_and_no_option_of_its_own() -> None:
+    model, none = build_model(), torch.zeros(0, 1, 8, 8)
+    with pytest.raises(ImagesError, match="x_start: holds no image"):
+        encode(model, none)
+    with pytest.raises(ImagesError, match="x_T: holds no image"):
+        decode(model, none)
+    with pytest.raises(TypeError, match=r"decode\(\) got an unexpected .*'iterations'"):
+        decode(model, torch.zeros(1, 1, 8, 8), iterations=1)  # type: ignore[call-arg]
 
 
 def test_noise_may_not_be_drawn_twice_but_rows_without_may_share_a_place() -> None:

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from diffusion import ScheduleConfig
+from diffusion import ImagesError, ScheduleConfig
 from diffusion.flow import BIN, flow_likelihood, flow_table
 from diffusion.schedule import linear_schedule
 from diffusion.spacings import spaced_timesteps
@@ -86,6 +86,10 @@ def test_on_a_network_and_what_is_refused() -> None:
     torch.testing.assert_close(second.log_density[0], both.log_density[1], rtol=1e-4, atol=1e-2)
     with pytest.raises(SamplerError, match="draws = 0"):
         flow_likelihood(model, x, draws=0)
+    with pytest.raises(ImagesError, match="x_start: holds no image"):
+        flow_likelihood(model, x[:0])
+    with pytest.raises(ValueError, match="dequantise = 'no': must be true or false"):
+        flow_likelihood(model, x, dequantise="no")  # type: ignore[arg-type]
     no_signal = build_model(schedule=ScheduleConfig.from_betas([0.1, 0.2, 1.0]), prediction="v")
     with pytest.raises(SamplerError, match="no end at t = 3, where x_t holds no signal"):
         flow_likelihood(no_signal, x, class_label=1)

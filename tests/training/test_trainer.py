@@ -392,6 +392,18 @@ def test_quiet_shows_no_bar_and_without_it_all_of_them(config_file: Path, tmp_pa
     assert "%|" not in shown["quiet"]
 
 
+def test_few_steps_on_the_way_are_warned_of_once_in_words(
+    config_file: Path, tmp_path: Path
+) -> None:
+    options = ["steps=2", "sample_every=1", "sample_steps=1", "sample_images=2"]
+    arguments = [str(config_file), *options, "--out", str(tmp_path / "r"), "--quiet"]
+    result = CliRunner().invoke(train, arguments)
+    assert result.exit_code == 0, result.output
+    told = [line for line in result.stderr.splitlines() if "few for ddim" in line]
+    assert len(told) == 1 and told[0].startswith("warning: 1 evaluation is few"), result.stderr
+    assert ".py" not in result.stderr
+
+
 def test_groups_of_one_channel_are_warned_of(config_file: Path, tmp_path: Path) -> None:
     said = {}
     for groups in (4, 8):
