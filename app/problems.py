@@ -123,10 +123,20 @@ def read_json(model: type[M], text: bytes) -> M:
         raise _fields_problem(error.errors(include_url=False), model, asked) from error
 
 
+def query_of(request: Request) -> dict[str, str]:
+    """The parameters of a query. Raises Problem 422 for one that comes twice."""
+    found: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name in found:
+            raise field_problem(pointer_to(("query", name)), "given twice; must be given once")
+        found[name] = value
+    return found
+
+
 def read_query(model: type[M], request: Request) -> M:
     """The query of a request as a model, which knows its fields alone. Raises Problem 422."""
     try:
-        return model.model_validate(dict(request.query_params))
+        return model.model_validate(query_of(request))
     except ValidationError as error:
         items = error.errors(include_url=False)
         for item in items:

@@ -18,6 +18,7 @@ from starlette.types import Scope
 from app.views import JobView
 
 MOST_S = 86_400
+PROOF = ("expires", "key", "signature")  # what an address is signed by
 # What can be opened so: outputs and events of a job; nothing that changes anything.
 _PATHS = re.compile(r"/jobs/[0-9a-f]+/(images[./]|snapshots[./]|grid\.|events$).*")
 _PURPOSE = b"ddpm-serve: signed address v1"
@@ -29,12 +30,9 @@ def signed(url: str, *, name: str, digest: bytes, expires: int) -> str:
     name, digest: of the key in whose name.
     """
     path, _, query = url.partition("?")
-    proof = {
-        "expires": str(expires),
-        "key": name,
-        "signature": _signature(path, expires, name, digest),
-    }
-    return f"{path}?{query + '&' if query else ''}{urlencode(proof)}"
+    values = (str(expires), name, _signature(path, expires, name, digest))
+    proof = urlencode([*zip(PROOF, values, strict=True)])
+    return f"{path}?{query + '&' if query else ''}{proof}"
 
 
 def signer_of(scope: Scope, keys: Mapping[bytes, str]) -> str | None:

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 
 from app import documents, signing
 from app.problems import documented, field_problem
+from app.routes.operation import Operation
 from app.services import services
 from app.streams import EventStream, has_ended, job_frames
 from app.views import JobList, JobView, dump, job_view
@@ -19,7 +20,7 @@ from app.waiting import until_ended
 from jobs.states import Status
 from jobs.store.reader import JobState
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=Operation)
 _CURSOR = re.compile(r"[0-9a-f]{28}")
 
 

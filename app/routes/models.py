@@ -13,11 +13,12 @@ from app import documents
 from app.outputs import file_response
 from app.problems import Problem, documented
 from app.routes.jobs import json_response
+from app.routes.operation import Operation
 from app.services import services
 from jobs.cards import ModelCard, Preset, Sampling, schedule_tables
 from jobs.kinds.chain import DEFAULT_STEPS
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], route_class=Operation)
 ERRORS = documented("unauthorized", "not_found", "store_unavailable")
 
 

@@ -21,6 +21,7 @@ from app.outputs import (
     output_response,
 )
 from app.problems import Problem, documented
+from app.routes.operation import Operation
 from app.services import Services, services
 from app.views import manifest
 from jobs import pictures
@@ -30,7 +31,7 @@ from jobs.outputs import image_name, snapshot_name
 from jobs.pictures import Float32
 from jobs.store.records import JobRecord
 
-router = APIRouter(tags=["outputs"])
+router = APIRouter(tags=["outputs"], route_class=Operation)
 ERRORS = documented(
     "unauthorized", "not_found", "not_ready", "expired", "invalid_request", "store_unavailable"
 )

@@ -84,6 +84,17 @@ def test_listing_with_cursor_and_filters(client: httpx.Client, worker: Worker) -
     assert listed(model="other") == [] and listed(status="failed") == []
     exact = client.get("/jobs", params={"limit": 7}).json()
     assert len(exact["data"]) == 7 and "next_cursor" not in exact
+    unknown = client.get("/jobs", params={"state": "queued"}).json()
+    assert unknown["errors"] == [
+        {
+            "pointer": "/query/state",
+            "detail": "unknown; must be one of status, model, limit, cursor",
+        }
+    ]
+    twice = client.get("/jobs?limit=3&limit=4").json()
+    assert twice["errors"] == [
+        {"pointer": "/query/limit", "detail": "given twice; must be given once"}
+    ]
     for bad in ({"cursor": "x"}, {"status": "lost"}, {"limit": 0}):
         assert client.get("/jobs", params=bad).status_code == 422
 
