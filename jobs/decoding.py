@@ -16,6 +16,7 @@ orientation is applied; all other metadata is left unread.
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from jobs.containers import orientation, strip
+from jobs.containers import PNG_SIGNATURE, orientation, strip
 from jobs.errors import PictureError, PictureMedia, PictureTooLarge
 
 UPLOADED = ("PNG", "JPEG", "WEBP")  # what the API takes
@@ -44,6 +45,12 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
+}
+# How a file begins that is of a format, or was.
+_STARTS = {
+    "PNG": re.compile(re.escape(PNG_SIGNATURE)),
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
 }
 _LYING = [_TURNS[number] for number in (5, 6, 7, 8)]
 
@@ -94,16 +101,19 @@ class Picture:
 
 
 def open_picture(raw: bytes, *, max_pixels: int, formats: tuple[str, ...] = UPLOADED) -> Picture:
-    """Read a file's header. Raises PictureMedia or PictureTooLarge (pixels, or JPEG scans)."""
+    """Read a file's header. Raises PictureMedia, PictureTooLarge (pixels, or JPEG scans), or
+    PictureError for one that is broken or cut off there."""
     container = strip(raw)
     try:
         image = Image.open(io.BytesIO(container.raw), formats=formats)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise PictureTooLarge(f"more than {max_pixels} pixels") from error
-    except UnidentifiedImageError as error:
-        raise PictureMedia(f"not a {_listed(formats)} picture") from error
     except Exception as error:  # as above
-        raise PictureMedia(f"not a {_listed(formats)} picture: {error}") from error
+        begun = [name for name, start in _STARTS.items() if start.match(raw) and name in formats]
+        if begun:
+            raise PictureError(f"a {_said(begun[0])} that is broken or cut off") from error
+        why = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise PictureMedia(f"not a {_listed(formats)} picture{why}") from error
     width, height = image.size
     if width * height > max_pixels:
         raise PictureTooLarge(
@@ -115,8 +125,12 @@ def open_picture(raw: bytes, *, max_pixels: int, formats: tuple[str, ...] = UPLO
 
 
 def _listed(formats: tuple[str, ...]) -> str:
-    names = ["WebP" if name == "WEBP" else name for name in formats]
+    names = [_said(name) for name in formats]
     return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _said(name: str) -> str:
+    return "WebP" if name == "WEBP" else name
 
 
 def _in_8_bits(image: Image.Image, depth: int) -> Image.Image:

@@ -30,6 +30,7 @@ from diffusion.operators import (
 from diffusion.restoring import restore
 from diffusion.sampling import Step
 from jobs.decoding import open_picture
+from jobs.errors import PictureError
 from training.pictures import grid
 from training.sample import DTYPES
 
@@ -57,11 +58,14 @@ def read_picture(path: Path, shape: Sequence[int]) -> Tensor:
     Raises OSError, ValueError.
     """
     c, h, w = shape
-    picture = open_picture(path.read_bytes(), max_pixels=MAX_PIXELS)
-    width, height = picture.size
-    if width > w or height > h:
-        raise ValueError(f"{path}: {width} × {height}: must be {w} × {h}")
-    pixels = np.asarray(picture.decode(c), np.float32).reshape(height, width, c)
+    try:
+        picture = open_picture(path.read_bytes(), max_pixels=MAX_PIXELS)
+        width, height = picture.size
+        if width > w or height > h:
+            raise PictureError(f"{width} × {height}: must be {w} × {h}")
+        pixels = np.asarray(picture.decode(c), np.float32).reshape(height, width, c)
+    except PictureError as error:
+        raise PictureError(f"{path}: {error}") from error
     top, left = (h - height) // 2, (w - width) // 2
     padded = np.pad(pixels, ((top, h - height - top), (left, w - width - left), (0, 0)))
     return torch.from_numpy(padded).permute(2, 0, 1) / GREY_LEVELS - 1

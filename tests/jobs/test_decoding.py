@@ -290,6 +290,14 @@ def test_a_broken_file_is_a_picture_error_and_nothing_else(path: Path) -> None:
     assert refused > 30
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WebP"])
+def test_what_is_cut_off_in_its_header_is_still_of_its_format(format: str) -> None:
+    whole = saved(Image.new("L", (2, 2)), format)
+    with pytest.raises(PictureError, match=f"a {format} that is broken or cut off") as refused:
+        open_picture(whole[:20], max_pixels=4)
+    assert not isinstance(refused.value, PictureMedia)
+
+
 def test_other_media_are_named() -> None:
     with pytest.raises(PictureMedia, match="not a PNG, JPEG or WebP picture"):
         open_picture(saved(Image.new("L", (2, 2)), "GIF"), max_pixels=4)

@@ -149,6 +149,14 @@ def test_they_keep_to_the_cores_they_are_given(
     assert cores.count() == torch.get_num_threads() == 1
 
 
+def test_the_picture_that_is_none_is_named(place: Path, tmp_path: Path) -> None:
+    none = tmp_path / "none.png"
+    none.write_bytes(b"text")
+    given = ["--model", str(place / "tiny"), "--quiet", "--out", str(tmp_path / "x_T.npy")]
+    ran = CliRunner().invoke(encode, [str(place / "whole.png"), str(none), *given])
+    assert ran.exit_code == 1 and f"ddpm encode: {none}: not a PNG" in ran.output
+
+
 def test_few_steps_are_warned_of_in_words(place: Path, tmp_path: Path) -> None:
     diffusion.save(build_model(schedule=ScheduleConfig(T=1000)), tmp_path / "long")
     given = [str(place / "whole.png"), "--model", str(tmp_path / "long"), "--steps", "2", "--quiet"]
