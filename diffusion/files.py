@@ -65,9 +65,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:
-    """A JSON file, whole or not at all."""
+    """A JSON file, whole or not at all. A number that is NaN or infinite, for which JSON has no
+    word, becomes null."""
     temporary = path.with_name(f".{path.name}.tmp")
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    text = json.dumps(finite, indent=2, ensure_ascii=False) + "\n"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from diffusion.term_plan import Plan, full_plan, monte_carlo_plan
 from training.data import Images
 from training.partial import PartialArrays
 
+_BLOCK = 256  # images at once, while nothing is computed
+
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
@@ -32,6 +35,16 @@ class Chosen:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def digest(self) -> str:
+        """SHA-256 of all that numbers of these images depend on: which they are, pixels, labels."""
+        found = hashlib.sha256(self.indices.tobytes())
+        for first in range(0, len(self), _BLOCK):
+            pixels, labels = self.images.batch(torch.from_numpy(self.indices[first:][:_BLOCK]))
+            found.update(pixels.numpy().tobytes())
+            if self.labelled:
+                found.update(labels.numpy().tobytes())
+        return found.hexdigest()
 
     def batch(self, which: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
         """x_0 [B, C, H, W] in [−1, 1] of these of the chosen images, and labels if wanted."""
@@ -130,10 +143,13 @@ def measure(
     """
     table = bound_table(model.schedule)
     plan = plan_for(table, chosen, seed=seed, samples=samples, decoder_draws=decoder_draws)
-    own = {"seed": seed, "samples": samples, "images": len(chosen), "sigmas": list(variances)}
-    at_zero = int((plan.row[0] == 0).sum())
-    if at_zero > 1:  # there is no such entry in what was kept when it was always one
-        own["decoder_draws"] = at_zero
+    own = {
+        "seed": seed,
+        "samples": samples,
+        "decoder_draws": int((plan.row[0] == 0).sum()),
+        "images": chosen.digest(),
+        "sigmas": list(variances),
+    }
     shapes = dict.fromkeys((*variances, "squared_error"), plan.row.shape)
     partial = PartialArrays(path, shapes, key | own)
     left, columns = partial.missing(), plan.row.shape[1]

@@ -85,7 +85,7 @@ def train(
         with warnings_in_words(FewStepsWarning):
             trainer.run()
     except (
-        CheckpointError, CompileError, ConfigError, DataError, DeviceError, StateError
+        CheckpointError, CompileError, ConfigError, DataError, DeviceError, OSError, StateError
     ) as error:  # fmt: skip
         sys.exit(f"ddpm train: {error}")
     if trainer.is_main:

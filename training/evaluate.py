@@ -6,6 +6,7 @@ network call, so that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ def evaluate(options: EvaluateOptions, echo: Callable[[str], None]) -> dict[str,
         "variance": variance,
         "seed": options.seed,
         "features": options.features,
+        "frechet_images": options.frechet_images,
         "dtype": str(dtype).removeprefix("torch."),
         "dtype_cost": None if cost is None else cost.to_dict(),
         "torch": torch.__version__,
@@ -138,11 +140,7 @@ class Run:
         self.splits = options.splits or default_splits(options.data)
         self._loaded: dict[str, Images] = {}
         self.features: Features | None = None
-        self.key = {
-            "digest": model.digest,
-            "data": options.data,
-            "labelled": self.labelled,
-        }
+        self.key = {"digest": model.digest, "labelled": self.labelled}
 
     def use(self, dtype: torch.dtype) -> None:
         """Evaluate in this format from now on."""
@@ -283,8 +281,10 @@ def terms_of(measured: Measured, variance: str) -> dict[str, list[float]]:
 def describe(summary: dict[str, Any], variance: str) -> str:
     """One line of a summary."""
     found = summary[variance]
+    error = found["standard_error"]
+    told = f"{error:.4f}" if math.isfinite(error) else "?"  # of a single image
     return (
-        f"{found['bits_per_dim']:.4f} ± {found['standard_error']:.4f} bits/dim on "
+        f"{found['bits_per_dim']:.4f} ± {told} bits/dim on "
         f"{summary['images']} images (L_T {summary['L_T']:.5f}, L_1..L_T−1 "
         f"{found['L_1_to_T-1']:.4f}, L_0 {found['L_0']:.4f}; σ² {variance})"
     )

@@ -7,6 +7,7 @@ torchmetrics' Inception v3 (2048 features), where its weights can be had.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import cores
+from diffusion.files import digest_of
 from diffusion.model import Model
 from diffusion.noise import Purpose, image_normals
 from diffusion.sampling import chain
@@ -48,6 +50,11 @@ def load_features(name: str, device: torch.device) -> Features:
     except (OSError, RuntimeError, ValueError) as error:
         raise FeatureError(f"features = {name!r}: no TorchScript file: {error}") from error
     return lambda images: script(images)
+
+
+def identity(name: str) -> str:
+    """What the numbers of a feature network depend on: its weights, wherever they lie."""
+    return name if name == "inception" else digest_of([Path(name)])
 
 
 def _inception(device: torch.device) -> Features:
@@ -111,6 +118,8 @@ def sampled(
 ) -> Looked:
     """Features [n, width] of samples 0..n−1, keeping what is done in `path`; labels if wanted."""
     shapes: dict[str, tuple[int, ...]] = {"features": (draw.n, width)}
+    if draw.labels is not None:
+        key = key | {"labels": hashlib.sha256(draw.labels.cpu().numpy().tobytes()).hexdigest()}
     partial = PartialArrays(path, shapes | ({"labels": (draw.n,)} if classified else {}), key)
     left = np.unique(partial.missing() // width)
     bar = tqdm(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from training.bits import Chosen
-from training.features import Draw, Features, Looked, distance, real, sampled
+from training.features import (
+    Draw,
+    FeatureError,
+    Features,
+    Looked,
+    distance,
+    identity,
+    real,
+    sampled,
+)  # fmt: skip
 from training.quality import Quality, Real, Way, aim_of, table, ways
 
 if TYPE_CHECKING:
@@ -19,12 +28,13 @@ if TYPE_CHECKING:
 def frechet(run: Run, split: str, echo: Callable[[str], None]) -> dict[str, Any]:
     """Distance of samples to a split, beside that of as many images of the first split."""
     options, features, name = run.options, run.features, run.options.features
-    assert features is not None  # `check` opened them
+    assert features is not None and name is not None  # `check` opened them
     conditional = run.model.config.network.num_classes > 0
     chosen_of = {
         which: run.chosen(which, options.frechet_images, labelled=conditional)
         for which in dict.fromkeys((run.splits[0], split))
     }
+    _check_enough(chosen_of)
     found = {which: _look(run, features, chosen).features for which, chosen in chosen_of.items()}
     first = chosen_of[run.splits[0]]
     labels = first.batch(np.arange(len(first)))[1]
@@ -37,8 +47,8 @@ def frechet(run: Run, split: str, echo: Callable[[str], None]) -> dict[str, Any]
         width=found[split].shape[1],
         path=options.out / "partial" / "frechet.npz",
         key=run.key
-        | {"features": name, "sampler": options.sampler, "steps": way["steps"]}
-        | {"seed": options.seed, "images": len(first), "labels_of": run.splits[0]},
+        | {"features": identity(name), "sampler": options.sampler, "steps": way["steps"]}
+        | {"seed": options.seed, "images": len(first)},
         batch_size=options.batch_size,
         progress=not options.quiet,
     ).features
@@ -52,6 +62,13 @@ def frechet(run: Run, split: str, echo: Callable[[str], None]) -> dict[str, Any]
     return result
 
 
+def _check_enough(chosen_of: Mapping[str, Chosen]) -> None:
+    """Raise FeatureError for a set too small for a covariance, before anything is drawn."""
+    for which, chosen in chosen_of.items():
+        if len(chosen) < 2:
+            raise FeatureError(f"{which}: {len(chosen)} images: at least 2 are needed")
+
+
 def _look(run: Run, features: Features, chosen: Chosen) -> Looked:
     device, batch_size = run.model.device, run.options.batch_size
     return real(features, chosen, device=device, batch_size=batch_size)
@@ -59,8 +76,8 @@ def _look(run: Run, features: Features, chosen: Chosen) -> Looked:
 
 def quality(run: Run, echo: Callable[[str], None]) -> dict[str, Any]:
     """The table of samplers, spacings and steps: see `training.quality`."""
-    options, features = run.options, run.features
-    assert features is not None  # the command asks for them
+    options, features, name = run.options, run.features, run.options.features
+    assert features is not None and name is not None  # the command asks for them
     conditional = run.model.config.network.num_classes > 0
     first, last = run.splits[0], run.splits[-1]
     others = run.chosen(first, options.quality_images, labelled=conditional)
@@ -70,6 +87,7 @@ def quality(run: Run, echo: Callable[[str], None]) -> dict[str, Any]:
         n = min(options.quality_images, len(all_of_it) // 2)
         others = replace(others, indices=all_of_it.indices[:n])
         chosen = replace(chosen, indices=all_of_it.indices[n:])
+    _check_enough({first: others, last: chosen})
     reference = _look(run, features, chosen)
     judge = Quality(
         run.model,
@@ -79,14 +97,23 @@ def quality(run: Run, echo: Callable[[str], None]) -> dict[str, Any]:
         classifies=reference.labels is not None,
         seed=options.seed,
         folder=options.out / "partial",
-        key=run.key | {"features": options.features, "labels_of": first},
+        key=run.key | {"features": identity(name)},
         batch_size=options.batch_size,
         progress=not options.quiet,
     )
     aim = None
     if options.quality_against is not None:
-        said = {"data": options.data, "seed": options.seed, "features": options.features}
-        aim = aim_of(options.quality_against, said)
+        aim = aim_of(
+            options.quality_against,
+            {
+                "data": options.data,
+                "seed": options.seed,
+                "features": options.features,
+                "frechet_images": options.frechet_images,
+            },
+            splits=run.splits,
+            images=len(others),
+        )
     return table(judge, _cells(run)[aim is not None :], echo, aim=aim)
 
 

@@ -232,8 +232,6 @@ def table(
 
     aim: the one to equal, measured before; else the first.
     """
-    if len(quality.real.others) < 2:
-        raise FeatureError(f"{len(quality.real.others)} images: at least 2 are needed")
     echo(outlook(cells, len(quality.real.others)))
     found = [] if aim is None else [aim]
     for cell in cells:
@@ -246,19 +244,22 @@ def table(
     return {"cells": [dataclasses.asdict(cell) for cell in found], "sampling": default}
 
 
-def aim_of(path: Path, said: dict[str, Any]) -> Cell:
+def aim_of(path: Path, said: dict[str, Any], *, splits: Sequence[str], images: int) -> Cell:
     """The first cell of an earlier table, made with the same data, features and seed.
 
-    said: what its results.json must say. Raises FeatureError, CheckpointError.
+    said: what its results.json must say; splits, images: of which it must be. Raises FeatureError,
+    CheckpointError.
     """
     raw = read_json(path)
-    for name, value in said.items():
-        if raw.get(name) != value:
-            raise FeatureError(f"{path}: {name} = {raw.get(name)!r}, must be {value!r} as here")
     try:
-        return Cell(**raw["quality"]["cells"][0])
+        aim = Cell(**raw["quality"]["cells"][0])
+        found = {**raw, "splits": [*raw["splits"]], "images": aim.images}
     except (KeyError, IndexError, TypeError) as error:
         raise FeatureError(f"{path}: holds no table of `ddpm evaluate --quality`") from error
+    for name, value in {**said, "splits": [*splits], "images": images}.items():
+        if found.get(name) != value:
+            raise FeatureError(f"{path}: {name} = {found.get(name)!r}, must be {value!r} as here")
+    return aim
 
 
 def cheapest(cells: Sequence[Cell]) -> Cell:

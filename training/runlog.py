@@ -19,12 +19,18 @@ class Meter:
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
-        """Forget what was added, start the clock."""
+    def _restart(self) -> None:
         self.losses: list[Tensor] = []
         self.start = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The clock stands while the block runs."""
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
 
     def add(self, loss: Tensor) -> None:
         """Count one step."""
@@ -36,7 +42,7 @@ class Meter:
             return {"loss": float("nan"), "images_s": 0.0}
         loss = float(torch.stack(self.losses).mean())
         rate = len(self.losses) * self.batch_size / (time.perf_counter() - self.start)
-        self.restart()
+        self._restart()
         return {"loss": loss, "images_s": rate}
 
 
@@ -59,7 +65,9 @@ class RunLog:
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            shorter = self.path.with_suffix(".tmp")
+            shorter.write_text("".join(line + "\n" for line in kept))
+            shorter.replace(self.path)
         self.file = self.path.open("a", buffering=1)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

@@ -55,17 +55,22 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], *, step: int) -> None:
     """Write the state after `step` optimizer steps. Raises StateError on a full disk."""
-    fresh, old = folder / "state.new", folder / "state.old"
+    fresh, old, state = folder / "state.new", folder / "state.old", folder / "state"
     try:
+        if find_state(folder) == old:  # the only one there is: it takes its place again
+            shutil.rmtree(state, ignore_errors=True)
+            old.rename(state)
         for stale in (fresh, old):
             shutil.rmtree(stale, ignore_errors=True)
         fresh.mkdir(parents=True)
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, fresh / STATE_FILE)
         (fresh / PROGRESS_FILE).write_text(json.dumps({"step": step}))
-        _sync(fresh / STATE_FILE)
-        if (folder / "state").exists():
-            (folder / "state").rename(old)
-        fresh.rename(folder / "state")
+        for written in (fresh / STATE_FILE, fresh / PROGRESS_FILE, fresh):
+            _sync(written)
+        if state.exists():
+            state.rename(old)
+        fresh.rename(state)
+        _sync(folder)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -80,8 +85,12 @@ def write_failure(folder: Path, error: Exception) -> str:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Have a file, or the names in a folder, on the disk and not only on their way to it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find_state(folder: Path) -> Path | None:

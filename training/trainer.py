@@ -229,9 +229,9 @@ class Trainer:
                     self.save()
                 if config.sample_every and self._due(config.sample_every):
                     self.keeper.check(self.step)
-                    if self.is_main:
-                        self.save_samples(log)
-                    meter.restart()
+                    with meter.paused():
+                        if self.is_main:
+                            self.save_samples(log)
         self.save()
         self.accelerator.end_training()
 
@@ -279,14 +279,15 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         for group in optimizer.param_groups:
             group["lr"] = rate
-        micro, first = self._micro(), self._first()
+        micro = self._micro()
         total = torch.zeros((), device=self.device)
         norm = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
-            batch = self.batches.at(first + part * micro * accelerator.num_processes, micro)
+            first = self._first(part)
+            batch = self.batches.at(first, micro)
             if self._recorded:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with accelerator.accumulate(network), self._dropout(first + part):
+            with accelerator.accumulate(network), self._dropout(first):
                 loss = self._backward(network, batch)
                 if accelerator.sync_gradients:
                     if self.dealt is not None and accelerator.num_processes > 1:
@@ -330,10 +331,12 @@ class Trainer:
         parts = self.config.accumulate * self.accelerator.num_processes
         return self.config.batch_size // int(parts)
 
-    def _first(self) -> int:
-        """Position of this process' first image of the next step."""
-        done = self.step * self.config.batch_size
-        return done + int(self.accelerator.process_index) * self._micro()
+    def _first(self, part: int = 0) -> int:
+        """Position of this process' first image of a pass of the next step: the processes share a
+        pass, one after the other."""
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        passes = part * int(processes) + int(index)
+        return self.step * self.config.batch_size + passes * self._micro()
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or (self.step == self.config.steps)

@@ -23,7 +23,7 @@ from diffusion.model import Model
 from diffusion.noise import Purpose, image_normals
 from diffusion.table import SamplerError, SamplerTable, stepping
 from diffusion.tuned import Tuned, read_tuned, write_tuned
-from training.partial import PartialArrays
+from training.partial import PartialArrays, PartialError
 from training.tune import Options, Pairs, Tuner, best_fixed, run
 
 SEED = 2**40  # of the x_T: none that people draw
@@ -65,7 +65,7 @@ def tune(options: TuneOptions, echo: Callable[[str], None]) -> Path:
     pairs = _pairs(model, options, weights)
     learn, held = pairs.part(slice(options.pairs)), pairs.part(slice(options.pairs, None))
     for rows in options.evaluations:
-        tuned = _learn(model, rows, learn, held, options)
+        tuned = _learn(model, rows, learn, held, options, weights)
         tables = read_tuned(options.model, weights=weights) | {rows: tuned}
         write_tuned(tables.values(), options.model, weights=weights)
         echo(_told(tuned))
@@ -113,13 +113,19 @@ def _labels(model: Model, n: int) -> Tensor | None:
     return torch.arange(n, device=model.device) % (network.num_classes + network.null_class)
 
 
-def _learn(model: Model, rows: int, learn: Pairs, held: Pairs, options: TuneOptions) -> Tuned:
+def _learn(
+    model: Model, rows: int, learn: Pairs, held: Pairs, options: TuneOptions, weights: str
+) -> Tuned:
     path = options.out / f"{rows}.pt"
-    state: dict[str, Any] = torch.load(path, weights_only=True) if path.exists() else {}
+    key = {
+        "weights": weights, "pairs": len(learn), "held": len(held),
+        "teacher_steps": options.teacher_steps, **asdict(options.learning),
+    }  # fmt: skip
+    state = _kept(path, key)
     if not state:
         table, name, error = best_fixed(model, rows, held)
-        state = {"fixed": name, "fixed_rmse": error, "table": _numbers(table)}
-        torch.save(state, path)
+        state = {"key": key, "fixed": name, "fixed_rmse": error, "table": _numbers(table)}
+        _save(state, path)
     tuner = Tuner(model, _table(state["table"]), learn, held, options.learning)
     if "tuner" in state:
         tuner.restore(state["tuner"])
@@ -141,6 +147,24 @@ def _learn(model: Model, rows: int, learn: Pairs, held: Pairs, options: TuneOpti
         "teacher_steps": options.teacher_steps, "held": len(held), **asdict(options.learning),
     }  # fmt: skip
     return Tuned(tuner.best.times, tuner.best.rows, tuner.best.clip, figures)
+
+
+def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run of the same options left; empty where none was. Raises PartialError."""
+    if not path.exists():
+        return {}
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        made = state["key"]
+    except Exception as error:  # torch.load lets out whatever it stumbles over
+        raise PartialError(f"{path}: cannot be read: {error}; remove it") from error
+    for name, value in key.items():
+        if made.get(name) != value:
+            raise PartialError(
+                f"{path}: was learned with {name} = {made.get(name)!r}, not {value!r}; choose "
+                "another --out or remove it"
+            )
+    return state
 
 
 def _save(state: dict[str, Any], path: Path) -> None:

@@ -217,6 +217,17 @@ def test_partial_results_of_another_run_are_refused(
         evaluate, [str(model_folder), str(data), "--out", str(out), "--seed", "9", *options]
     )
     assert result.exit_code == 1 and "another evaluation" in result.output
+    again = [str(model_folder), str(data), "--out", str(out), "--dtype", "fp32", *options]
+    assert CliRunner().invoke(evaluate, again).exit_code == 0
+    for changed in ("--fit", "a picture"):  # the same data set by name, and other images
+        if changed == "--fit":
+            result = CliRunner().invoke(evaluate, [*again, "--fit", "resize"])
+        else:
+            Image.new("L", (6, 6)).save(data / "test" / "c0" / "0.png")
+            for path in (data / "test").glob("*/*.png"):
+                Image.new("L", (6, 6), 9).save(path)
+            result = CliRunner().invoke(evaluate, again)
+        assert result.exit_code == 1 and "another evaluation" in result.output, changed
     (tmp_path / "broken.npz").write_bytes(b"no zip")
     with pytest.raises(PartialError, match="cannot be read"):
         PartialArrays(tmp_path / "broken.npz", {"a": (2,)}, {})
@@ -286,6 +297,18 @@ def test_bad_options_are_named(
     arguments = [str(model_folder), str(data), "--out", str(tmp_path / "o"), "--pictures", "0"]
     result = CliRunner().invoke(evaluate, [*arguments, "--quiet", *options])
     assert result.exit_code == 1 and message in result.output
+
+
+def test_a_single_image_has_no_error_and_its_results_are_json(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    def refused(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    printed = invoke(model_folder, data, tmp_path / "o", "--images", "1", "--pictures", "1")
+    assert " ± ? bits/dim on 1 images" in printed
+    results = json.loads((tmp_path / "o" / "results.json").read_text(), parse_constant=refused)
+    assert results["splits"]["test"]["full"]["small"]["standard_error"] is None
 
 
 def test_a_seed_is_none_below_zero(model_folder: Path, data: Path) -> None:

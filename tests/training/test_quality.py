@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 import diffusion
 from diffusion.schedule import ScheduleConfig
-from tests.diffusion.networks import build_model
+from tests.diffusion.networks import TINY, build_model
 from training.evaluate_command import evaluate
 from training.quality import WORTH, Cell, Real, cheapest, outlook, ways
 
@@ -115,6 +116,48 @@ def test_a_table_beside_an_earlier_one_draws_its_aim_no_more(place: Path) -> Non
         evaluate, [*other, "--splits", "train,test", "--images", "0", "--seed", "1"]
     )
     assert result.exit_code == 1 and "seed = 0, must be 1 as here" in result.output
+    for options, message in (
+        (("--quality-images", "6"), "images = 12, must be 6 as here"),
+        (("--frechet-images", "5"), "frechet_images = 10000, must be 5 as here"),
+        (("--splits", "test,train"), "splits = ['train', 'test'], must be ['test', 'train']"),
+    ):
+        given = [*other, "--splits", "train,test", "--quality-images", "12", *options]
+        result = CliRunner().invoke(evaluate, [*given, "--images", "0"])
+        assert result.exit_code == 1 and message in result.output, result.output
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_set_of_one_picture_is_refused_before_anything_is_drawn(place: Path) -> None:
+    unlabelled = replace(TINY, num_classes=0, null_class=False)
+    diffusion.save(build_model(unlabelled, schedule=ScheduleConfig(T=T)), place / "plain")
+    for split, count in (("train", 3), ("test", 1)):
+        (place / "loose" / split).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), i).save(place / "loose" / split / f"{i}.png")
+    for options in (("--quality",), ()):
+        given = [str(place / "plain"), str(place / "loose"), "--splits", "train,test", "--quiet"]
+        given += ["--features", str(place / "judge.pt"), "--images", "0", *options]
+        result = CliRunner().invoke(evaluate, [*given, "--out", str(place / "one")])
+        assert result.exit_code == 1
+        assert "test: 1 images: at least 2 are needed" in result.output
+        assert not [*(place / "one").glob("partial/*")]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_what_another_network_saw_is_not_taken(place: Path) -> None:
+    judge = ("--features", str(place / "judge.pt"), "--quality-steps", "2")
+    invoke(place, *judge)
+    torch.jit.script(Features()).save(str(place / "judge.pt"))
+    arguments = [
+        str(place / "model"),
+        str(place / "data"),
+        "--out",
+        str(place / "out"),
+        "--quality",
+    ]
+    arguments += ["--splits", "train,test", "--images", "0", "--quality-images", "12", *judge]
+    result = CliRunner().invoke(evaluate, arguments)
+    assert result.exit_code == 1 and "another evaluation" in result.output
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
@@ -132,7 +175,7 @@ def test_a_table_needs_a_network(place: Path) -> None:
     assert result.exit_code == 1 and "--quality: needs --features" in result.output
     arguments += ["--features", "x.pt", "--quality-steps", "5,ten"]
     result = CliRunner().invoke(evaluate, arguments)
-    assert result.exit_code == 1 and "--quality-steps: invalid literal" in result.output
+    assert result.exit_code == 1 and "--quality-steps 'ten'" in result.output
 
 
 def test_the_ratio_of_equals_is_one_within_its_error() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ import diffusion
 from training.commands import train
 from training.config import OptimizerConfig, load_config
 from training.ema import EMA
-from training.state import StateError
+from training.runlog import Meter, RunLog
+from training.state import StateError, find_state, save_state
 from training.trainer import Trainer, learning_rate
 
 
@@ -355,6 +357,57 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
         assert same(before, state(small_disk / "run"))
     finally:
         subprocess.run(["umount", "--lazy", str(small_disk)], check=True)
+
+
+def test_the_only_state_outlives_a_full_disk(
+    config_file: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    """That a kill between the two renames left as state.old."""
+    run = small_disk / "run"
+    try:
+        trainer = Trainer(load_config(config_file), run)
+        trainer.save()
+        before = state(run)
+        (run / "state").rename(run / "state.old")
+        (small_disk / "filler").write_bytes(b"0" * (os.statvfs(small_disk).f_bavail * 4096 - 8192))
+        with pytest.raises(StateError, match="the disk is full; the previous one is kept"):
+            save_state(run, before, step=1)
+        assert find_state(run) == run / "state" and same(before, state(run))
+    finally:
+        subprocess.run(["umount", "--lazy", str(small_disk)], check=True)
+
+
+def test_a_log_is_shortened_whole_or_not_at_all(tmp_path: Path, small_disk: Path) -> None:
+    log = small_disk / "metrics.jsonl"
+    lines = "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(5000))
+    try:
+        log.write_text(lines)
+        (small_disk / "filler").write_bytes(b"0" * os.statvfs(small_disk).f_bavail * 4096)
+        with pytest.raises(OSError, match="No space left"):
+            RunLog(small_disk, 4000)
+        assert log.read_text() == lines
+    finally:
+        subprocess.run(["umount", "--lazy", str(small_disk)], check=True)
+
+
+def test_the_loss_is_the_mean_since_the_last_reading_whatever_paused_the_clock() -> None:
+    meter = Meter(batch_size=1)
+    for step in range(4):
+        meter.add(torch.tensor(float(step)))
+        if step == 1:
+            with meter.paused():
+                time.sleep(0.2)
+    values = meter.read()
+    assert values["loss"] == 1.5 and values["images_s"] > 4 / 0.2
+
+
+def test_passes_of_all_processes_are_of_different_images(config_file: Path, tmp_path: Path) -> None:
+    trainer = Trainer(load_config(config_file, ["batch_size=16", "accumulate=4"]), tmp_path / "r")
+    starts = []
+    for process in range(2):
+        trainer.accelerator = SimpleNamespace(num_processes=2, process_index=process)
+        starts += [trainer._first(part) for part in range(4)]
+    assert sorted(starts) == [*range(0, 16, 2)] and trainer._micro() == 2
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from diffusion.table import SamplerError
 from diffusion.tuned import TUNED_NAME
 from tests.diffusion.networks import TINY, build_model
 from training.commands import numbers_of
+from training.partial import PartialError
 from training.tune import Options, Pairs, Student, Tuner, run
 from training.tune_command import tune as command
 from training.tune_run import TuneOptions, tune
@@ -82,6 +83,22 @@ def test_what_is_tuned_is_nearer_and_is_a_sampler_of_the_model(
     assert not diffusion.load(tmp_path / "other").tuned
     with pytest.raises(SamplerError, match="this model has no tuned tables"):
         diffusion.sample(other, 1, sampler="tuned")
+
+
+def test_what_was_learned_otherwise_is_not_taken_for_this(folder: Path, tmp_path: Path) -> None:
+    short = replace(options(folder, tmp_path), learning=Options(iterations=2, batch=8))
+    tune(short, lambda _: None)
+    for changed, message in (
+        ({"learning": Options(iterations=2, batch=8, radius=0.9)}, "radius = 0.05, not 0.9"),
+        ({"learning": Options(iterations=4, batch=8)}, "iterations = 2, not 4"),
+        ({"pairs": 8, "held": 16}, "pairs = 16, not 8"),
+    ):
+        with pytest.raises(PartialError, match=message):
+            tune(replace(short, **changed), lambda _: None)  # type: ignore[arg-type]
+    kept = tmp_path / "3.pt"
+    kept.write_bytes(kept.read_bytes()[:1000])
+    with pytest.raises(PartialError, match=r"3\.pt: cannot be read: .*; remove it"):
+        tune(short, lambda _: None)
 
 
 @pytest.mark.slow
