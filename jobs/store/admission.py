@@ -37,6 +37,7 @@ class Admission:
 
     def __init__(self, store: JobStore) -> None:
         self._redis = store.redis
+        self._store = store
         self._settings = store.settings
         self._queues = Queues(store.redis)
 
@@ -60,16 +61,21 @@ class Admission:
         for order in orders:
             self._queues.get(order.card.queue)  # asks for the server's version the first time
         with self._redis.pipeline() as pipe:
-            for _ in range(_ATTEMPTS):
+            for attempt in range(_ATTEMPTS):
                 try:
-                    return self._try(orders, pipe)
-                except redis.WatchError:
+                    return self._try(orders, pipe, again=attempt > 0)
+                except redis.WatchError:  # redis-py's word for a lost answer too
                     pipe.reset()
         return [Refused("queue_full", "too many requests at once", 1) for _ in orders]
 
-    def _try(self, orders: Sequence[Order], pipe: Any) -> list[Outcome]:
+    def _try(self, orders: Sequence[Order], pipe: Any, *, again: bool) -> list[Outcome]:
         idem_keys = [_key_of(order) for order in orders]
         pipe.watch(keys.ADMISSIONS, *(key for key in idem_keys if key))
+        # An EXEC whose answer came too late was carried out, or is about to be: the watch tells.
+        if again and (there := self._there(orders)):
+            left = [order for order in orders if order.job_id not in there]
+            others = iter(self._try(left, pipe, again=False) if left else [])
+            return [there.get(order.job_id) or next(others) for order in orders]
         known = self._known(idem_keys)
         room = Room(self._redis, self._settings, orders)
         pipe.multi()
@@ -86,6 +92,16 @@ class Admission:
             before, ahead = replies[at]
             outcomes[number] = replace(admitted, queue_position=before, ahead=ahead)
         return outcomes
+
+    def _there(self, orders: Sequence[Order]) -> dict[str, Admitted]:
+        """Those that an earlier try has taken in; what is before them is not known any more."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for order in orders:
+                pipe.exists(keys.job(order.job_id))
+            found = pipe.execute()
+        ids = [order.job_id for order, there in zip(orders, found, strict=True) if there]
+        records = [record for job_id in ids if (record := self._store.record(job_id))]
+        return {r.id: Admitted(r.id, replayed=False, record=r, ahead=r.work) for r in records}
 
     def _known(self, idem_keys: Sequence[str]) -> dict[str, Made]:
         asked = [key for key in idem_keys if key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.cards import ModelCard, schedule_tables
@@ -29,7 +29,8 @@ class Idempotency:
 class Order:
     """A checked and filled request that asks for admission.
 
-    client: who asks (for the quota). inputs: uploaded images, uint8 [N,H,W,C] bytes, or
+    job_id: of the job that it becomes, however often it has to be tried. client: who asks (for the
+    quota). inputs: uploaded images, uint8 [N,H,W,C] bytes, or
     an x_t, float32 [C,H,W] bytes. request_id: of the HTTP request that it came with.
     """
 
@@ -40,6 +41,7 @@ class Order:
     inputs: bytes = b""
     idempotency: Idempotency | None = None
     request_id: str = ""
+    job_id: str = field(default_factory=new_id)
 
     @property
     def bytes(self) -> int:
@@ -77,7 +79,7 @@ def new_record(order: Order, position: int, settings: Settings) -> JobRecord:
     """The record of a job that is taken in now; position: as in JobRecord."""
     spec, plan, card = order.spec, order.plan, order.card
     return JobRecord(
-        id=new_id(),
+        id=order.job_id,
         status=Status.QUEUED,
         spec=spec,
         model=card.name,

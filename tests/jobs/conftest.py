@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,6 +43,24 @@ def store(settings: Settings) -> Iterator[JobStore]:
     store.publish_card(CARD)
     yield store
     store.redis.close()
+
+
+@pytest.fixture
+def stall(store: JobStore) -> Iterator[Callable[[], None]]:
+    """Stop Redis for longer than the store waits for an answer. What was sent to it meanwhile is
+    carried out when it goes on."""
+    store.redis.connection_pool.connection_kwargs["socket_timeout"] = 0.5
+    store.redis.connection_pool.disconnect()
+    process, going_on = int(store.redis.info("server")["process_id"]), []
+
+    def stop() -> None:
+        os.kill(process, signal.SIGSTOP)
+        going_on.append(threading.Timer(1.2, lambda: os.kill(process, signal.SIGCONT)))
+        going_on[-1].start()
+
+    yield stop
+    for timer in going_on:
+        timer.join()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -11,9 +12,10 @@ from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
 from jobs.settings import Settings
 from jobs.store import keys
-from jobs.store.admission import Admission, Idempotency, Order
+from jobs.store.admission import Admission, Admitted, Idempotency, Order
 from jobs.store.janitor import Janitor
 from jobs.store.records import new_id
+from jobs.store.room import Room
 from jobs.store.writer import JobStore
 
 Submit = Callable[..., str]
@@ -59,6 +61,31 @@ def test_one_key_makes_one_job_between_processes(
 ) -> None:
     results = compete(settings, card, [*["k"] * 6, *["other"] * 6])
     assert len(set(results)) == 2 and store.redis.llen("rq:queue:ddpm") == 2
+
+
+def test_a_stall_of_redis_makes_no_second_job(
+    store: JobStore, card: ModelCard, stall: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to EXEC is lost and what it says is done: redis-py calls that a watched key that
+    changed, and the transaction is tried again."""
+    stalls = [stall]
+
+    class Stalled(Room):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            if stalls:
+                stalls.pop()()
+
+    monkeypatch.setattr("jobs.store.admission.Room", Stalled)
+    spec, plan = admit(GenerateSpec(steps=10), card, store.settings)
+    orders = [Order(spec=spec, plan=plan, card=card, client="me") for _ in range(3)]
+    admitted = Admission(store).admit_all(orders)
+    ids = [order.job_id for order in orders]
+    assert [one.job_id for one in admitted if isinstance(one, Admitted)] == ids
+    assert all(one.record is not None for one in admitted if isinstance(one, Admitted))
+    assert store.redis.zrange(keys.JOBS, 0, -1) == [job_id.encode() for job_id in ids]
+    assert len(store.redis.lrange("rq:queue:ddpm", 0, -1)) == 3
+    assert store.redis.hget(keys.CLIENTS, "me") == b"30"
 
 
 def test_a_client_has_its_own_keys(store: JobStore, submit: Submit) -> None:

@@ -67,7 +67,9 @@ def test_a_job_from_admission_to_success(store: JobStore, submit: Submit) -> Non
     assert names(store, job_id) == [
         "status", "status", "progress", "snapshot", "image", "image", "status", "done",
     ]  # fmt: skip
-    assert not store.succeed(job_id, "e1")
+    assert store.succeed(job_id, "e1")  # said again, as when the answer is lost; nothing changes
+    assert not store.succeed(job_id, "e2")
+    assert not store.canceled(job_id, "e1")
 
 
 def test_a_fenced_worker_writes_nothing(store: JobStore, submit: Submit) -> None:
@@ -373,3 +375,16 @@ def test_a_job_that_expires_under_the_hands_of_rq_is_gone(
 
     monkeypatch.setattr(Queues, "_fetch", fetch_and_expire)
     act(Queues(store.redis), submit())
+
+
+def test_an_end_whose_answer_is_lost_is_told_as_it_is(
+    store: JobStore, submit: Submit, stall: Callable[[], None]
+) -> None:
+    job_id = submit(steps=10)
+    store.start(job_id, "e1", worker="w", digest="d")
+    assert not store.succeed(job_id, "none")  # the script is known from now on
+    stall()
+    assert store.succeed(job_id, "e1")
+    record = store.record(job_id)
+    assert record is not None and record.status is Status.SUCCEEDED
+    assert names(store, job_id).count("done") == 1
