@@ -37,7 +37,7 @@ class Previews:
         found: dict[str, str] = {}
         waited: set[asyncio.Task[dict[str, str]]] = set()
         missing = []
-        for field in fields:
+        for field in dict.fromkeys(fields):  # a step that is made again tells its picture again
             key = (record.id, field, px)
             if key in self._kept:
                 self._kept.move_to_end(key)

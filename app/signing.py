@@ -52,7 +52,7 @@ def signer_of(scope: Scope, keys: Mapping[bytes, str]) -> str | None:
         for digest, its in keys.items()
         if its == name
         and hmac.compare_digest(
-            _signature(path, expires, name, digest).encode(), given["signature"].encode()
+            _signature(path, expires, name, digest).encode(), given.get("signature", "").encode()
         )
     ]
     return name if found else None

@@ -83,7 +83,12 @@ class Courier:
         self._queue = queue
         self._reader = reader
         self._metrics = metrics
-        self._client = httpx.AsyncClient(timeout=settings.webhook_timeout_s, trust_env=False)
+        # Connections are kept by address, and a certificate was checked for one name alone.
+        self._client = httpx.AsyncClient(
+            timeout=settings.webhook_timeout_s,
+            trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
 
     async def close(self) -> None:
         """Close the connections."""

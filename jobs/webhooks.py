@@ -23,6 +23,12 @@ if #due == 0 then return {} end
 redis.call('ZADD', KEYS[1], ARGV[1] + ARGV[2], due[1])
 return {due[1], redis.call('HINCRBY', KEYS[2], due[1], 1)}
 """
+# The same, and the seconds until the next attempt: what was purged meanwhile stays so.
+_PUT_BACK = """
+if not redis.call('ZSCORE', KEYS[1], ARGV[3]) then return end
+redis.call('ZADD', KEYS[1], ARGV[1] + ARGV[2], ARGV[3])
+redis.call('HINCRBY', KEYS[2], ARGV[3], -1)
+"""
 
 
 class Claim(NamedTuple):
@@ -38,6 +44,7 @@ class WebhookQueue:
     def __init__(self, connection: aioredis.Redis) -> None:
         self._redis: Any = connection
         self._claim: Any = connection.register_script(_CLAIM)
+        self._put_back: Any = connection.register_script(_PUT_BACK)
 
     async def claim(self) -> Claim | None:
         """The next webhook that is due, or None."""
@@ -55,10 +62,9 @@ class WebhookQueue:
 
     async def put_back(self, claim: Claim, seconds: float) -> None:
         """It was not tried: due again after so long, and no attempt counted."""
-        async with self._redis.pipeline() as pipe:
-            pipe.zadd(keys.WEBHOOKS, {claim.job_id: time.time() + seconds}, xx=True)
-            pipe.hincrby(keys.WEBHOOK_ATTEMPTS, claim.job_id, -1)
-            await pipe.execute()
+        await self._put_back(
+            keys=[keys.WEBHOOKS, keys.WEBHOOK_ATTEMPTS], args=[time.time(), seconds, claim.job_id]
+        )
 
     async def postpone(self, claim: Claim, seconds: float | None = None) -> bool:
         """Try again later. False: that was the last attempt, and it is given up."""

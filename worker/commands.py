@@ -38,7 +38,7 @@ WORKER_NICENESS = 2
 )
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1, …; default: a GPU if there is.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the network.")
-@click.option("--name", default="", help="Name of this worker; must be unique.")
+@click.option("--name", default="", help="How the name of this worker begins.")
 @click.option("--verbose", is_flag=True, help="Log every job.")
 def worker(
     names: tuple[str, ...],

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import suppress
 
+import redis
 from rq import Retry, get_current_job
 
 from diffusion.device import pick_device
@@ -39,17 +41,21 @@ def run_job(job_id: str) -> Retry | None:
     names = () if record is None else (record.model,)
     folder = ModelFolder(settings.models, queue=settings.queue, device=pick_device(), names=names)
     runtime = Runtime(settings, store, folder, threads=False)
+    worker = ""
     try:
         runtime.start()
         execution = _execution_id()
-        while (begun := runtime.begin(job_id, execution, "rq")) is None:
+        # Named by what it runs: one that goes on itself is not blamed for a death, and of stock
+        # workers nothing else is known that tells one from the next.
+        worker = f"rq.{execution}"
+        while (begun := runtime.begin(job_id, execution, worker)) is None:
             time.sleep(SHORTEST_S)
         error: BaseException | None = None
         if isinstance(begun, Flight):
             outcome = runtime.run_to_end(begun)
             begun, error = outcome.ending, outcome.error
         if begun is Ending.LOST:
-            store.returned(job_id, execution, worker="rq")
+            store.returned(job_id, execution, worker=worker)
             record = store.record(job_id)
             if record is not None and record.status in ACTIVE:
                 return Retry(max=_FOR_EVER)
@@ -61,6 +67,8 @@ def run_job(job_id: str) -> Retry | None:
             raise JobFailed(str(error or "see the job's record"))
     finally:
         runtime.close()
+        with suppress(redis.RedisError):
+            store.goodbye(worker)
         store.redis.close()
     return None
 

@@ -66,9 +66,12 @@ class Child:
 
     def last_words(self) -> str:
         """Where its log is, and the last lines that this process wrote there."""
-        with self.log.open("rb") as log:
-            log.seek(self._words_at)
-            lines = log.read().decode(errors="replace").strip().splitlines()[-_TAIL:]
+        try:
+            with self.log.open("rb") as log:
+                log.seek(self._words_at)
+                lines = log.read().decode(errors="replace").strip().splitlines()[-_TAIL:]
+        except OSError as error:  # somebody has cleared it away
+            return f"its log cannot be read: {error}"
         return "\n  ".join([f"see {self.log}", *lines])
 
     def turn_log(self) -> None:
@@ -104,17 +107,24 @@ def rotate(log: Path) -> bool:
     """Turn a log that has grown beyond LOG_BYTES; the OLD_LOGS last ones are kept.
 
     Copied and then emptied, since a process that lives holds the file open: it appends, so it
-    goes on at the new beginning. A line written between the two steps is lost.
+    goes on at the new beginning. A line written between the two steps is lost; on a full disk, all
+    of them are. Nothing that is wrong with a log ends what it is of.
     """
-    if not log.exists() or log.stat().st_size < LOG_BYTES:
+    try:
+        if log.stat().st_size < LOG_BYTES:
+            return False
+        old = [log.with_name(f"{log.name}.{i}") for i in range(1, OLD_LOGS + 1)]
+        for newer, older in reversed(list(itertools.pairwise(old))):
+            if newer.exists():
+                newer.replace(older)
+        try:
+            shutil.copyfile(log, old[0])
+        except OSError:
+            old[0].unlink(missing_ok=True)
+        with log.open("r+b") as file:
+            file.truncate()
+    except OSError:
         return False
-    old = [log.with_name(f"{log.name}.{i}") for i in range(1, OLD_LOGS + 1)]
-    for newer, older in reversed(list(itertools.pairwise(old))):
-        if newer.exists():
-            newer.replace(older)
-    shutil.copyfile(log, old[0])
-    with log.open("r+b") as file:
-        file.truncate()
     return True
 
 

@@ -97,9 +97,10 @@ class EventHub:
             try:
                 reply = await self._blocked.xread(asked, count=_PAGE, block=BLOCK_MS)
             except RedisError as error:
-                if is_data_fault(error):
-                    await self._drop_strangers(asked)
                 log.warning("event reader: %s; trying again", error)
+                if is_data_fault(error):
+                    with contextlib.suppress(RedisError):
+                        await self._drop_strangers(asked)
                 await asyncio.sleep(0.5)
                 continue
             for stream, entries in reply or ():
@@ -138,7 +139,7 @@ class EventHub:
                 if follower.lagging:
                     follower.lagging = False
                     entries = await self.read(job_id, last)
-                    follower.lagging = len(entries) == _PAGE
+                    follower.lagging |= len(entries) == _PAGE  # or it fell behind meanwhile
                 if entries:
                     last = entries[-1].id
                     yield entries

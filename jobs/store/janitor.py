@@ -141,10 +141,12 @@ class Janitor:
         """Drop workers long unheard of. A model's newest rate stays: an estimate is better
         than none."""
         limit = time.time() - _WORKER_FORGET_S
-        gone = [info.name for info in self._store.workers() if info.at < limit]
+        known = self._store.workers()
+        gone = [info.name for info in known if info.at < limit]
         if gone:
             for of_workers in (keys.WORKERS, keys.SLOTS, keys.BEGUN):
                 self._redis.hdel(of_workers, *gone)
+        self._forget_begun({info.name for info in known})
         for model in self._store.cards():
             entries: Any = self._redis.hgetall(keys.rates(model))
             # An entry that cannot be read is no measurement: the oldest of all.
@@ -152,6 +154,15 @@ class Janitor:
             stale = [name for name in sorted(ages, key=ages.__getitem__)[:-1] if ages[name] < limit]
             if stale:
                 self._redis.hdel(keys.rates(model), *stale)
+
+    def _forget_begun(self, known: set[str]) -> None:
+        """What stock workers began that died: they send no heartbeat, and go by the job's end."""
+        begun: Any = self._redis.hgetall(keys.BEGUN)
+        for name, job_id in begun.items():
+            if text(name) not in known:
+                record = self._store.record(text(job_id))
+                if record is None or record.status not in ACTIVE:
+                    self._redis.hdel(keys.BEGUN, name)
 
     def _queue_names(self) -> list[str]:
         members: Any = self._redis.smembers(keys.QUEUES)

@@ -231,6 +231,20 @@ def test_pictures_inside_events(client: httpx.Client, worker: Worker) -> None:
     assert sizes(inline="true") == {"snapshot": (32, 32), "image": (32, 32)}
 
 
+def test_a_step_that_is_made_again_ends_no_stream(client: httpx.Client, worker: Worker) -> None:
+    """As when a worker dies after its last checkpoint: what was told is told once more."""
+    job_id = submit(client, steps=2, snapshots={"every": 1})
+    started = worker.start(job_id)
+    for _ in range(2):
+        worker.snapshot(started, 1000)
+    worker.image(started)
+    worker.store.succeed(job_id, "e")
+    with stream(client, job_id, None, inline="true") as reply:
+        events = [event for event in read(reply.iter_lines()) if event.name in ("snapshot", "done")]
+    assert [event.name for event in events] == ["snapshot", "snapshot", "done"]
+    assert events[0].data["png"] == events[1].data["png"] is not None
+
+
 @pytest.mark.parametrize("ask", [True, False])
 def test_only_who_asked_cancels_by_leaving(client: httpx.Client, ask: bool) -> None:
     job_id = submit(client)

@@ -58,6 +58,22 @@ def test_a_long_log_is_turned_while_its_process_writes(
     assert child.last_words().endswith("1999")
 
 
+def test_a_log_that_is_gone_or_cannot_be_turned_ends_nothing(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    log = small_disk / "it.log"
+    child = python("pass", log)
+    child.wait(60)
+    with log.open("ab") as file:
+        file.truncate(children.LOG_BYTES)  # large, of no blocks
+    (small_disk / "filler").write_bytes(b"0" * os.statvfs(small_disk).f_bavail * 4096)
+    child.turn_log()
+    assert log.stat().st_size == 0 and not log.with_name("it.log.1").exists()
+    log.unlink()
+    child.turn_log()
+    assert "its log cannot be read" in child.epitaph()
+
+
 def test_a_short_log_stays(tmp_path: Path) -> None:
     log = tmp_path / "it.log"
     assert not rotate(log)

@@ -19,8 +19,9 @@ import pytest
 from app.addresses import AddressRefused, checked_address, is_public
 from app.webhooks import signing_key
 from jobs.store import keys
+from jobs.store.connections import connect_async
 from jobs.store.writer import JobStore
-from jobs.webhooks import DELAYS_S
+from jobs.webhooks import DELAYS_S, Claim, WebhookQueue
 from tests.app.conftest import Worker, until
 
 KEY = b"0123456789abcdef01234567"
@@ -37,14 +38,18 @@ class Receiver:
 
     def __init__(self) -> None:
         self.got: list[Received] = []
+        self.connections: set[tuple[str, int]] = set()
         self.statuses: list[int] = []
         self.retry_after = "0"
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # which keeps connections
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 receiver.got.append(Received(self.headers, body))
+                receiver.connections.add(self.client_address)
                 self.send_response(receiver.statuses.pop(0) if receiver.statuses else 200)
                 self.send_header("retry-after", receiver.retry_after)
                 self.send_header("content-length", "0")
@@ -84,6 +89,8 @@ def test_a_signed_webhook_at_the_end(
     receiver.wait(3)
     ids = {received.headers["webhook-id"] for received in receiver.got}
     assert ids == {f"msg_{job_id}"}
+    # The certificate of one name proves nothing of another at the same address.
+    assert len(receiver.connections) == 3
     headers, body = receiver.got[-1]
     signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
     expected = base64.b64encode(hmac.new(KEY, signed, hashlib.sha256).digest()).decode()
@@ -292,3 +299,13 @@ def test_a_receiver_of_many_names_holds_half_of_the_couriers(
     tell(receiver.url.replace("127.0.0.1", "127.0.0.2"))
     receiver.wait(1)
     assert dripping.most_at_once == 8
+
+
+def test_what_was_purged_meanwhile_is_not_put_back(store: JobStore) -> None:
+    async def put_back() -> None:
+        connection = connect_async(store.settings)
+        await WebhookQueue(connection).put_back(Claim("gone", 1), 5)
+        await connection.aclose()
+
+    asyncio.run(put_back())
+    assert not store.redis.exists(keys.WEBHOOKS, keys.WEBHOOK_ATTEMPTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from rq.serializers import JSONSerializer
 
 from jobs.states import ACTIVE, Status
 from jobs.store import keys
+from jobs.store.janitor import Janitor
 
 Service = Any  # of conftest.py; tests cannot import it
 
@@ -70,10 +72,10 @@ Runtime.begin = stop_first
 """
 
 
-def find_abandoned(service: Service) -> None:
+def find_abandoned(service: Service, *, seconds: float = 60) -> None:
     """What RQ's cleaners do once the heartbeats of a dead worker have lapsed, at once."""
     registry = StartedJobRegistry("ddpm", connection=service.redis, serializer=JSONSerializer)
-    registry.cleanup(timestamp=time.time() + 60)
+    registry.cleanup(timestamp=time.time() + seconds)
 
 
 def test_a_job_that_kills_workers_fails_alone(service: Service, nursery: Any) -> None:
@@ -95,6 +97,24 @@ def test_a_job_that_kills_workers_fails_alone(service: Service, nursery: Any) ->
     assert deaths == 4  # once with its neighbours, and then alone
     for job_id in before + after:
         assert service.ended(job_id).crashes <= 1
+
+
+def test_a_job_that_kills_stock_workers_fails_too(service: Service) -> None:
+    """They have no names that tell one from the next."""
+    poison = service.admit(steps=50, seed=666)
+    command = ["worker", "--burst", "-S", "rq.serializers.JSONSerializer", "--url", service.url]
+    command += ["-w", "rq.worker.SimpleWorker", "ddpm"]
+    code = f"{POISON}{HASTY}\nfrom rq.cli import main\nmain({command!r})"
+    ends = []
+    while service.record(poison).status in ACTIVE:
+        ends.append(service.run(sys.executable, "-c", code).wait(timeout=60))
+        find_abandoned(service, seconds=600)  # theirs lapse later
+    assert ends == [-signal.SIGKILL] * 3 + [0]
+    fault = service.record(poison).fault
+    assert fault.code == "gave_up", fault
+    assert "3 workers died while they ran this job and no other" in fault.detail
+    Janitor(service.store).forget_workers()
+    assert service.redis.hlen(keys.BEGUN) == 0
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ class WaitingWorker(BaseWorker):
         super().__init__(
             [runtime.settings.queue],
             # Unique: after kill -9 a worker of the same name could not register for minutes.
-            name=name or f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}",
+            name=f"{name or socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}",
             connection=connection,
             serializer=JSONSerializer,
             worker_ttl=WORKER_TTL_S,
