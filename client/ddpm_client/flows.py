@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
@@ -146,8 +146,16 @@ def create(kind: str, request: dict[str, Any], retry: Retry) -> Flow[JobData]:
     return (yield from until_ended(job, left, retry))
 
 
-def until_ended(job: JobData, timeout: float | None, retry: Retry) -> Flow[JobData]:
-    """The job once it has succeeded. Raises JobEnded, or WaitTimeout."""
+def until_ended(
+    job: JobData,
+    timeout: float | None,
+    retry: Retry,
+    heard: Callable[[JobData], None] | None = None,
+) -> Flow[JobData]:
+    """The job once it has succeeded. Raises JobEnded, or WaitTimeout.
+
+    heard: is told how it stands whenever the service says so, however this ends.
+    """
     began = time.monotonic()
     while not job.ended:
         left = None if timeout is None else timeout - (time.monotonic() - began)
@@ -157,6 +165,8 @@ def until_ended(job: JobData, timeout: float | None, retry: Retry) -> Flow[JobDa
         call = Call("GET", job.urls.self, params={"wait": seconds}, wait_s=seconds)
         reply = yield from send(call, retry)
         job = JobData.model_validate_json(reply.content)
+        if heard is not None:
+            heard(job)
     if (error := ended_badly(job)) is not None:
         raise error
     return job

@@ -77,6 +77,9 @@ class Known:
         """The kept states of its chain: their t, index and kind."""
         return self.data.snapshots or []
 
+    def _heard(self, data: JobData) -> None:
+        self.data = data
+
     @property
     def _root(self) -> str:
         return f"/jobs/{self.id}"
@@ -99,8 +102,8 @@ class Job(Known):
 
     def wait(self, timeout: float | None = None) -> Job:
         """Until it has succeeded. Raises JobEnded, or WaitTimeout after so many seconds."""
-        flow = flows.until_ended(self.data, timeout, self._client.retry)
-        self.data = self._client.run(flow)
+        flow = flows.until_ended(self.data, timeout, self._client.retry, self._heard)
+        self._client.run(flow)
         return self
 
     def cancel(self) -> Job:
@@ -187,8 +190,8 @@ class AsyncJob(Known):
 
     async def wait(self, timeout: float | None = None) -> AsyncJob:  # noqa: ASYNC109
         """Until it has succeeded. Raises JobEnded, or WaitTimeout after so many seconds."""
-        flow = flows.until_ended(self.data, timeout, self._client.retry)
-        self.data = await self._client.run(flow)
+        flow = flows.until_ended(self.data, timeout, self._client.retry, self._heard)
+        await self._client.run(flow)
         return self
 
     async def cancel(self) -> AsyncJob:

@@ -64,6 +64,61 @@ class Proxy:
             one.close()
 
 
+class Impostor:
+    """What answers where a service should be, on a new connection each time, as `answers` say.
+
+    answers: whole ones, as bytes; the last is given for ever, and b"" is none: nothing is said, and
+    the connection stays open. asked: the requests, as they came.
+    """
+
+    def __init__(self, answers: list[bytes]) -> None:
+        self.asked: list[str] = []
+        self._answers = answers
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                self._open.append(near)
+                self.asked.append(near.recv(65536).decode())
+                answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+                near.sendall(answer)
+                if answer:
+                    near.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Say nothing any more."""
+        for one in (self._listener, *self._open):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        self._thread.join()
+
+
+def answer(status: str, body: str | bytes, *headers: str, media: str = "application/json") -> bytes:
+    """One of HTTP, whole."""
+    content = body.encode() if isinstance(body, str) else body
+    head = (f"HTTP/1.1 {status}", f"Content-Type: {media}", *headers, "Connection: close")
+    return "\r\n".join((*head, f"Content-Length: {len(content)}", "", "")).encode() + content
+
+
+@pytest.fixture
+def impostor() -> Iterator[Callable[..., Impostor]]:
+    """Make an Impostor of its answers."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*answers: bytes) -> Impostor:
+            one: AbstractContextManager[Impostor] = contextlib.closing(Impostor([*answers]))
+            return stack.enter_context(one)
+
+        yield make
+
+
 @pytest.fixture
 def between() -> Iterator[Callable[[str, list[int]], Proxy]]:
     """Make a Proxy in front of a URL."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -19,11 +20,18 @@ from ddpm_client import AsyncClient, Client
 from ddpm_client.errors import problem_of
 from ddpm_client.flows import Retry
 from tests.app.conftest import Worker, until
-from tests.client.conftest import Proxy
-
-_CLOSE = "\r\nConnection: close\r\n\r\n"
+from tests.client.conftest import Impostor, Proxy, answer
 
 Between = Callable[[str, list[int]], Proxy]
+Impostors = Callable[..., Impostor]
+QUEUES = answer("200 OK", '{"queues": [], "workers": []}')
+
+
+def job_as(status: str, code: str = "200 OK") -> bytes:
+    """An answer that is a job."""
+    urls = {name: f"/jobs/j/{name}" for name in ("self", "events", "cancel")}
+    fixed = {"id": "j", "kind": "generate", "model": "mnist", "request": {}, "urls": urls}
+    return answer(code, json.dumps({**fixed, "status": status, "created_at": "2026-01-01T00:00Z"}))
 
 
 def test_an_answer_that_is_lost_makes_no_second_job(client: httpx.Client, between: Between) -> None:
@@ -95,6 +103,40 @@ def test_a_job_that_fails_says_why(client: httpx.Client) -> None:
     ):
         ours.generate(deadline_s=0.1)
     assert failed.value.code == "deadline_exceeded"
+
+
+def test_a_handle_knows_what_was_heard_while_it_was_waited_for(
+    client: httpx.Client, worker: Worker
+) -> None:
+    with Client(str(client.base_url)) as ours:
+        job = ours.generate(wait=False)
+        worker.start(job.id)
+        with pytest.raises(ddpm_client.WaitTimeout):
+            job.wait(timeout=0.2)
+        assert job.status == "running" and job.progress is not None
+        job = ours.generate(deadline_s=0.1, wait=False)
+        with pytest.raises(ddpm_client.JobFailed):
+            job.wait()
+        assert job.ended and job.error is not None and job.error.code == "deadline_exceeded"
+
+    async def fail(url: str) -> None:
+        async with AsyncClient(url) as ours:
+            job = await ours.generate(deadline_s=0.1, wait=False)
+            with pytest.raises(ddpm_client.JobFailed):
+                await job.wait()
+            assert job.status == "failed"
+
+    asyncio.run(fail(str(client.base_url)))
+
+
+def test_a_handle_knows_what_was_heard_before_the_service_went(impostor: Impostors) -> None:
+    gone = answer("500 Gone", "")
+    there = impostor(job_as("queued", "202 Accepted"), job_as("running"), gone)
+    with Client(there.url) as ours:
+        job = ours.generate(wait=False)
+        with pytest.raises(ddpm_client.ServerFault):
+            job.wait()
+        assert job.status == "running"
 
 
 def test_a_full_queue_is_waited_out(serve: Callable[..., httpx.Client], worker: Worker) -> None:
@@ -176,26 +218,11 @@ def test_retry_after_as_seconds_and_as_a_date(
         assert found is not None and least <= found <= most
 
 
-def test_a_date_is_waited_for() -> None:
+def test_a_date_is_waited_for(impostor: Impostors) -> None:
     """A proxy that says when it is back, and is."""
     back = time.time() + 2
     date = formatdate(back, usegmt=True)  # of whole seconds, so up to one earlier
-    answers = [
-        f"HTTP/1.1 503 Away\r\nRetry-After: {date}\r\nContent-Length: 0\r\n\r\n",
-        'HTTP/1.1 200 OK\r\nContent-Length: 29\r\n\r\n{"queues": [], "workers": []} ',
-    ]
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            for answer in answers:
-                connection, _ = listener.accept()
-                with connection:
-                    connection.recv(65536)
-                    connection.sendall(answer.replace("\r\n\r\n", _CLOSE, 1).encode())
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}") as ours:
-            assert ours.queues().queues == []
-        assert time.time() >= back - 1
-        thread.join()
+    away = impostor(answer("503 Away", "", f"Retry-After: {date}"), QUEUES)
+    with Client(away.url) as ours:
+        assert ours.queues().queues == []
+    assert time.time() >= back - 1
