@@ -10,7 +10,7 @@ import httpx
 
 from ddpm_client import flows
 from ddpm_client.events import Event
-from ddpm_client.flows import MARGIN_S, Call, Flow, Reading, Retry
+from ddpm_client.flows import MARGIN_S, Call, Flow, Reading, Retry, is_stream
 from ddpm_client.jobs import AsyncJob
 from ddpm_client.kinds import Kinds
 from ddpm_client.models import (
@@ -95,7 +95,7 @@ class AsyncClient(Kinds[Awaitable[AsyncJob]]):
         job_id = job if isinstance(job, str) else job.id
         reading = Reading(job_id, self.retry, last=last_event_id, inline=inline)
         while not reading.ended:
-            cause: httpx.TransportError | httpx.Response | None = None
+            cause: httpx.RequestError | httpx.Response | None = None
             call = reading.call()
             try:
                 async with self._http.stream(
@@ -107,14 +107,14 @@ class AsyncClient(Kinds[Awaitable[AsyncJob]]):
                 ) as reply:
                     if reply.status_code == httpx.codes.NO_CONTENT:
                         return
-                    if reply.is_success:
+                    if is_stream(reply):
                         async for chunk in reply.aiter_bytes():
                             for event in reading.feed(chunk):
                                 yield event
                     else:
                         await reply.aread()
                         cause = reply
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 cause = error
             if not reading.ended:
                 await asyncio.sleep(reading.broken(cause))
@@ -158,7 +158,7 @@ class AsyncClient(Kinds[Awaitable[AsyncJob]]):
     async def run(self, flow: Flow[T]) -> T:
         """Make the calls that a flow asks for."""
         reply: httpx.Response | None = None
-        error: httpx.TransportError | None = None
+        error: httpx.RequestError | None = None
         while True:
             try:
                 step = flow.send(reply) if error is None else flow.throw(error)
@@ -169,7 +169,7 @@ class AsyncClient(Kinds[Awaitable[AsyncJob]]):
             if isinstance(step, Call):
                 try:
                     reply = await self._call(step)
-                except httpx.TransportError as failed:
+                except httpx.RequestError as failed:
                     error = failed
             else:
                 await asyncio.sleep(step.seconds)

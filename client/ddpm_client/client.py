@@ -10,7 +10,7 @@ import httpx
 
 from ddpm_client import flows
 from ddpm_client.events import Event
-from ddpm_client.flows import MARGIN_S, Call, Flow, Reading, Retry
+from ddpm_client.flows import MARGIN_S, Call, Flow, Reading, Retry, is_stream
 from ddpm_client.jobs import Job
 from ddpm_client.kinds import Kinds
 from ddpm_client.models import (
@@ -94,7 +94,7 @@ class Client(Kinds[Job]):
         job_id = job if isinstance(job, str) else job.id
         reading = Reading(job_id, self.retry, last=last_event_id, inline=inline)
         while not reading.ended:
-            cause: httpx.TransportError | httpx.Response | None = None
+            cause: httpx.RequestError | httpx.Response | None = None
             call = reading.call()
             try:
                 with self._http.stream(
@@ -106,13 +106,13 @@ class Client(Kinds[Job]):
                 ) as reply:
                     if reply.status_code == httpx.codes.NO_CONTENT:
                         return
-                    if reply.is_success:
+                    if is_stream(reply):
                         for chunk in reply.iter_bytes():
                             yield from reading.feed(chunk)
                     else:
                         reply.read()
                         cause = reply
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 cause = error
             if not reading.ended:
                 time.sleep(reading.broken(cause))
@@ -156,7 +156,7 @@ class Client(Kinds[Job]):
     def run(self, flow: Flow[T]) -> T:
         """Make the calls that a flow asks for."""
         reply: httpx.Response | None = None
-        error: httpx.TransportError | None = None
+        error: httpx.RequestError | None = None
         while True:
             try:
                 step = flow.send(reply) if error is None else flow.throw(error)
@@ -167,7 +167,7 @@ class Client(Kinds[Job]):
             if isinstance(step, Call):
                 try:
                     reply = self._call(step)
-                except httpx.TransportError as failed:
+                except httpx.RequestError as failed:
                     error = failed
             else:
                 time.sleep(step.seconds)

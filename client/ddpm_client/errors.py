@@ -14,6 +14,7 @@ Error
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
 from ddpm_client.models import FieldError, JobData
 
@@ -135,7 +137,7 @@ class QuotaExceeded(Problem):
 
 
 class ServerFault(Problem):
-    """An error of the service; its log has it under `request_id`."""
+    """An error of the service; its log has it under `request_id`. Or no answer of this service."""
 
 
 class Unavailable(Problem):
@@ -200,15 +202,26 @@ def problem_of(reply: httpx.Response) -> Problem:
         body = None
     if not isinstance(body, dict):
         body = {}
-    code = str(body.get("code", f"http_{reply.status_code}"))
+    code = str(body.get("code") or f"http_{reply.status_code}")
     detail = str(body.get("detail") or f"{reply.status_code} {reply.reason_phrase}")
     return class_of(code, reply.status_code)(
         detail,
         status=reply.status_code,
         code=code,
-        errors=[FieldError.model_validate(one) for one in body.get("errors") or []],
+        errors=_field_errors(body.get("errors")),
         request_id=reply.headers.get("x-request-id", ""),
         retry_after=_seconds(reply.headers.get("retry-after", "")),
+    )
+
+
+def foreign(reply: httpx.Response) -> ServerFault:
+    """The error for a good answer that is none of this service's: a page to sign in at, say."""
+    asked = f"{reply.request.method} {reply.request.url.path}"
+    return ServerFault(
+        f"{asked}: {reply.status_code} {reply.reason_phrase}, but no answer of this service",
+        status=reply.status_code,
+        code=f"http_{reply.status_code}",
+        request_id=reply.headers.get("x-request-id", ""),
     )
 
 
@@ -216,6 +229,14 @@ def ended_badly(job: JobData) -> JobEnded | None:
     """The error for a job that has ended; None: it succeeded."""
     kinds = {"failed": JobFailed, "canceled": JobCanceled, "expired": JobExpired}
     return kinds[job.status](job) if job.status in kinds else None
+
+
+def _field_errors(said: Any) -> list[FieldError]:
+    found = []
+    for one in said if isinstance(said, list) else []:
+        with contextlib.suppress(ValidationError):  # of a gateway, which has errors of its own
+            found.append(FieldError.model_validate(one))
+    return found
 
 
 def _seconds(text: str) -> float | None:
@@ -230,5 +251,5 @@ def _seconds(text: str) -> float | None:
 def _until(text: str) -> float:
     try:
         return (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
-    except (TypeError, ValueError):  # absent, no date, or one of no time zone
+    except (OverflowError, TypeError, ValueError):  # absent, no date, or one of no time zone
         return math.nan

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import httpx
+from pydantic import ValidationError
 
 from ddpm_client.errors import (
     ConnectionFailed,
@@ -18,6 +19,7 @@ from ddpm_client.errors import (
     Problem,
     WaitTimeout,
     ended_badly,
+    foreign,
     problem_of,
 )
 from ddpm_client.events import ErrorEvent, Event, Parser
@@ -81,11 +83,13 @@ def send(call: Call, retry: Retry) -> Flow[httpx.Response]:
         try:
             reply = yield call
             assert reply is not None
-        except httpx.TransportError as cause:
+        except httpx.RequestError as cause:
             error = ConnectionFailed(f"{call.method} {call.path}: {cause or type(cause).__name__}")
             error.__cause__ = cause
         else:
             if reply.is_success:
+                if _media(reply).startswith("text/"):  # a page, whatever was asked for
+                    raise foreign(reply)
                 return reply
             error = problem_of(reply)
             if tried > 1 and call.method == "DELETE" and isinstance(error, NotFound):
@@ -102,13 +106,13 @@ def send(call: Call, retry: Retry) -> Flow[httpx.Response]:
 def get(model: type[M], path: str, retry: Retry, /, **params: Any) -> Flow[M]:
     """What stands at a path."""
     reply = yield from send(Call("GET", path, params=_given(params)), retry)
-    return model.model_validate_json(reply.content)
+    return _read(model, reply)
 
 
 def post(model: type[M], path: str, retry: Retry) -> Flow[M]:
     """What a command without a body answers."""
     reply = yield from send(Call("POST", path), retry)
-    return model.model_validate_json(reply.content)
+    return _read(model, reply)
 
 
 def delete(path: str, retry: Retry) -> Flow[None]:
@@ -126,6 +130,13 @@ def _given(params: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
 
 
+def _read(model: type[M], reply: httpx.Response) -> M:
+    try:
+        return model.model_validate_json(reply.content)
+    except ValidationError as error:
+        raise foreign(reply) from error
+
+
 def create(kind: str, request: dict[str, Any], retry: Retry) -> Flow[JobData]:
     """A new job; the options of `Options` are among the fields. It has ended, unless not waited."""
     fields = dict(request)
@@ -139,7 +150,7 @@ def create(kind: str, request: dict[str, Any], retry: Retry) -> Flow[JobData]:
         headers["Prefer"] = f"wait={seconds}"
     call = Call("POST", f"/{kind}", headers=headers, json=encoded(fields), wait_s=seconds)
     reply = yield from send(call, retry)
-    job = JobData.model_validate_json(reply.content)
+    job = _read(JobData, reply)
     if not wait:
         return job
     left = None if timeout is None else timeout - (time.monotonic() - began)
@@ -164,7 +175,7 @@ def until_ended(
         seconds = _wait_of(left)
         call = Call("GET", job.urls.self, params={"wait": seconds}, wait_s=seconds)
         reply = yield from send(call, retry)
-        job = JobData.model_validate_json(reply.content)
+        job = _read(JobData, reply)
         if heard is not None:
             heard(job)
     if (error := ended_badly(job)) is not None:
@@ -179,6 +190,16 @@ def _wait_of(left: float | None) -> int:
 def jobs(cursor: str | None, retry: Retry, **params: Any) -> Flow[JobPage]:
     """One page of jobs."""
     return (yield from get(JobPage, "/jobs", retry, cursor=cursor, **params))
+
+
+def is_stream(reply: httpx.Response) -> bool:
+    """Whether events come."""
+    return reply.is_success and _media(reply).startswith("text/event-stream")
+
+
+def _media(reply: httpx.Response) -> str:
+    said: str = reply.headers.get("content-type", "")
+    return said.lower()
 
 
 class Reading:
@@ -220,15 +241,18 @@ class Reading:
                 break
         return found
 
-    def broken(self, cause: httpx.TransportError | httpx.Response | None) -> float:
+    def broken(self, cause: httpx.RequestError | httpx.Response | None) -> float:
         """Seconds until the next attempt. Raises ConnectionFailed or Problem if there is none.
 
-        cause: what stopped it, a refusal that was read, or None for a stream that just ended.
+        cause: what stopped it, an answer that was read as it is no stream, or None for a stream
+        that just ended.
         """
         self._tried += 1
         asked = None
         error: Problem | ConnectionFailed
         if isinstance(cause, httpx.Response):
+            if cause.is_success:
+                raise foreign(cause)
             error = problem_of(cause)
             if error.status not in RETRIED:
                 raise error

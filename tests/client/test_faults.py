@@ -203,10 +203,11 @@ def test_pauses_grow_and_honour_what_was_asked() -> None:
         ("soon", None, None),
         ("nan", None, None),
         ("inf", None, None),
+        ("Wed, 21 Oct 99999999999 07:28:00 GMT", None, None),
         ("", None, None),
     ],
     # Numbers: a test with the time in its name is another one in each process.
-    ids=range(10),
+    ids=range(11),
 )
 def test_retry_after_as_seconds_and_as_a_date(
     said: str, least: float | None, most: float | None
@@ -226,3 +227,91 @@ def test_a_date_is_waited_for(impostor: Impostors) -> None:
     with Client(away.url) as ours:
         assert ours.queues().queues == []
     assert time.time() >= back - 1
+
+
+@pytest.mark.parametrize(
+    "errors",
+    ['[{"code": 1000, "message": "the origin is down"}]', '{"origin": "down"}', '"down"', "5"],
+    ids=range(4),
+)
+def test_errors_of_a_gateway_pass_by_like_those_of_the_service(
+    impostor: Impostors, errors: str
+) -> None:
+    away = impostor(answer("502 Bad Gateway", f'{{"code": null, "errors": {errors}}}'), QUEUES)
+    with Client(away.url) as ours:
+        assert ours.queues().queues == []
+        assert len(away.asked) == 2
+    for_ever = impostor(answer("502 Bad Gateway", f'{{"code": null, "errors": {errors}}}'))
+    with Client(for_ever.url, retries=0) as ours:
+        with pytest.raises(ddpm_client.Unavailable, match="502 Bad Gateway") as refused:
+            ours.queues()
+        assert (refused.value.code, refused.value.errors) == ("http_502", [])
+
+
+def test_errors_that_are_understood_are_kept_beside_others() -> None:
+    body = {"errors": [{"pointer": "/steps", "detail": "too many"}, {"message": "another"}]}
+    found = problem_of(httpx.Response(422, json=body)).errors
+    assert [(one.pointer, one.detail) for one in found] == [("/steps", "too many")]
+
+
+PAGE = answer("200 OK", "<html>\ndata: sign in\n\n</html>", media="text/HTML; charset=utf-8")
+
+
+@pytest.mark.parametrize("other", [PAGE, answer("200 OK", '{"status": "signed out"}')])
+def test_a_good_answer_of_something_else_is_an_error(impostor: Impostors, other: bytes) -> None:
+    asks: list[Callable[[Client], object]] = [
+        lambda ours: ours.models(),
+        lambda ours: ours.pause("ddpm"),
+        lambda ours: ours.generate(wait=False),
+        lambda ours: list(ours.jobs()),
+        lambda ours: list(ours.stream("j")),
+    ]
+    with Client(impostor(other).url) as ours:
+        for ask in asks:
+            with pytest.raises(ddpm_client.ServerFault, match="200 OK, but no answer of") as fault:
+                ask(ours)
+            assert (fault.value.status, fault.value.code) == (200, "http_200")
+    waited = impostor(job_as("queued", "202 Accepted"), other)
+    with Client(waited.url) as ours, pytest.raises(ddpm_client.ServerFault, match="GET /jobs/j"):
+        ours.generate()
+    assert len(waited.asked) == 2
+
+
+def test_a_page_is_no_file_and_deletes_nothing(impostor: Impostors) -> None:
+    with Client(impostor(job_as("succeeded", "202 Accepted"), PAGE).url) as ours:
+        job = ours.generate()
+        for ask in (job.image, job.array, lambda: job.images, job.delete):
+            with pytest.raises(ddpm_client.ServerFault, match="no answer of this service"):
+                ask()
+
+
+def test_a_page_is_no_stream_for_the_twin_either(impostor: Impostors) -> None:
+    async def watch(url: str) -> None:
+        async with AsyncClient(url) as ours:
+            with pytest.raises(ddpm_client.ServerFault, match="no answer of this service"):
+                await anext(ours.stream("j"))
+
+    asyncio.run(watch(impostor(PAGE).url))
+
+
+def test_an_answer_that_cannot_be_unpacked_is_a_failed_connection(impostor: Impostors) -> None:
+    broken = answer("200 OK", "no gzip", "Content-Encoding: gzip")
+    events = answer("200 OK", "none", "Content-Encoding: gzip", media="text/event-stream")
+    failed = ddpm_client.ConnectionFailed
+    with (
+        Client(impostor(broken).url, retries=0) as ours,
+        pytest.raises(failed, match="GET /models"),
+    ):
+        ours.models()
+    with (
+        Client(impostor(events).url, retries=0) as ours,
+        pytest.raises(failed, match="the events of job j"),
+    ):
+        list(ours.stream("j"))
+
+    async def ask(url: str) -> None:
+        async with AsyncClient(url, retries=0) as ours:
+            with pytest.raises(failed):
+                await ours.models()
+
+    asyncio.run(ask(impostor(broken).url))
