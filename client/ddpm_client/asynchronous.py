@@ -181,5 +181,5 @@ class AsyncClient(Kinds[Awaitable[AsyncJob]]):
             params=call.params,
             headers=call.headers,
             json=call.json,
-            timeout=self._timeout + call.wait_s,
+            timeout=min(self._timeout + call.wait_s, call.most_s),
         )

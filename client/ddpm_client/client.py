@@ -179,5 +179,5 @@ class Client(Kinds[Job]):
             params=call.params,
             headers=call.headers,
             json=call.json,
-            timeout=self._timeout + call.wait_s,
+            timeout=min(self._timeout + call.wait_s, call.most_s),
         )

@@ -3,11 +3,12 @@ their answers, and both clients, the plain and the asynchronous, run the same on
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import uuid
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
 import httpx
@@ -30,13 +31,15 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Model)
 LONGEST_WAIT_S = 30  # of one request; the service holds one for a minute at most
 MARGIN_S = 15.0  # beyond that, until an answer counts as lost
+_LATE_S = 1.0  # how much after a deadline the last answer may come
 RETRIED = frozenset({408, 429, 502, 503, 504})
 _SLOWEST_S = 10.0
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request to be made. wait_s: how long the service may hold it."""
+    """One request to be made. wait_s: how long the service may hold it. most_s: after which its
+    answer counts as lost in any case."""
 
     method: str
     path: str
@@ -44,6 +47,17 @@ class Call:
     headers: dict[str, str] = field(default_factory=dict)
     json: Any = None
     wait_s: float = 0.0
+    most_s: float = math.inf
+
+    def held(self, left: float) -> Call:
+        """The same, held until the job has ended, or for as long as is left."""
+        seconds = min(LONGEST_WAIT_S, left)
+        if self.method == "GET":
+            params = {**self.params, "wait": round(seconds, 3)}
+            return replace(self, params=params, wait_s=seconds, most_s=left + _LATE_S)
+        # No most_s: where this answer is lost, there is a job that nobody knows of.
+        headers = {**self.headers, "Prefer": f"wait={int(seconds)}"}
+        return replace(self, headers=headers, wait_s=seconds)
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,19 @@ class Sleep:
     """A pause to be made."""
 
     seconds: float
+
+
+class Deadline:
+    """So many seconds from now; None: never."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = math.inf if seconds is None else seconds
+        self._at = time.monotonic() + self.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until then; 0 from then on."""
+        return max(0.0, self._at - time.monotonic())
 
 
 Flow: TypeAlias = Generator[Call | Sleep, httpx.Response | None, T]
@@ -73,15 +100,21 @@ class Retry:
         return (asked if asked is not None else 0) + grown * random.uniform(0.5, 1)
 
 
-def send(call: Call, retry: Retry) -> Flow[httpx.Response]:
-    """A good answer to a call that may be repeated. Raises Problem or ConnectionFailed."""
+def send(
+    call: Call, retry: Retry, deadline: Deadline | None = None, job: JobData | None = None
+) -> Flow[httpx.Response]:
+    """A good answer to a call that may be repeated. Raises Problem or ConnectionFailed.
+
+    deadline: the call is held by the service until then, and not repeated after it. job: the one
+    that is waited for, if it is known; if the deadline comes first, that is a WaitTimeout.
+    """
     tried = 0
     while True:
         tried += 1
         error: Problem | ConnectionFailed
         asked: float | None = None
         try:
-            reply = yield call
+            reply = yield call if deadline is None else call.held(deadline.left)
             assert reply is not None
         except httpx.RequestError as cause:
             error = ConnectionFailed(f"{call.method} {call.path}: {cause or type(cause).__name__}")
@@ -98,6 +131,11 @@ def send(call: Call, retry: Retry) -> Flow[httpx.Response]:
                 raise error
             asked = error.retry_after
         pause = retry.pause(tried, asked)
+        if deadline is not None and deadline.left <= (pause or 0):
+            if job is None:
+                raise error
+            yield Sleep(deadline.left)
+            raise WaitTimeout(job, deadline.seconds) from error
         if pause is None:
             raise error
         yield Sleep(pause)
@@ -141,25 +179,17 @@ def create(kind: str, request: dict[str, Any], retry: Retry) -> Flow[JobData]:
     """A new job; the options of `Options` are among the fields. It has ended, unless not waited."""
     fields = dict(request)
     wait: bool = fields.pop("wait", True)
-    timeout: float | None = fields.pop("timeout", None)
-    key = fields.pop("idempotency_key", None) or uuid.uuid4().hex
-    began = time.monotonic()
-    seconds = _wait_of(timeout) if wait else 0
-    headers = {"Idempotency-Key": key}
-    if seconds:
-        headers["Prefer"] = f"wait={seconds}"
-    call = Call("POST", f"/{kind}", headers=headers, json=encoded(fields), wait_s=seconds)
-    reply = yield from send(call, retry)
+    deadline = Deadline(fields.pop("timeout", None))
+    headers = {"Idempotency-Key": fields.pop("idempotency_key", None) or uuid.uuid4().hex}
+    call = Call("POST", f"/{kind}", headers=headers, json=encoded(fields))
+    reply = yield from send(call, retry, deadline if wait else None)
     job = _read(JobData, reply)
-    if not wait:
-        return job
-    left = None if timeout is None else timeout - (time.monotonic() - began)
-    return (yield from until_ended(job, left, retry))
+    return (yield from until_ended(job, deadline, retry)) if wait else job
 
 
 def until_ended(
     job: JobData,
-    timeout: float | None,
+    deadline: Deadline,
     retry: Retry,
     heard: Callable[[JobData], None] | None = None,
 ) -> Flow[JobData]:
@@ -167,24 +197,16 @@ def until_ended(
 
     heard: is told how it stands whenever the service says so, however this ends.
     """
-    began = time.monotonic()
     while not job.ended:
-        left = None if timeout is None else timeout - (time.monotonic() - began)
-        if left is not None and left <= 0:
-            raise WaitTimeout(job, timeout or 0)
-        seconds = _wait_of(left)
-        call = Call("GET", job.urls.self, params={"wait": seconds}, wait_s=seconds)
-        reply = yield from send(call, retry)
+        if not deadline.left:
+            raise WaitTimeout(job, deadline.seconds)
+        reply = yield from send(Call("GET", job.urls.self), retry, deadline, job)
         job = _read(JobData, reply)
         if heard is not None:
             heard(job)
     if (error := ended_badly(job)) is not None:
         raise error
     return job
-
-
-def _wait_of(left: float | None) -> int:
-    return LONGEST_WAIT_S if left is None else max(1, min(LONGEST_WAIT_S, round(left)))
 
 
 def jobs(cursor: str | None, retry: Retry, **params: Any) -> Flow[JobPage]:

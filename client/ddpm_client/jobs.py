@@ -102,7 +102,8 @@ class Job(Known):
 
     def wait(self, timeout: float | None = None) -> Job:
         """Until it has succeeded. Raises JobEnded, or WaitTimeout after so many seconds."""
-        flow = flows.until_ended(self.data, timeout, self._client.retry, self._heard)
+        deadline = flows.Deadline(timeout)
+        flow = flows.until_ended(self.data, deadline, self._client.retry, self._heard)
         self._client.run(flow)
         return self
 
@@ -190,7 +191,8 @@ class AsyncJob(Known):
 
     async def wait(self, timeout: float | None = None) -> AsyncJob:  # noqa: ASYNC109
         """Until it has succeeded. Raises JobEnded, or WaitTimeout after so many seconds."""
-        flow = flows.until_ended(self.data, timeout, self._client.retry, self._heard)
+        deadline = flows.Deadline(timeout)
+        flow = flows.until_ended(self.data, deadline, self._client.retry, self._heard)
         await self._client.run(flow)
         return self
 

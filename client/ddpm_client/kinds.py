@@ -20,8 +20,10 @@ class Options(TypedDict, total=False):
     """How a job is asked for, whatever its kind: not part of the request.
 
     wait: until it has ended (the default), and raise JobEnded unless it succeeded; False: the job
-    is there at once. timeout: seconds to wait, then WaitTimeout. idempotency_key: the same key and
-    request give the same job; one is made up if absent, so that no retry makes a second job.
+    is there at once. timeout: seconds to wait, then WaitTimeout; as long as the job is not taken
+    in, what stands in its way is raised, and its answer may take the client's timeout longer.
+    idempotency_key: the same key and request give the same job; one is made up if absent, so that
+    no retry makes a second job.
     """
 
     wait: bool

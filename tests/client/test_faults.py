@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -112,7 +113,7 @@ def test_a_handle_knows_what_was_heard_while_it_was_waited_for(
         job = ours.generate(wait=False)
         worker.start(job.id)
         with pytest.raises(ddpm_client.WaitTimeout):
-            job.wait(timeout=0.2)
+            job.wait(timeout=0.5)
         assert job.status == "running" and job.progress is not None
         job = ours.generate(deadline_s=0.1, wait=False)
         with pytest.raises(ddpm_client.JobFailed):
@@ -315,3 +316,60 @@ def test_an_answer_that_cannot_be_unpacked_is_a_failed_connection(impostor: Impo
                 await ours.models()
 
     asyncio.run(ask(impostor(broken).url))
+
+
+AWAY = answer("503 Away", '{"code": "store_unavailable", "detail": "no store"}', "Retry-After: 9")
+NONE = b""
+
+
+def test_a_timeout_is_told_as_it_was_given(client: httpx.Client) -> None:
+    with (
+        Client(str(client.base_url)) as ours,
+        pytest.raises(ddpm_client.WaitTimeout, match=r"is queued after 0\.3 s$"),
+    ):
+        ours.generate(timeout=0.3)
+
+
+def test_a_pause_ends_with_the_timeout(impostor: Impostors) -> None:
+    away = impostor(job_as("queued", "202 Accepted"), AWAY)
+    with Client(away.url) as ours:
+        job = ours.generate(wait=False)
+        with pytest.raises(ddpm_client.WaitTimeout, match=r"is queued after 1 s$") as late:
+            job.wait(timeout=1)
+        assert isinstance(late.value.__cause__, ddpm_client.Unavailable)
+        assert len(away.asked) == 2  # none earlier than the service said
+
+
+def test_no_job_is_asked_for_after_the_timeout(impostor: Impostors) -> None:
+    away = impostor(AWAY)
+    with Client(away.url) as ours:
+        with pytest.raises(ddpm_client.Unavailable, match="no store"):
+            ours.generate(timeout=5)
+        assert len(away.asked) == 1
+
+
+def test_a_later_attempt_is_held_for_what_is_left(impostor: Impostors) -> None:
+    soon = answer("503 Away", "", "Retry-After: 1")
+    away = impostor(soon, job_as("succeeded", "202 Accepted"))
+    with Client(away.url) as ours:
+        ours.generate(timeout=3.9)
+    first, second = (int(re.findall(r"prefer: wait=(\d+)", a.lower())[0]) for a in away.asked)
+    assert first <= 3 and second <= 2
+
+
+def test_a_service_that_hangs_does_not_outlast_the_timeout(impostor: Impostors) -> None:
+    hung = impostor(job_as("queued", "202 Accepted"), NONE)
+    with Client(hung.url) as ours:
+        job = ours.generate(wait=False)
+        with pytest.raises(ddpm_client.WaitTimeout, match=r"after 0\.5 s$"):
+            job.wait(timeout=0.5)
+        assert len(hung.asked) == 2
+
+    async def wait(url: str) -> None:
+        async with AsyncClient(url, retries=0) as ours:
+            job = await ours.job("j")
+            with pytest.raises(ddpm_client.WaitTimeout, match=r"after 0\.5 s$") as late:
+                await job.wait(timeout=0.5)
+            assert isinstance(late.value.__cause__, ddpm_client.ConnectionFailed)
+
+    asyncio.run(wait(impostor(job_as("queued"), NONE).url))
