@@ -39,25 +39,38 @@ def needed(module: str, extra: str) -> Any:
 
 
 def encoded(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request as JSON: whatever holds pictures or arrays as base64, and no field that is None.
+    """A request as JSON: pictures and files as base64, other arrays as lists of numbers, and no
+    field that is None.
 
-    A file is given by its path, as a Path (or in `images` also as a str).
+    A file is given by its path, as a Path (or in `images`, `x_t` and `y` also as a str).
     """
-    return {name: _value(name, value) for name, value in request.items() if value is not None}
+    return {name: _field(name, value) for name, value in request.items() if value is not None}
 
 
-def _value(name: str, value: Any) -> Any:
+def _field(name: str, value: Any) -> Any:
     if name == "images":
         many = isinstance(value, Sequence) and not isinstance(value, str | bytes)
         return [_base64(one) for one in (value if many else [value])]
-    if name == "operator" and isinstance(value, Mapping):
-        return encoded(value)
-    if isinstance(value, bytes | os.PathLike) or _is_picture(value) or name in ("x_t", "y"):
+    if name in ("x_t", "y"):
         return _base64(value)
-    if name == "kernel" and hasattr(value, "tolist"):
+    if name == "operator" and isinstance(value, Mapping):
+        return {key: _option(key, one) for key, one in value.items() if one is not None}
+    return _plain(value)
+
+
+def _option(name: str, value: Any) -> Any:
+    return _base64(value) if name == "mask" and hasattr(value, "dtype") else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes | os.PathLike) or _is_picture(value):
+        return _base64(value)
+    if hasattr(value, "tolist"):  # a number of numpy, or an array of them
         return value.tolist()
-    if hasattr(value, "tolist"):  # numbers of numpy, or an array of them
-        return _base64(value) if getattr(value, "ndim", 0) > 1 else value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(one) for one in value]
     return value
 
 

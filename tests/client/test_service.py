@@ -18,6 +18,7 @@ from redis import Redis
 import ddpm_client
 import diffusion
 from ddpm_client import AsyncClient, Client, DoneEvent, ImageEvent, ProgressEvent, SnapshotEvent
+from ddpm_client.pictures import encoded
 from diffusion import ScheduleConfig
 from jobs.kinds.table import KINDS
 from tests.diffusion.networks import build_model
@@ -106,6 +107,41 @@ def test_everything_that_a_job_leaves(client: Client, tmp_path: Path) -> None:
     job.delete()
     with pytest.raises(ddpm_client.NotFound):
         job.refresh()
+
+
+def test_numbers_of_numpy_go_in_wherever_numbers_do(client: Client) -> None:
+    boxes = np.array([[0, 0, 4, 4]])
+    for said in (boxes, list(boxes)):
+        mask = {"name": "mask", "boxes": said}
+        filled = client.create("restore", images=GREY, operator=mask, steps=3)
+        assert filled.request["operator"]["boxes"] == [[0, 0, 4, 4]]
+    blur = {"name": "blur", "kernel": np.full((3, 3), 1 / 9), "deviation": None}
+    client.create("restore", images=GREY, operator=blur, steps=3)
+    kept = {"at": np.array([5, 10])}
+    job = client.create("generate", steps=np.int64(10), snapshots=kept, deadline_s=np.float32(60))
+    assert sorted(one.t for one in job.snapshots) == [5, 10]
+    source = {"job": job.id, "t": np.int64(5), "index": np.int64(0)}
+    assert client.create("reconstruct", source=source).request["source"]["t"] == 5
+    assert len(client.noise(images=GREY, t=range(2, 9, 3)).snapshots) == 3
+    assert len(client.create("noise", images=GREY, t=[np.int64(2), 3]).snapshots) == 2
+    path = {"t": 5, "lambdas": np.linspace(0, 1, 3)}
+    assert len(client.create("interpolate", images=(GREY, GREY), **path).images) == 3
+
+
+def test_only_what_is_a_file_goes_in_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"a")
+    file = "YQ=="
+    sent = encoded(
+        {
+            "images": str(tmp_path / "a.png"),
+            "another": {"picture": tmp_path / "a.png", "of": [b"a"], "y": "a", "x_t": None},
+            "operator": {"name": "mask", "mask": b"a"},
+            "seed": None,
+        }
+    )
+    another = {"picture": file, "of": [file], "y": "a", "x_t": None}
+    operator = {"name": "mask", "mask": file}
+    assert sent == {"images": [file], "another": another, "operator": operator}
 
 
 def test_a_job_is_watched(client: Client) -> None:
