@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fastapi.responses import Response
 
-from app.problems import Problem
+from app.problems import Problem, field_problem
 from app.services import Services
 from app.views import manifest
 from jobs import pictures
@@ -19,6 +20,9 @@ from jobs.states import ACTIVE
 from jobs.store.reader import JobState
 from jobs.store.records import JobRecord
 
+_MOST_FILM_BYTES = (
+    64 * 2**20
+)  # of its frames as they are drawn; an encoder takes some times as much
 _KEEP = {"Cache-Control": "private, max-age=3600"}  # an output never changes
 
 
@@ -81,9 +85,42 @@ def encode_grid(record: JobRecord, planes: Sequence[Float32], *, suffix: str, px
     return encode(pixels, manifest(record), px=px)
 
 
+def check_grid(record: JobRecord, suffix: str) -> None:
+    """Raise Problem for a grid with more pixels a side than the format can hold."""
+    count, (_, height, width) = len(record.spec.grid(record.images)), record.shape
+    size = pictures.grid_size(count, height, width, columns=record.spec.grid_columns)
+    _check_sides(size, suffix)
+
+
+def check_film(
+    record: JobRecord, frames: Sequence[Sequence[str]], suffix: str, px: int, *, columns: int
+) -> None:
+    """Raise Problem for a film that would take too much memory, enlarged as it is asked for, or has
+    frames with more pixels a side than the format can hold."""
+    channels, height, width = record.shape
+    size = pictures.grid_size(len(frames[0]), height, width, columns=columns)
+    factor = _factor(size, px)
+    _check_sides((size[0] * factor, size[1] * factor), suffix)
+    each = size[0] * size[1] * channels
+    if factor > 1 and len(frames) * each * factor**2 > _MOST_FILM_BYTES:
+        most = max(1, math.isqrt(_MOST_FILM_BYTES // (len(frames) * each))) * max(size)
+        detail = f"{px}: too large for a film of {len(frames)} frames; must be at most {most}"
+        raise field_problem("/query/px", detail)
+
+
+def _check_sides(size: tuple[int, int], suffix: str) -> None:
+    (height, width), most = size, FORMATS[suffix].most
+    if most and max(height, width) > most:
+        raise Problem(
+            "invalid_request",
+            f"{width} × {height} pixels: {suffix} holds at most {most} a side; ask for png",
+        )
+
+
 async def picture(services: Services, state: JobState, suffix: str) -> Response:
     """The answer to a POST that takes a picture: the image, or the grid of several."""
     record = state.record
+    check_grid(record, suffix)
     planes = await fetch(services, record, record.spec.grid(record.images))
     pool = services.pools.encoding
     if len(planes) == 1:
@@ -131,6 +168,11 @@ def encode_film(
     return encode([_enlarged(grid, px) for grid in grids])
 
 
+def _factor(size: tuple[int, int], px: int) -> int:
+    return max(1, px // max(size))
+
+
 def _enlarged(pixels: UInt8, px: int) -> UInt8:
-    factor = max(1, px // max(pixels.shape[:2]))
+    height, width, _ = pixels.shape
+    factor = _factor((height, width), px)
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)

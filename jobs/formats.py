@@ -27,11 +27,12 @@ class PictureEncoder(Protocol):
 class Format:
     """One format, named by its suffix. Each encoder: None where the format cannot hold it.
 
-    picture: see PictureEncoder. array: float32 [C,H,W] itself. film: frames uint8 [H,W,C]. archive:
-    (name, content) of files.
+    most: pixels a side that it can hold; 0: any. picture: see PictureEncoder. array: float32
+    [C,H,W] itself. film: frames uint8 [H,W,C]. archive: (name, content) of files.
     """
 
     media: str
+    most: int = 0
     picture: PictureEncoder | None = None
     array: Callable[[Float32], bytes] | None = None
     film: Callable[[Sequence[UInt8]], bytes] | None = None
@@ -40,9 +41,11 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "png": Format("image/png", picture=encode_png),
-    "webp": Format("image/webp", picture=encode_webp, film=partial(film, suffix="webp")),
+    "webp": Format(
+        "image/webp", most=16383, picture=encode_webp, film=partial(film, suffix="webp")
+    ),
     "npy": Format("application/x-npy", array=encode_npy),
-    "gif": Format("image/gif", film=partial(film, suffix="gif")),
+    "gif": Format("image/gif", most=65535, film=partial(film, suffix="gif")),
     "zip": Format("application/zip", archive=zip_files),
 }
 

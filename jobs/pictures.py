@@ -23,6 +23,7 @@ UInt8 = NDArray[np.uint8]
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 GREY_LEVELS = 127.5  # of 8 bits, in one unit of [−1, 1]
+GAP = 2  # pixels between the pictures of a grid
 MANIFEST_KEY = "ddpm"  # PNG text chunk with the JSON that makes the image again
 
 
@@ -68,7 +69,7 @@ def read_manifest(png: bytes) -> dict[str, Any] | None:
 
 def encode_webp(pixels: UInt8, manifest: Mapping[str, Any] | None = None, *, px: int = 0) -> bytes:
     """Lossless WebP of uint8 [H,W,C], which has no place for `manifest`; px: as in a PNG."""
-    return _save(_enlarged(to_image(pixels), px), "WEBP", lossless=True)
+    return _save(_enlarged(to_image(pixels), px), "WEBP", lossless=True, exact=True)
 
 
 def encode_npy(array: NDArray[Any]) -> bytes:
@@ -78,17 +79,25 @@ def encode_npy(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def grid(images: Sequence[UInt8], *, columns: int = 0, gap: int = 2) -> UInt8:
+def grid_size(count: int, height: int, width: int, *, columns: int = 0) -> tuple[int, int]:
+    """(height, width) of the grid of so many pictures."""
+    across = columns or math.ceil(math.sqrt(count))
+    down = math.ceil(count / across)
+    return down * (height + GAP) - GAP, across * (width + GAP) - GAP
+
+
+def grid(images: Sequence[UInt8], *, columns: int = 0) -> UInt8:
     """Pictures uint8 [H,W,C] of one size side by side, near to a square, on black."""
     if not images:
         raise PictureError("a grid needs at least one image")
     columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
     h, w, c = images[0].shape
-    canvas = np.zeros((rows * (h + gap) - gap, columns * (w + gap) - gap, c), dtype=np.uint8)
+    canvas = np.zeros((*grid_size(len(images), h, w, columns=columns), c), dtype=np.uint8)
     for i, image in enumerate(images):
-        y, x = divmod(i, columns)
-        canvas[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
+        y, x = (
+            place * (side + GAP) for place, side in zip(divmod(i, columns), (h, w), strict=True)
+        )
+        canvas[y : y + h, x : x + w] = image
     return canvas
 
 
@@ -100,7 +109,7 @@ def film(frames: Sequence[UInt8], suffix: str, *, ms: int = 80, hold_ms: int = 1
     durations = [ms] * (len(frames) - 1) + [hold_ms]
     common = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
     if suffix == "webp":
-        return _save(pictures[0], "WEBP", lossless=True, **common)
+        return _save(pictures[0], "WEBP", lossless=True, exact=True, **common)
     return _save(pictures[0], "GIF", optimize=False, **common)
 
 

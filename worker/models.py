@@ -12,7 +12,8 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from diffusion.about import About, read_about
 from diffusion.files import NoRoomError
 from diffusion.samplers import samplers_of
 from diffusion.spacings import SPACINGS
+from diffusion.table import SamplerTable
 from diffusion.tuned import TUNED, table_digest
 from jobs.cards import ModelCard, Preset, SamplerTraits, Sampling
 from jobs.settings import MODEL_OF_NO_NAME
@@ -33,17 +35,28 @@ log = logging.getLogger("ddpm.worker")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MARKS = ("config.json", "model_index.json")
 AGAIN_S = 60.0  # after a failure that may pass by itself
+_TABLES = 256  # kept of a model
 Signature = tuple[tuple[str, int, int], ...]
+Options = tuple[tuple[str, object], ...]  # of a sampler: names and values
 
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """A loaded model under its name."""
+    """A loaded model under its name. table: the sampler's of these options, of which the last are
+    kept for as long as the model is."""
 
     name: str
     model: Model
     card: ModelCard
     folder: Path
+    table: Callable[[Options], SamplerTable] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", lru_cache(maxsize=_TABLES)(partial(_table, self.model)))
+
+
+def _table(model: Model, options: Options) -> SamplerTable:
+    return model.table(**(asdict(model.config.sampling) | dict(options)))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from fastapi.responses import Response
 from app import documents, summary
 from app.outputs import (
     as_output,
+    check_film,
+    check_grid,
     encode_film,
     encode_grid,
     encode_image,
@@ -105,6 +107,7 @@ async def get_grid(request: Request, job_id: str, suffix: PictureSuffix, px: Px 
     """All images of a job in one picture; of a noise job, x_t with t from left to right."""
     held = services(request)
     record = (await held.job(job_id)).record
+    check_grid(record, suffix)
     planes = await fetch(held, record, record.spec.grid(record.images))
     encoding = held.pools.encoding.run(encode_grid, record, planes, suffix=suffix, px=px or 0)
     return await output_response(held, record, await encoding, suffix)
@@ -166,9 +169,10 @@ async def get_film(
     if not frames:
         of = "" if index is None else f" of image {index}"
         raise Problem("not_found", f"job {job_id} kept no snapshots of {kind}{of}")
+    columns = film_columns(state.record, len(frames[0]))
+    check_film(state.record, frames, suffix, px, columns=columns)
     planes = iter(await fetch(held, state.record, [field for f in frames for field in f]))
     grouped = [[next(planes) for _ in fields] for fields in frames]
-    columns = film_columns(state.record, len(frames[0]))
     encoding = held.pools.encoding.run(encode_film, grouped, suffix, px, columns=columns)
     return await output_response(held, state.record, await encoding, suffix)
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
 import zipfile
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.app.conftest import CARD, PROVENANCE, Worker, X
+from jobs.formats import FORMATS
+from tests.app.conftest import CARD, PROVENANCE, Worker, X, png
 
 
 @pytest.fixture
@@ -89,6 +92,39 @@ def test_archive_grid_and_film(client: httpx.Client, job: dict[str, object]) -> 
     assert Image.open(io.BytesIO(one.content)).size == (8, 8)
     none = client.get(f"/jobs/{job['id']}/snapshots.gif", params={"kind": "eps"})
     assert none.status_code == 404
+
+
+def test_a_grid_that_its_format_cannot_hold_is_refused(
+    client: httpx.Client, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "webp", replace(FORMATS["webp"], most=100))
+    body = {"images": [base64.b64encode(png()).decode()], "t": [*range(1, 21)]}
+    job_id = client.post("/noise", json=body).json()["id"]
+    started = worker.start(job_id)
+    for t in body["t"]:
+        worker.snapshot(started, int(t))
+    assert worker.store.succeed(job_id, "e")
+    refused = client.get(f"/jobs/{job_id}/grid.webp")
+    assert refused.status_code == 422
+    assert "198 × 8 pixels: webp holds at most 100 a side" in refused.json()["detail"]
+    assert client.get(f"/jobs/{job_id}/grid.png").status_code == 200
+
+
+def test_a_film_that_memory_could_not_hold_is_refused(client: httpx.Client, worker: Worker) -> None:
+    job_id = client.post("/generate", json={"steps": 1000, "snapshots": {"every": 1}}).json()["id"]
+    started = worker.start(job_id)
+    for t in range(1, 101):
+        worker.snapshot(started, t)
+    worker.image(started)
+    assert worker.store.succeed(job_id, "e")
+    film = f"/jobs/{job_id}/snapshots.webp"
+    refused = client.get(film, params={"px": 2048})
+    assert refused.status_code == 422
+    [error] = refused.json()["errors"]
+    assert error["pointer"] == "/query/px"
+    most = int(error["detail"].rpartition(" ")[2])
+    assert "2048: too large for a film of 101 frames" in error["detail"] and 700 < most < 900
+    assert client.get(film, params={"px": most}).status_code == 200
 
 
 def test_snapshots(client: httpx.Client, job: dict[str, object]) -> None:

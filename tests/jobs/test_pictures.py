@@ -47,11 +47,24 @@ def test_the_manifest_comes_back() -> None:
 
 def test_grid_places_row_by_row() -> None:
     images = [np.full((2, 2, 1), i, dtype=np.uint8) for i in (1, 2, 3)]
-    grid = pictures.grid(images, gap=1)
+    grid = pictures.grid(images)
     assert grid[..., 0].tolist() == [
-        [1, 1, 0, 2, 2], [1, 1, 0, 2, 2], [0, 0, 0, 0, 0], [3, 3, 0, 0, 0], [3, 3, 0, 0, 0],
+        [1, 1, 0, 0, 2, 2], [1, 1, 0, 0, 2, 2],
+        [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0],
+        [3, 3, 0, 0, 0, 0], [3, 3, 0, 0, 0, 0],
     ]  # fmt: skip
     assert pictures.grid(images, columns=3).shape == (2, 10, 1)
+    assert pictures.grid_size(3, 2, 2) == (6, 6) and pictures.grid_size(3, 2, 2, columns=3) == (
+        2,
+        10,
+    )
+
+
+def test_lossless_is_lossless_where_nothing_is_seen() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    pixels[..., 3] = 0
+    with Image.open(io.BytesIO(pictures.encode_webp(pixels))) as image:
+        np.testing.assert_array_equal(np.asarray(image.convert("RGBA")), pixels)
 
 
 def test_archives_are_the_same_bytes_each_time() -> None:

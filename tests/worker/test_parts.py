@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import struct
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,9 @@ from click.testing import CliRunner
 import diffusion
 from diffusion import Model
 from diffusion.device import DeviceError, pick_device
+from diffusion.encoding import encoding_table
 from diffusion.samplers import SAMPLERS, SamplingDefaults, build_table
+from diffusion.spacings import spaced_timesteps
 from jobs.kinds.chain import Snapshots
 from jobs.kinds.generate import GenerateSpec
 from jobs.kinds.table import admit
@@ -221,11 +226,39 @@ def test_uploaded_pixels_become_minus_one_to_one() -> None:
 
 def test_snapshots_at_and_every(model: Model) -> None:
     table = build_table(model.schedule, steps=10)
-    assert snapshot_rows(table, None) == frozenset()
-    assert snapshot_rows(table, Snapshots(every=4)) == {0, 4, 8}
+    rows = partial(snapshot_rows, table, rises=False)
+    assert rows(None) == frozenset()
+    assert rows(Snapshots(every=4)) == {0, 4, 8}
     t = table.t + 1
-    assert snapshot_rows(table, Snapshots(at=(50, int(t[3]), 1))) == {0, 3, 9}
-    assert snapshot_rows(table, Snapshots(at=(int(t[3]) - 1,))) == {3}
+    assert rows(Snapshots(at=(50, int(t[3]), 1))) == {0, 3, 9}
+    assert rows(Snapshots(at=(int(t[3]) - 1,))) == {3}
+
+
+def test_on_the_way_up_a_snapshot_is_what_the_next_step_enters_with(model: Model) -> None:
+    """Not what a step led to before it was mended, nor the image that it all begins with."""
+    timesteps = spaced_timesteps(model.schedule.T, 4)[::-1]
+    table = encoding_table(model.schedule, timesteps, iterations=1)
+    entered = {int(table.t[row]): row for row in range(2, len(table), 2)}  # with what is mended
+    for t in timesteps[:-1]:
+        at = Snapshots(at=(t + 1,))
+        assert snapshot_rows(table, at, rises=True) == {entered[t]}
+    every = snapshot_rows(table, Snapshots(every=1), rises=True)
+    assert {int(table.t[row]) for row in every} == {*timesteps} and every >= {*entered.values()}
+    alone = encoding_table(model.schedule, [7], iterations=0)
+    assert snapshot_rows(alone, Snapshots(every=1), rises=True) == frozenset()
+
+
+def test_a_model_that_is_replaced_takes_its_weights_along(tmp_path: Path, model: Model) -> None:
+    diffusion.save(model, tmp_path / "one")
+    folder = ModelFolder(tmp_path, queue="ddpm")
+    [served] = folder.rescan().loaded
+    assert served.table((("steps", 5),)) is served.table((("steps", 5),))
+    weights = weakref.ref(served.model)
+    shutil.rmtree(tmp_path / "one")
+    del served
+    assert folder.rescan().gone == ("one",)
+    gc.collect()
+    assert weights() is None
 
 
 def test_another_rq_is_refused_and_the_difference_named(monkeypatch: pytest.MonkeyPatch) -> None:

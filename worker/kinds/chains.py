@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -104,7 +103,7 @@ class ChainFlight(Flight[ChainT]):
             deterministic=spec.deterministic,
             urgent=spec.priority == "high",
             client=started.record.client,
-            snapshot_rows=snapshot_rows(self.table, spec.snapshots),
+            snapshot_rows=snapshot_rows(self.table, spec.snapshots, rises=spec.film_rises),
             condition=self.condition,
         )
 
@@ -177,19 +176,21 @@ def spec_table(served: Served, spec: ChainSpec, *, from_noise: bool, **own: obje
     """The sampler table of a filled spec; equal requests share one. own: further options."""
     given: dict[str, object] = {name: getattr(spec, name) for name in spec.table_fields} | own
     given["start"] = None if from_noise else spec.first_t(served.card) - 1
-    return _table(served, tuple((name, v) for name, v in given.items() if v is not None))
+    return served.table(tuple((name, v) for name, v in given.items() if v is not None))
 
 
-@lru_cache(maxsize=256)
-def _table(served: Served, options: tuple[tuple[str, object], ...]) -> SamplerTable:
-    defaults = asdict(served.model.config.sampling) | dict(options)
-    return served.model.table(**defaults)
-
-
-def snapshot_rows(table: SamplerTable, wanted: Snapshots | None) -> frozenset[int]:
-    """The rows of a table at which a request wants to see the chain."""
+def snapshot_rows(table: SamplerTable, wanted: Snapshots | None, *, rises: bool) -> frozenset[int]:
+    """The rows of a table at which a request wants to see the chain. rises: its t do."""
     if wanted is None:
         return frozenset()
     if wanted.every is not None:
-        return frozenset(range(0, len(table), wanted.every))
-    return frozenset(int(np.abs(table.t + 1 - t).argmin()) for t in wanted.at or ())
+        rows = [*range(0, len(table), wanted.every)]
+    else:
+        rows = [int(np.abs(table.t + 1 - t).argmin()) for t in wanted.at or ()]
+    if not rises:
+        return frozenset(rows)
+    # On the way up a row enters with the x of the t before: the first with the image, then those
+    # that mend the step to t, and with x_t itself the last of this t.
+    last = {t: row for row, t in enumerate(table.t.tolist())}
+    entered = {last[int(table.t[row])] for row in rows}
+    return frozenset(row for row in entered if row > 0)
