@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,81 @@ def test_a_folder_that_others_may_write_to_is_refused(
     Compiler(engine.networks, folder).poll([served])
     assert "others may write" in caplog.text
     assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even by root, unlike permissions: /proc is as ours, and as closed, as a read-only disk."""
+    caplog.set_level(logging.INFO, logger="ddpm.worker")
+    engine = Engine(lambda events: None)
+    engine.networks.prepare(served.model).costs.spent[1] = 60.0
+    compiler = Compiler(engine.networks, Path("/proc/self"))
+    assert "no compiled code: /proc/self cannot be written to" in caplog.text
+    compiler.poll([served])
+    assert not compiler.working
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_folder_that_goes_ends_the_compiling_and_nothing_else(
+    served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    """Whoever clears a cache does not know that it is in use."""
+    folder = tmp_path / "cache"
+    engine = Engine(lambda events: None)
+    engine.networks.prepare(served.model).costs.spent = {1: 60.0, 4: 50.0}
+    compiler = Compiler(engine.networks, folder)
+    if when == "while":
+        shutil.rmtree(served.folder)  # so that the other process fails
+        compiler.poll([served])
+        assert compiler._job is not None
+        compiler._job.process.wait()
+    shutil.rmtree(folder)
+    for _ in range(3):
+        compiler.poll([served])
+        assert not compiler.working
+    assert caplog.text.count("nothing more is compiled") == 1
+    compiler.close()
+
+
+def test_what_cannot_be_begun_keeps_no_other_worker_waiting(
+    served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    engine = Engine(lambda events: None)
+    network = engine.networks.prepare(served.model)
+    network.costs.spent[1] = 60.0
+    compiler = Compiler(engine.networks, folder)
+    compiler._package(served, network, network.tile(1)).with_suffix(".log").mkdir()
+    compiler.poll([served])
+    assert "nothing more is compiled" in caplog.text
+    lock = compiling._lock(folder)
+    assert lock is not None
+    lock.close()
+
+
+# A worker that compiles what it has stepped at all.
+EAGER = """
+from worker.network import compiling
+compiling.WORTH_S = compiling.WORTH_IDLE_S = 0.0
+"""
+
+
+def test_a_worker_whose_cache_is_unusable_serves_on(
+    service: Any, nursery: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache" / "compiled"
+    folder.mkdir(mode=0o700, parents=True)
+    (folder / "compiling.lock").mkdir()  # no file can be opened there, not even by root
+    options = {"DDPM_COMPILE": "1", "DDPM_CACHE_DIR": str(folder.parent)}
+    worker = nursery.worker(service, fault=EAGER, **options)
+    job = service.admit(steps=1000, num_images=64, corrector_steps=9)  # does not end by itself
+    service.until(
+        lambda: not worker.alive() or "nothing more is compiled" in service.log.read_text()
+    )
+    assert worker.alive()
+    service.store.cancel(job)
+    assert service.ended(job, "canceled").crashes == 0
 
 
 def test_a_failed_compilation_leaves_the_eager_code(

@@ -9,6 +9,7 @@ On a GPU it fills Inductor's cache instead, and the worker builds from it in a t
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -17,6 +18,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -107,14 +109,22 @@ class Compiler:
             _sweep(folder)
 
     def poll(self, served: Iterable[Compilable], *, busy: bool = True) -> None:
-        """Call every few seconds. Never raises for a compilation that fails: eager code serves."""
+        """Call every few seconds. Never raises for a compilation that fails, nor for a folder that
+        cannot be used any more: eager code serves."""
         if not self._enabled:
             return
         self._idle_looks = 0 if busy else self._idle_looks + 1
+        try:
+            self._look(served)
+        except OSError as error:
+            log.warning("nothing more is compiled: %s cannot be used: %s", self._folder, error)
+            self._enabled = False
+
+    def _look(self, served: Iterable[Compilable]) -> None:
         if self._job is not None and self._job.process.poll() is not None:
-            self._collect(self._job)
-            self._job.lock.close()
-            self._job = None
+            job, self._job = self._job, None
+            job.lock.close()
+            self._collect(job)
         if self.working:
             return
         wanted = self._most_wanted(served)
@@ -185,17 +195,26 @@ class Compiler:
             return
         self._tried.add(package)
         log.info("compiling %s for %s in the background", served.name, tile)
+        try:
+            process = self._compile(served, network, tile, package)
+        except OSError:
+            lock.close()
+            raise
+        self._job = Job(served, network, tile, package, process, lock)
+
+    def _compile(
+        self, served: Compilable, network: Network, tile: Tile, package: Path
+    ) -> subprocess.Popen[bytes]:
         arguments = [str(served.folder), served.model.digest, str(network.model.device)]
         arguments += [str(network.dtype).removeprefix("torch."), str(tile.rows)]
         arguments += [str(tile.threads), str(package)]
         with package.with_suffix(".log").open("wb") as output:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command_of("worker.network.compile_one", *arguments),
                 stdout=output,
                 stderr=output,
                 env={**environment(), "TORCHINDUCTOR_CACHE_DIR": str(_inductor(self._folder))},
             )
-        self._job = Job(served, network, tile, package, process, lock)
 
     def _collect(self, job: Job) -> None:
         if job.process.returncode == 0:
@@ -220,7 +239,8 @@ class Compiler:
             error = difference(network, forward, tile)
         except Exception as failure:
             log.warning("compiled code of %s cannot be used: %s", served.name, failure)
-            package.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is tried once, whether it stays or not
+                package.unlink()
             return
         if not error <= TOLERANCE[network.dtype]:
             log.warning("compiled code of %s differs by %.2g: not used", served.name, error)
@@ -301,8 +321,9 @@ def _sweep(folder: Path) -> None:
     """Delete code that was not used for a month."""
     limit = time.time() - KEEP_S
     for path in folder.iterdir():
-        if path.is_file() and path.stat().st_mtime < limit:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another worker may sweep as well
+            if path.is_file() and path.stat().st_mtime < limit:
+                path.unlink()
 
 
 def _lock(folder: Path) -> IO[bytes] | None:
@@ -318,7 +339,7 @@ def _lock(folder: Path) -> IO[bytes] | None:
 
 
 def _usable(folder: Path) -> bool:
-    """Whether code in this folder can only have been put there by us."""
+    """Whether code can be put into this folder, and only by us."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         stat = folder.stat()
@@ -328,4 +349,9 @@ def _usable(folder: Path) -> bool:
     if stat.st_uid != os.getuid() or stat.st_mode & 0o022:
         log.warning("no compiled code: others may write to %s", folder)
         return False
-    return True
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # its permissions do not tell of a read-only disk
+            return True
+    except OSError as error:
+        log.info("no compiled code: %s cannot be written to (%s)", folder, error.strerror)
+        return False
