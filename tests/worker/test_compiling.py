@@ -133,7 +133,7 @@ def test_a_folder_that_others_may_write_to_is_refused(
 def test_a_folder_that_cannot_be_written_to_is_refused(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not even by root, unlike permissions: /proc is as ours, and as closed, as a read-only disk."""
+    """Not even by root: /proc is ours and takes no file, like a disk that is read-only."""
     caplog.set_level(logging.INFO, logger="ddpm.worker")
     engine = Engine(lambda events: None)
     engine.networks.prepare(served.model).costs.spent[1] = 60.0

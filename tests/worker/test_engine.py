@@ -11,8 +11,11 @@ from torch import Tensor
 
 import diffusion
 from diffusion import Model
+from diffusion.encoding import encoding_table
 from diffusion.samplers import build_table
+from diffusion.table import remember
 from tests.diffusion.steps import one_step
+from worker.engine import chain_pool
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
 from worker.engine.tasks import (
@@ -454,6 +457,36 @@ def test_a_batch_that_raises_is_bisected_down_to_the_guilty_task(
     ended = {e.task_id for e in harness.events if isinstance(e, Finished)}
     assert failed == {f"t{i}" for i in range(16) if i % 3 == 2}
     assert ended == {f"t{i}" for i in range(16) if i % 3 != 2}
+
+
+def test_a_step_that_finds_no_memory_at_its_end_is_done_again_as_a_whole(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoding keeps something else than x̂_0 of each row: what makes that takes memory."""
+    start = torch.rand(4, *model.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encoding = Task(
+        id="a",
+        model=model,
+        table=encoding_table(model.schedule, [5, 15, 25, 35, 45], iterations=1),
+        seed=1,
+        starts=tuple(Start(i, x_t=x) for i, x in enumerate(start)),
+    )
+    undisturbed, disturbed = Harness(), Harness()
+    undisturbed.run(encoding)
+    calls = 0
+
+    def short(*given: Any, **more: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return remember(*given, **more)
+
+    monkeypatch.setattr(chain_pool, "remember", short)
+    disturbed.run(encoding)
+    assert calls > 3 and disturbed.of(Finished, "a")
+    for index, image in undisturbed.images("a").items():
+        torch.testing.assert_close(disturbed.images("a")[index], image, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import torch
 
 import diffusion
 from diffusion import Model
-from diffusion.flow import ROW_COST, FlowLikelihood, flow_likelihood, flow_table
+from diffusion.flow import ROW_COST, FlowLikelihood, flow_likelihood, flow_table, log_prior
 from diffusion.spacings import spaced_timesteps
 from jobs.kinds.common import PRODUCT_COST
+from worker.engine import flow_pool
 from worker.engine.flows import FlowTask
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
@@ -111,6 +112,27 @@ def test_a_strand_goes_on_from_where_it_was_taken_out(model: Model) -> None:
     second = Harness()
     second.run(rest, whole)
     close(second.density(rest), second.density(whole))
+
+
+def test_a_step_that_finds_no_memory_at_its_end_is_done_again_as_a_whole(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = flow_task(model, "t")
+    undisturbed, disturbed = Harness(), Harness()
+    undisturbed.run(task)
+    calls = 0
+
+    def short(*given: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return log_prior(*given)
+
+    monkeypatch.setattr(flow_pool, "log_prior", short)
+    disturbed.run(task)
+    assert calls > 2 and disturbed.ends("t") == [Finished]
+    close(disturbed.density(task), undisturbed.density(task))
 
 
 def test_a_bad_image_fails_alone_and_deterministic_strands_see_no_mates(model: Model) -> None:

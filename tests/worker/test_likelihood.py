@@ -110,6 +110,26 @@ def test_every_term_is_evaluated_once(model: Model, left: int) -> None:
     assert set(np.flatnonzero(there)) == set(chosen)
 
 
+def test_a_step_that_finds_no_memory_at_its_end_is_done_again_as_a_whole(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, plain, calls = term_task(model, "t"), torch.isfinite, 0
+
+    def short(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += x.dtype is torch.float64  # a step asks it of its terms, at its end
+        if calls == 3:
+            calls += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(x)
+
+    monkeypatch.setattr(torch, "isfinite", short)
+    harness = Harness()
+    harness.run(task)
+    assert calls > 4 and harness.ended("t") is Finished
+    assert np.isfinite(harness.nats(task)).all()
+
+
 def test_nothing_left_ends_at_once(model: Model) -> None:
     harness = Harness()
     harness.run(term_task(model, "t", left=np.arange(0)))

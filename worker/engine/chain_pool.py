@@ -280,11 +280,12 @@ class ChainPool:
         )
         # Of ε̂ as well, since clipping hides an infinite x̂_0.
         finite = found.finite & torch.isfinite(x_next).flatten(1).all(dim=1)
-        self.x.index_copy_(0, packed[0], x_next)
         kept = x_start
         if self.bank.remembers[table_rows].any():
             memory = self.bank.rows.memory[packed[1]]
             kept = remember(memory, x_start=x_start, x=x, x_start_prev=x_start_prev)
+        # Nothing from here on takes memory.
+        self.x.index_copy_(0, packed[0], x_next)
         self.x_start.index_copy_(0, packed[0], kept)
         if self.older is not None and older is not None:
             self.older.index_copy_(0, packed[0], x_start_prev)

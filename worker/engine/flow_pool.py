@@ -105,12 +105,9 @@ class FlowPool:
         nats = torch.tensor([self._under_way[sample][1] for sample in samples]).double()
         nats += found.double().cpu()
         due = [i for i, task in enumerate(tasks) if strand_rows[i] == task.rows - 1]
-        for sample, state, so_far in zip(samples, x, nats.tolist(), strict=True):
-            sample.row += 1
-            self._under_way[sample] = (state, so_far)
         ended = [log_prior(schedule, tasks[i].table, x[i : i + 1]) for i in due]
         images = np.array([s.index // t.draws for t, s in zip(tasks, samples, strict=True)])
-        return FlowStep(
+        step = FlowStep(
             batch=batch,
             rows=strand_rows,
             t=rows.t.cpu().numpy(),
@@ -119,6 +116,11 @@ class FlowPool:
             images=images,
             nats=nats[due] + torch.cat(ended) if due else nats[due],
         )
+        # Only now, when nothing can fail for want of memory any more.
+        for sample, state, so_far in zip(samples, x, nats.tolist(), strict=True):
+            sample.row += 1
+            self._under_way[sample] = (state, so_far)
+        return step
 
     def _begin(self, samples: list[Sample]) -> None:
         fresh = [sample for sample in samples if sample.parked is None]

@@ -120,10 +120,10 @@ class TermPool:
                 variance=variance,
             )
             nats[at], squared_error[at] = found.nats, found.squared_error
-        for sample in samples:
-            sample.row += 1
         last = [i for i, task in enumerate(tasks) if strand_rows[i] == task.rows - 1]
         finite = torch.isfinite(nats) & torch.isfinite(squared_error)
+        for sample in samples:  # only now, when nothing can fail for want of memory any more
+            sample.row += 1
         return TermStep(batch, strand_rows, t, finite, last, places, images, nats, squared_error)
 
 
