@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 import time
@@ -198,6 +199,34 @@ def test_a_redis_that_goes_away_between_two_jobs_is_waited_for(
         service.ended(service.admit(steps=2))
     finally:
         service.close()
+
+
+# One answer of Redis is late, long after the stop and long before all is to be given back.
+LATE_ANSWER = """
+import time
+from redis.exceptions import TimeoutError
+from worker.rq import adapter
+adapter.RELEASE_S = 0.1
+look = adapter.EngineWorker._busy_round
+def late_once(self):
+    if self._stop_requested and time.monotonic() > self._stop_at + 0.5:
+        adapter.EngineWorker._busy_round = look
+        raise TimeoutError("one answer was late")
+    look(self)
+adapter.EngineWorker._busy_round = late_once
+"""
+
+
+def test_one_late_answer_while_work_is_let_end_drops_none(service: Service, nursery: Any) -> None:
+    worker = nursery.worker(service, fault=LATE_ANSWER, DDPM_DRAIN_S="60")
+    job_id = service.admit(steps=1000, num_images=64, corrector_steps=9)  # does not end by itself
+    service.until(lambda: service.record(job_id).done > 0)
+    os.kill(worker.pid, signal.SIGTERM)
+    service.until(lambda: "one answer was late" in service.log.read_text())
+    service.store.cancel(job_id)
+    service.ended(job_id, "canceled")
+    assert service.rq_status(job_id) == "canceled"
+    service.until(lambda: not worker.alive())
 
 
 @pytest.mark.slow

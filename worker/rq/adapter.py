@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import queue as queues
 import time
@@ -56,7 +57,8 @@ class EngineWorker(HoldingWorker):
         self._orders: deque[dict[str, Any]] = deque()  # from the pub/sub thread
         self._ends: deque[Outcome] = deque()  # of flights, not yet told to RQ
         self._stop_at: float | None = None
-        self._impatient = self._excused = False
+        self._drain_until = math.inf  # then what still runs at a stop is given back
+        self._excused = False
         self._released_at: float | None = None
         self._heartbeat_at = self._poll_at = 0.0
         self._suspended = False
@@ -73,7 +75,7 @@ class EngineWorker(HoldingWorker):
                     log.exception("a fault of this worker; handing the jobs on")
                     self._abandon()
                     raise
-                if self._stop_at is not None and self._late(self._stop_at, RELEASE_S):
+                if self._late(self._released_at or self._drain_until, RELEASE_S):
                     log.error("Redis is away (%s) at the end; RQ will hand the jobs on", error)
                     self._boarded.clear()
                 log.warning("Redis cannot serve (%s); the jobs in flight go on", error)
@@ -291,19 +293,19 @@ class EngineWorker(HoldingWorker):
         """SIGTERM, SIGINT: stop taking jobs. A second one, later than a moment: do not drain."""
         if self._stop_at is None:
             self._stop_at = time.monotonic()
+            self._drain_until = self._stop_at + self.runtime.settings.drain_s
             self._shutdown_requested_date = now()
             self._stop_requested = True
         elif self._late(self._stop_at, 1.0):
-            self._impatient = True
+            self._drain_until = min(self._drain_until, time.monotonic())
 
     def _drain(self) -> None:
         """Let short work end; then give the rest back to the front of the queue, with its state."""
-        assert self._stop_at is not None
         if not self._excused:
             self.runtime.excuse(self.name)
             self._excused = True
         if self._released_at is None:
-            if not self._impatient and not self._late(self._stop_at, self.runtime.settings.drain_s):
+            if time.monotonic() < self._drain_until:
                 return
             self._released_at = time.monotonic()
             log.info("giving %d jobs back to the queue", len(self._boarded))
