@@ -127,6 +127,29 @@ def test_a_paused_queue_gives_no_job_away(running: Service) -> None:
         running.ended(waiting)
 
 
+# What is due every few seconds is due at once.
+DUTIFUL = """
+from worker import runtime
+runtime.DUTIES_S = 0.0
+"""
+
+
+def test_an_idle_worker_that_takes_no_jobs_lives_on(service: Service, nursery: Any) -> None:
+    """Else its models would be unknown to all before it is resumed."""
+    worker = nursery.worker(service, fault=DUTIFUL)
+    for pause in (service.suspended, service.paused):
+        with pause():
+            service.until(lambda: [w.get_state() for w in service.rq_workers()] == ["suspended"])
+            for _ in range(2):
+                before = time.time()
+                service.until(lambda before=before: service.store.workers()[0].at > before)
+            waiting = service.admit(steps=2)
+        service.ended(waiting)
+    with service.suspended():
+        worker.kill(signal.SIGTERM)  # it hears that too
+    assert service.store.workers() == []
+
+
 def test_a_job_that_comes_right_after_a_pause_waits(running: Service) -> None:
     """The idle worker is in the middle of a pop when the queue is paused."""
     for how in ("pause", "suspend"):

@@ -86,8 +86,9 @@ class WaitingWorker(BaseWorker):
         idle_since = time.monotonic()
         while not self._stop_requested:
             try:
-                self._idle_round()
-                if self._is_paused():
+                paused = self._is_paused()
+                self._idle_round(WorkerStatus.SUSPENDED if paused else WorkerStatus.IDLE)
+                if paused:
                     time.sleep(POLL_S)
                     continue
                 self._next()
@@ -104,17 +105,15 @@ class WaitingWorker(BaseWorker):
                 time.sleep(POLL_S)
         return None
 
-    # RQ's loop ends at an error of any of these three
+    def check_for_suspension(self, burst: bool) -> None:
+        """Nothing: RQ would wait here, and a worker that is silent for so long counts as dead."""
+
+    # RQ's loop ends at an error of either of these
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         """Say that this worker lives, if Redis is there to hear it."""
         with self._patiently():
             super().heartbeat(timeout, pipeline)
-
-    def check_for_suspension(self, burst: bool) -> None:
-        """Wait while all workers are suspended."""
-        with self._patiently():
-            super().check_for_suspension(burst)
 
     def run_maintenance_tasks(self) -> None:
         """Clean up after dead workers; what cannot be done now is done next time."""
@@ -136,11 +135,10 @@ class WaitingWorker(BaseWorker):
         """Seconds until a dropped connection is noticed."""
         return IDLE_SLICE_S + SOCKET_S
 
-    def _idle_round(self) -> None:
-        if self.get_state() != WorkerStatus.IDLE:
-            self.set_state(WorkerStatus.IDLE)
+    def _idle_round(self, state: WorkerStatus) -> None:
+        if self.get_state() != state:
+            self.set_state(state)
         self.heartbeat()
-        self.check_for_suspension(burst=False)
         self._maintain()
         self._check_engine()
 
