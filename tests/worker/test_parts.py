@@ -36,6 +36,7 @@ from worker.kinds.generate import GenerateFlight
 from worker.kinds.inputs import x_start_of
 from worker.kinds.noise import closed, stepwise
 from worker.models import ModelFolder, card_of
+from worker.network.networks import Networks
 from worker.rq import check
 
 SHAPE = (3, 8, 8)
@@ -290,3 +291,21 @@ def test_the_command_says_that_there_is_no_redis(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "device = 'nonsense'" in result.output
     result = CliRunner().invoke(worker_command, env={**env, "DDPM_DRAIN_S": "soon"})
     assert result.exit_code == 1 and "DDPM_DRAIN_S = 'soon'" in result.output
+
+
+def test_networks_come_and_go_while_others_are_let_go_of(make_model: Callable[..., Model]) -> None:
+    """The engine's thread lets go of them; the loader's makes one ready at the same time."""
+    old, kept, new = (make_model(seed=seed, classes=0) for seed in (1, 2, 3))
+    networks = Networks(torch.float32, 8)
+    for model in (old, kept):
+        networks.prepare(model)
+
+    class Meanwhile(list[str]):
+        def __contains__(self, digest: object) -> bool:
+            networks.prepare(new)
+            if digest == old.digest:
+                networks.keep_only([kept.digest, new.digest])
+            return super().__contains__(digest)
+
+    networks.keep_only(Meanwhile([kept.digest, new.digest]))
+    assert [networks.is_prepared(model) for model in (old, kept, new)] == [False, True, True]

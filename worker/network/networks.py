@@ -51,12 +51,13 @@ class Networks:
         exact: rows that depend on nothing beside them. mode: all but chains in float32.
         """
         key = _key(model, exact, mode)
-        if key in self._ready:
-            return self._ready[key]
+        # Another thread may let go of it at any moment.
+        if (ready := self._ready.get(key)) is not None:
+            return ready
         with self._preparing:
-            if key not in self._ready:
-                self._ready[key] = self._make(model, key)
-            return self._ready[key]
+            if (ready := self._ready.get(key)) is None:
+                ready = self._ready[key] = self._make(model, key)
+            return ready
 
     def _make(self, model: Model, key: LaneKey) -> Network:
         in_float32 = key.exact or key.mode != "chains"
@@ -75,8 +76,9 @@ class Networks:
 
     def keep_only(self, digests: Collection[str]) -> None:
         """Let go of other models."""
-        for key in [key for key in self._ready if key.digest not in digests]:
-            del self._ready[key]
+        for key in list(self._ready):
+            if key.digest not in digests:
+                self._ready.pop(key, None)
 
     def sampling(self) -> dict[LaneKey, Network]:
         """Those that sample and are not deterministic."""
