@@ -163,6 +163,30 @@ def test_a_job_that_comes_right_after_a_pause_waits(running: Service) -> None:
         running.ended(job_id)
 
 
+# A pause that is seen once, right after the first job was popped, and is over at the next look.
+PAUSED_ONCE = """
+from worker.rq.waiting import WaitingWorker
+is_paused, put_to_head = WaitingWorker._is_paused, WaitingWorker._put_to_head
+dequeue = WaitingWorker._dequeue
+def first(self, timeout):
+    WaitingWorker._is_paused = lambda self: True
+    return dequeue(self, timeout)
+def put_back(self, *popped):
+    WaitingWorker._is_paused, WaitingWorker._dequeue = is_paused, dequeue
+    put_to_head(self, *popped)
+    print("put back", flush=True)
+WaitingWorker._dequeue, WaitingWorker._put_to_head = first, put_back
+"""
+
+
+def test_a_pause_of_a_moment_ends_no_worker(service: Service, nursery: Any) -> None:
+    job_id = service.admit(steps=2)
+    worker = nursery.worker(service, fault=PAUSED_ONCE)
+    service.until(lambda: not worker.alive() or service.rq_status(job_id) == "finished")
+    assert worker.alive() and "put back" in service.log.read_text()
+    service.ended(job_id)
+
+
 def test_cancel_a_running_job_keeps_its_latest_state(running: Service) -> None:
     job_id = running.admit(num_images=64, steps=1000, seed=1)
     started(running, job_id)

@@ -93,7 +93,8 @@ class WaitingWorker(BaseWorker):
                     continue
                 self._next()
                 found = self._dequeue(None if timeout is None else IDLE_SLICE_S)
-                if found is not None or not self._is_paused():
+                # None: it was put back, since a pause came; RQ's loop would end at that.
+                if found is not None or timeout is None:
                     return found
             except DequeueTimeout:
                 if max_idle_time is not None and time.monotonic() - idle_since > max_idle_time:
