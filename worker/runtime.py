@@ -81,6 +81,8 @@ class Runtime:
         self._duties_at = 0.0
         # A heartbeat makes known what is served; held so that it is not what was just retired.
         self._telling = threading.Lock()
+        self._gone: set[str] = set()  # models that are no longer served, but still known
+        self._kept: set[str] | None = None  # digests of what the engine was told to keep
         self._made_at = time.monotonic()
         self._saw_all = False  # all of a folder that holds models
         self._looked_for_strangers = False
@@ -135,14 +137,19 @@ class Runtime:
         )
         for name in changes.gone:
             log.info("model %s is gone", name)
+        self._gone.update(changes.gone)
+        self._gone.difference_update(self.folder.served)
+        for name in sorted(self._gone):
             with self._telling:
                 self.store.retire_card(name)
+            self._gone.remove(name)  # only now: if Redis could not serve, it is retired next time
         if only_first:
             return
         self._saw_all = self._saw_all or bool(self.folder.served)
-        if changes.loaded or changes.gone:
-            digests = {served.model.digest for served in self.folder.served.values()}
+        digests = {served.model.digest for served in self.folder.served.values()}
+        if digests != self._kept:
             self.engine.keep_only(digests)
+            self._kept = digests
 
     def duties(self, worker: str) -> bool:
         """What is due every few seconds, busy or not: rescan, and say that this worker lives and

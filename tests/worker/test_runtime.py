@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 import diffusion
 from app.views import manifest
@@ -248,6 +249,37 @@ def test_a_model_that_goes_during_a_heartbeat_stays_gone(
         runtime.duties("me")
         rescan.join()
         assert set(service.store.cards()) == {"tiny"}
+
+
+def test_models_that_go_while_redis_is_away_are_retired_later(
+    service: Service,
+    tmp_path: Path,
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of them, but for those that are back by then; and their networks are let go."""
+    service.models = tmp_path / "models"
+    for seed, name in enumerate(("tiny", "second", "third", "back")):
+        diffusion.save(make_model(seed=seed), service.models / name)
+    for runtime in make_runtime(service):
+        assert set(service.store.cards()) == {"tiny", "second", "third", "back"}
+        gone = runtime.folder.served["second"].model
+        for name in ("second", "third", "back"):
+            shutil.rmtree(service.models / name)
+
+        def away(name: str) -> None:
+            raise RedisConnectionError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(service.store, "retire_card", away)
+            for _ in range(2):
+                with pytest.raises(RedisConnectionError):
+                    runtime.rescan()
+        diffusion.save(make_model(seed=3), service.models / "back")
+        runtime.rescan()
+        assert set(service.store.cards()) == {"tiny", "back"}
+        runtime.engine.tick()
+        assert not runtime.engine.networks.is_prepared(gone)
 
 
 def test_a_model_that_is_not_yet_loaded_stays_known(
