@@ -240,6 +240,8 @@ class Runtime:
         except Exception as error:  # one job must not end the worker
             log.exception("job %s cannot be started", flight.id)
             self._tell([Failed(flight.execution, error)])
+        if flight.intent is not Intent.RUN:  # a cancel may have come before the task
+            self._cancel_task(flight.execution)
 
     def _register(self, flight: AnyFlight) -> None:
         self.flights[flight.execution] = flight

@@ -24,6 +24,8 @@ from jobs.store.events import JobFault
 from jobs.store.janitor import Janitor
 from jobs.store.started import MAX_LONE_CRASHES
 from worker import outputs
+from worker.engine.loop import Engine
+from worker.engine.tasks import Work
 from worker.flights import Ending, Flight, Intent, Outcome
 from worker.kinds.chain_state import pack
 from worker.models import ModelFolder
@@ -37,10 +39,13 @@ def runtime(service: Service) -> Iterator[Runtime]:
     yield from make_runtime(service)
 
 
-def make_runtime(service: Service, **settings: object) -> Iterator[Runtime]:
-    changed = Settings(redis_url=service.url, models=service.models, **settings)  # type: ignore[arg-type]
+def make_runtime(
+    service: Service, *, threads: bool = False, **settings: object
+) -> Iterator[Runtime]:
+    given = {"redis_url": service.url, "models": service.models, "compile": False}
+    changed = Settings(**{**given, **settings})  # type: ignore[arg-type]
     folder = ModelFolder(changed.models, queue=changed.queue)
-    runtime = Runtime(changed, service.store, folder, threads=False)
+    runtime = Runtime(changed, service.store, folder, threads=threads)
     runtime.start()
     yield runtime
     runtime.close()
@@ -136,6 +141,43 @@ def test_only_a_job_that_kills_workers_alone_is_given_up(
         assert service.record(job_id).fault.code == "gave_up"
     else:
         assert ending is Ending.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("intent", "ending"),
+    [
+        (Intent.CANCEL, Ending.CANCELED),
+        (Intent.RELEASE, Ending.RELEASED),
+        (Intent.LOSE, Ending.LOST),
+    ],
+)
+def test_a_suspect_whose_end_is_asked_for_as_it_is_launched_ends(
+    service: Service, monkeypatch: pytest.MonkeyPatch, intent: Intent, ending: Ending
+) -> None:
+    """Its network has to be prepared, and the engine does not know of it yet."""
+    job_id = service.admit(steps=1000, num_images=64, corrector_steps=9)  # does not end by itself
+    assert service.store.start(job_id, "e0", worker="dead", digest="", in_batch=InBatch.SHARED)
+    entered, go_on = threading.Event(), threading.Event()
+    submit = Engine.submit
+
+    def slow(self: Engine, task: Work, *, held: bool = False) -> None:
+        entered.set()
+        assert go_on.wait(60)
+        submit(self, task, held=held)
+
+    monkeypatch.setattr(Engine, "submit", slow)
+    for runtime in make_runtime(service, threads=True):
+        flight = runtime.begin(job_id, "e1", "w")
+        assert isinstance(flight, Flight) and entered.wait(60)
+        runtime.end(flight, intent)
+        go_on.set()
+        outcome = runtime.outcomes.get(timeout=30)
+        assert outcome.ending is ending
+        runtime.landed(outcome)
+        lanes = runtime.engine.lanes
+        service.until(
+            lambda lanes=lanes: lanes and not any(lane.runs for lane in lanes.values()), seconds=20
+        )
 
 
 def test_a_pinned_model_that_changed_is_refused(service: Service, runtime: Runtime) -> None:
