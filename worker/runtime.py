@@ -12,7 +12,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import redis
 import torch
 
 from diffusion import cores
@@ -21,6 +20,7 @@ from jobs.settings import Settings
 from jobs.store.batch import InBatch
 from jobs.store.records import JobRecord
 from jobs.store.started import Started
+from jobs.store.trouble import passes
 from jobs.store.workers import WorkerInfo
 from jobs.store.writer import JobStore
 from worker.engine.lane import EngineOptions
@@ -75,6 +75,7 @@ class Runtime:
             enabled=settings.compile and threads,
         )
         self._beside = ThreadPoolExecutor(THREADS_BESIDE, "beside", initializer=cores.keep_to_one)
+        self._beside_failure: BaseException | None = None
         self._threads = threads
         self._loader = Loader(self)
         self._starter = Starter(self)
@@ -113,7 +114,7 @@ class Runtime:
     def failure(self) -> BaseException | None:
         """What broke the engine or the outputs down, if anything did."""
         writing = self._writer.failure if self._writer else None
-        return self.engine.failure or self.roster.failure or writing
+        return self.engine.failure or self.roster.failure or writing or self._beside_failure
 
     def _tell(self, events: list[Event]) -> None:
         """Hand on what the engine says."""
@@ -287,8 +288,10 @@ class Runtime:
                 self.end(by_id[job_id], Intent.CANCEL)
 
     def run_to_end(self, flight: AnyFlight) -> Outcome:
-        """Run one flight on this thread (without `start`)."""
+        """Run one flight on this thread (without `start`). Raises what breaks its work down."""
         while self.outcomes.empty():
+            if self.failure is not None:
+                raise self.failure
             if time.monotonic() > flight.deadline:
                 self.end(flight, Intent.TIME_OUT)
             if not self.engine.tick():
@@ -306,13 +309,20 @@ class Runtime:
     def _run_beside(self, flight: AnyFlight) -> None:
         """Do the work of a flight that gives the engine nothing to do."""
         try:
+            self._work_beside(flight)
+        except BaseException as error:  # not even its end can be written
+            log.exception("job %s could not be written", flight.id)
+            self._beside_failure = error
+
+    def _work_beside(self, flight: AnyFlight) -> None:
+        try:
             flight.run(self.outputs.handle, lambda: _goes_on(flight))
             ran = flight.intent is Intent.RUN
             end = Finished(flight.execution) if ran else Canceled(flight.execution, None)
             self.outputs.handle([end])
-        except redis.exceptions.RedisError:
-            log.exception("job %s could not be written", flight.id)
         except Exception as error:
+            if passes(error):  # Redis is away, and this worker ends: the job goes on elsewhere
+                return
             log.exception("job %s failed", flight.id)
             self.outputs.handle([Failed(flight.execution, error)])
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 import diffusion
 from app.views import manifest
@@ -28,6 +29,7 @@ from worker.engine.loop import Engine
 from worker.engine.tasks import Work
 from worker.flights import Ending, Flight, Intent, Outcome
 from worker.kinds.chain_state import pack
+from worker.kinds.noise import NoiseFlight
 from worker.models import ModelFolder
 from worker.runtime import Runtime
 
@@ -264,6 +266,67 @@ def test_a_noise_job_can_be_canceled(service: Service, runtime: Runtime) -> None
     service.store.cancel(job_id)
     assert runtime.run_to_end(flight).ending is Ending.CANCELED
     assert len(service.outputs(job_id)) < 32 * 1000
+
+
+@pytest.fixture
+def noising(
+    service: Service, own_redis: Callable[..., tuple[str, Any]]
+) -> Iterator[tuple[Service, str]]:
+    """A job that is done beside the engine, on a Redis that may come to forbid what it writes."""
+    url, _ = own_redis("forbidding")
+    other = type(service)(url, service.models, service.log)
+    may_write(other, True)
+    try:
+        yield other, other.admit(kind="noise", t=(1,), inputs=np.zeros((1, 8, 8, 1), np.uint8))
+    finally:
+        other.close()
+
+
+def may_write(service: Service, allowed: bool) -> None:
+    service.redis.execute_command("ACL", "SETUSER", "default", "+hset" if allowed else "-hset")
+
+
+def test_outputs_that_redis_refuses_fail_their_job(
+    noising: tuple[Service, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, job_id = noising
+    work = NoiseFlight.run
+
+    def forbidden(*given: Any) -> None:
+        may_write(service, False)
+        try:
+            work(*given)
+        finally:
+            may_write(service, True)
+
+    monkeypatch.setattr(NoiseFlight, "run", forbidden)
+    for runtime in make_runtime(service):
+        assert run(runtime, job_id) is Ending.FAILED
+        assert service.record(job_id).fault.code == "worker_error"
+        assert runtime.failure is None
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_work_beside_the_engine_whose_end_cannot_be_written_breaks_the_worker_down(
+    noising: tuple[Service, str], monkeypatch: pytest.MonkeyPatch, threads: bool
+) -> None:
+    """As that of the engine does: else the job would run for ever."""
+    service, job_id = noising
+    work = NoiseFlight.run
+
+    def forbidden(*given: Any) -> None:
+        may_write(service, False)
+        work(*given)
+
+    monkeypatch.setattr(NoiseFlight, "run", forbidden)
+    for runtime in make_runtime(service, threads=threads):
+        flight = runtime.begin(job_id, "e1", "w")
+        assert isinstance(flight, Flight)
+        if threads:
+            service.until(lambda runtime=runtime: runtime.failure is not None)
+        else:
+            with pytest.raises(RedisError):
+                runtime.run_to_end(flight)
 
 
 def test_a_model_that_goes_during_a_heartbeat_stays_gone(
