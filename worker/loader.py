@@ -59,19 +59,24 @@ class Loader:
         served = self._host.folder.served.get(record.model)
         if served is None:
             return self._is_overdue(record.id)
-        self._missed.pop(record.id, None)
-        self._last_look.pop(record.id, None)
+        self.forget(record.id)
         if not record.spec.runs_network:
             return True
         exact, mode = record.spec.deterministic, FLIGHTS[record.spec.kind].mode(record.spec)
-        if self._host.engine.networks.is_prepared(served.model, exact=exact, mode=mode):
-            return True
         key = (served.model.digest, exact, mode)
+        if self._host.engine.networks.is_prepared(served.model, exact=exact, mode=mode):
+            self._tasks.pop(key, None)
+            return True
         task = self._tasks.get(key)
         if task is not None and task.done():  # it failed: starting the job will say why
             return True
         self._once(key, lambda: self._prepare(served.model, exact=exact, mode=mode))
         return False
+
+    def forget(self, job_id: str) -> None:
+        """A job waits no more."""
+        self._missed.pop(job_id, None)
+        self._last_look.pop(job_id, None)
 
     def _is_overdue(self, job_id: str) -> bool:
         now = time.monotonic()
@@ -80,7 +85,7 @@ class Loader:
         if self._done <= self._last_look.setdefault(job_id, self._begun):
             self.scan()
             return False
-        del self._missed[job_id], self._last_look[job_id]
+        self.forget(job_id)
         return True
 
     def _once(self, key: object, work: Callable[[], None]) -> None:

@@ -205,7 +205,14 @@ class Runtime:
 
     def begin(self, job_id: str, execution: str, worker: str) -> AnyFlight | Ending | None:
         """Start a job, or say how it stands already: see `Starter.begin`."""
-        return self._starter.begin(job_id, execution, worker)
+        begun = self._starter.begin(job_id, execution, worker)
+        if begun is not None:
+            self.forget(job_id)
+        return begun
+
+    def forget(self, job_id: str) -> None:
+        """A job that could not be begun yet is not asked for again."""
+        self._loader.forget(job_id)
 
     def is_ready(self, record: JobRecord) -> bool:
         """Whether a job need not wait for its model: see `Loader.is_ready`; without threads none is

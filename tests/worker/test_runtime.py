@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from diffusion import Model
 from jobs.settings import Settings
 from jobs.store import writer
 from jobs.store.batch import InBatch
+from jobs.store.connections import connect
 from jobs.store.events import JobFault
 from jobs.store.janitor import Janitor
+from jobs.store.rq_queue import Queues
 from jobs.store.started import MAX_LONE_CRASHES
 from worker import outputs
 from worker.engine.loop import Engine
@@ -31,6 +34,7 @@ from worker.flights import Ending, Flight, Intent, Outcome
 from worker.kinds.chain_state import pack
 from worker.kinds.noise import NoiseFlight
 from worker.models import ModelFolder
+from worker.rq.adapter import EngineWorker
 from worker.runtime import Runtime
 
 Service = Any  # of conftest.py; tests cannot import it
@@ -266,6 +270,44 @@ def test_a_noise_job_can_be_canceled(service: Service, runtime: Runtime) -> None
     service.store.cancel(job_id)
     assert runtime.run_to_end(flight).ending is Ending.CANCELED
     assert len(service.outputs(job_id)) < 32 * 1000
+
+
+@pytest.mark.parametrize("how", ["canceled", "deleted", "stopped"])
+def test_nothing_is_kept_of_a_job_that_ends_while_its_model_is_missing(
+    service: Service, tmp_path: Path, how: str
+) -> None:
+    job_id = service.admit(steps=2)
+    for runtime in make_runtime(service, threads=True, models=tmp_path / "empty"):
+        rq = EngineWorker(runtime, connect(runtime.settings))
+        found = rq._dequeue(None)
+        assert found is not None
+        rq._board(*found)
+        loader = runtime._loader
+        assert set(loader._missed) == {job_id}
+        if how == "stopped":
+            order = {"command": "stop-job", "job_id": job_id}
+            rq.handle_payload({"data": json.dumps(order).encode()})
+            rq._obey_orders()
+        elif how == "canceled":
+            assert service.store.cancel(job_id) == "canceled"
+            Queues(service.redis).cancel(job_id)
+        else:
+            service.store.purge(job_id)
+            Queues(service.redis).delete(job_id)
+        rq._poll()
+        assert not rq._boarded and not loader._missed and not loader._last_look
+        rq.connection.close()
+
+
+def test_a_network_that_was_let_go_of_is_made_ready_beside_the_work_again(service: Service) -> None:
+    """What is left of the first time does not say that it failed."""
+    for runtime in make_runtime(service, threads=True):
+        for execution in ("e1", "e2"):
+            job_id = service.admit(steps=2, deterministic=True)
+            assert runtime.begin(job_id, execution, "w") is None
+            service.until(partial(runtime.begin, job_id, execution, "w"))
+            runtime.landed(runtime.outcomes.get(timeout=60))
+            runtime.engine.networks.keep_only([])
 
 
 @pytest.fixture

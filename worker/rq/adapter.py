@@ -253,6 +253,7 @@ class EngineWorker(HoldingWorker):
             self.runtime.end(boarded.flight, intent)
             return
         self._boarded.pop(boarded.execution.id, None)  # its model still loads: nothing runs
+        self.runtime.forget(job_id_of(boarded.job))
         if intent is Intent.RELEASE:
             self._requeue(boarded)
         elif intent is Intent.STOP:
