@@ -177,7 +177,11 @@ def listening(port: int) -> Finding:
         return Finding(OK, "port", f"{port} is free")
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return Finding(WARNING, "port", f"{port} is taken by something else; `ddpm up --port …`")
-    ready = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)
+    try:
+        ready = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)
+    except httpx.HTTPError as error:
+        why = str(error) or type(error).__name__
+        return Finding(WRONG, "API", f"{its} answers on {url}, but not whether it is ready: {why}")
     if ready.is_success:
         return Finding(OK, "API", f"{its} answers on {url} and is ready")
     detail = ready.json().get("detail", "") if "json" in ready.headers["content-type"] else ""

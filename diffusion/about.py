@@ -6,7 +6,7 @@ description makes no other model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from diffusion.files import CheckpointError, read_json, size_of, write_json
 from diffusion.presets import Preset, read_presets
 from diffusion.table import SamplerError
+from diffusion.tuned import TUNED
 
 CARD_NAME = "card.json"
 THUMBNAIL_NAME = "thumbnail.png"
@@ -65,10 +66,13 @@ def presets_in(raw: Mapping[str, Any], card: Path) -> dict[str, Preset]:
         raise CheckpointError(f"{card}: {error}") from error
 
 
-def own_presets(folder: Path, T: int) -> dict[str, Preset]:
-    """The presets that a model's folder says, of at most T steps.
+def own_presets(
+    folder: Path, T: int, *, samplers: Collection[str], tuned: Collection[int]
+) -> dict[str, Preset]:
+    """The presets that a model's folder says, of at most T steps, of those that can be run.
 
-    None where something is wrong with its card, which keeps no model from being used: what that is
+    samplers: those of the model. tuned: the numbers of steps that it has tuned tables of. None
+    where something is wrong with its card, which keeps no model from being used: what that is
     `read_about` says.
     """
     card = folder / CARD_NAME
@@ -76,11 +80,18 @@ def own_presets(folder: Path, T: int) -> dict[str, Preset]:
         found = presets_in(read_json(card), card) if card.exists() else {}
     except CheckpointError:
         return {}
-    return {name: preset for name, preset in found.items() if preset.steps <= T}
+    return {
+        name: preset
+        for name, preset in found.items()
+        if preset.steps <= T
+        and (preset.steps in tuned if preset.sampler == TUNED else preset.sampler in samplers)
+    }
 
 
 def write_about(about: About, folder: str | Path) -> None:
-    """Write what there is to say into a model's folder."""
+    """Write what there is to say into a model's folder; nothing where that is nothing."""
+    if about == About():
+        return
     said: dict[str, Any] = {"description": about.description}
     if about.presets:
         said["presets"] = {name: asdict(preset) for name, preset in about.presets.items()}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion.about import own_presets
+from diffusion.about import own_presets, read_about, write_about
 from diffusion.diffusers.folder import export_diffusers, is_diffusers_folder, load_diffusers
 from diffusion.files import (
     CheckpointError,
@@ -25,9 +26,10 @@ from diffusion.files import (
     write_weights,
 )
 from diffusion.model import Model, ModelConfig, build_network
+from diffusion.samplers import samplers_of
 from diffusion.size import check_memory
 from diffusion.table import SamplerError, SamplerTable
-from diffusion.tuned import TUNED_NAME, read_tuned
+from diffusion.tuned import TUNED_NAME, read_tuned, write_tuned
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -53,14 +55,11 @@ def load(
     weights = read_weights(files[1])
     with naming(files[1]):
         network = build_network(config, weights, device)
+    T, samplers = config.schedule.T, samplers_of(config.sampling)
     try:
-        return Model(
-            config,
-            network,
-            digest_of(files),
-            presets=own_presets(folder, config.schedule.T),
-            tuned=_tables(folder, config.schedule.T),
-        )
+        tuned = _tables(folder, T)
+        presets = own_presets(folder, T, samplers=samplers, tuned=tuned)
+        return Model(config, network, digest_of(files), presets=presets, tuned=tuned)
     except SamplerError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
@@ -91,7 +90,8 @@ def convert(
     """Rewrite a checkpoint folder in our form or in diffusers' (`to`: ours or diffusers).
 
     sampling: fields of `SamplingDefaults` to change, as where diffusers lacks what the model says.
-    Raises CheckpointError, also if `target` already holds anything.
+    What the folder says of the model goes along; into our form, its tuned tables do too. Raises
+    CheckpointError, also if `target` already holds anything.
     """
     if to not in FORMS:
         raise CheckpointError(f"to = {to!r}: must be {' or '.join(FORMS)}")
@@ -103,6 +103,13 @@ def convert(
         model = Model(_resampled(model.config, sampling), model.network)
     write = save if to == "ours" else export_diffusers
     write(model, target)
+    with suppress(CheckpointError):  # what is wrong with its card keeps no model from being used
+        write_about(read_about(source), target)
+    weights = Path(source) / WEIGHTS_NAME
+    if to == "ours" and weights.exists():
+        tables = read_tuned(Path(source), weights=digest_of([weights]))
+        if tables:
+            write_tuned(tables.values(), target, weights=digest_of([target / WEIGHTS_NAME]))
 
 
 def _resampled(config: ModelConfig, sampling: Mapping[str, Any]) -> ModelConfig:

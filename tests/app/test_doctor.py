@@ -100,3 +100,23 @@ def test_a_port_that_something_else_has(tmp_path: Path, redis_url: str) -> None:
         result = run(tmp_path, port)
         thread.join()
     assert f"warning  port: {port} is taken by something else" in result.output
+
+
+def test_a_service_that_does_not_say_whether_it_is_ready(tmp_path: Path, redis_url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+
+        def answer() -> None:
+            said = b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"version": "1"}'
+            for reply in (said, b""):
+                near, _ = server.accept()
+                near.recv(4096)
+                near.sendall(reply)
+                near.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        result = run(tmp_path, server.getsockname()[1])
+        thread.join()
+    assert "WRONG    API: 1 answers on" in result.output
+    assert "but not whether it is ready" in result.output

@@ -17,11 +17,15 @@ import torch
 
 import diffusion
 from diffusion import CheckpointError, Model, UNetConfig
-from diffusion.checkpoint import convert
+from diffusion.about import About, read_about, write_about
+from diffusion.checkpoint import WEIGHTS_NAME, convert
 from diffusion.diffusers.config import read_network
 from diffusion.diffusers.folder import export_diffusers, load_diffusers
 from diffusion.diffusers.scheduler import read_scheduler
+from diffusion.files import digest_of
+from diffusion.presets import Preset
 from diffusion.samplers import SamplingDefaults
+from diffusion.tuned import Tuned, write_tuned
 from tests.diffusion.networks import TINY, build_model
 
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
@@ -517,6 +521,21 @@ def test_the_mean_parameterisation_cannot_be_exported(tmp_path: Path) -> None:
 
 
 # Conversion
+
+
+def test_conversion_takes_along_what_is_said_and_tuned(tmp_path: Path) -> None:
+    source = tmp_path / "ours"
+    diffusion.save(build_model(), source)
+    about = About("Digits", presets={"fast": Preset("tuned", 1)})
+    write_about(about, source)
+    table = Tuned((99.0,), ((1.0, -0.3, 0.5, 0.0),))
+    write_tuned([table], source, weights=digest_of([source / WEIGHTS_NAME]))
+    convert(source, tmp_path / "again")
+    found = diffusion.load(tmp_path / "again")
+    assert read_about(tmp_path / "again") == about
+    assert [*found.tuned] == [1] and found.presets == diffusion.load(source).presets
+    convert(source, tmp_path / "theirs", "diffusers")
+    assert read_about(tmp_path / "theirs") == about
 
 
 def test_conversion_never_overwrites(model: Model, folder: Path, tmp_path: Path) -> None:

@@ -57,6 +57,10 @@ def test_a_preset_stands_for_sampler_steps_and_spacing(model: Model, tmp_path: P
     fast = sample(found, 2, preset="fast", **options)
     wanted = sample(found, 2, sampler="unipc", steps=6, spacing="trailing", **options)
     assert torch.equal(fast, wanted)
+    # One that cannot be run, as after the weights have changed, is none.
+    for sampler, steps in (("tuned", 4), ("consistency", 2)):
+        write_about(About(presets={"fast": Preset(sampler, steps)}), tmp_path)
+        assert load(tmp_path).presets == model.presets
     with pytest.raises(SamplerError, match="steps = 3: not beside a preset"):
         sample(found, 2, preset="fast", steps=3)
     with pytest.raises(SamplerError, match="preset = 'quick': must be one of fast, balanced"):
