@@ -80,6 +80,12 @@ def job_of(page: Any, *, after: str = "") -> str:
     return job
 
 
+def refuse(route: Any) -> None:
+    """Answer in the place of the service, as it does where a quota is used up."""
+    problem = {"status": 429, "code": "quota_exceeded", "detail": "Too much waits."}
+    route.fulfill(status=429, json=problem, content_type="application/problem+json")
+
+
 def draw(page: Any, pad: str = ".pad canvas") -> None:
     """A seven, with the mouse."""
     box = page.locator(pad).first.bounding_box()

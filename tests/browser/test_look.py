@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from tests.browser.conftest import Served, Visit
-from tests.browser.steps import draw, drawn, job_of, says, slide
+from tests.browser.steps import draw, drawn, job_of, refuse, says, slide
 
 
 def test_a_picture_is_measured_and_its_noising_filmed(visit: Visit, served: Served) -> None:
@@ -28,6 +28,10 @@ def test_a_picture_is_measured_and_its_noising_filmed(visit: Visit, served: Serv
     # The last point of the plot is the whole rate, L_1 … L_{T−1}.
     ratios = rate(page, result["images"][0]["terms"])
     assert math.isclose(ratios, result["L_t"], rel_tol=1e-3)
+    # What is refused of the shares is said.
+    page.route("**/reconstruct", refuse)
+    page.reload()
+    page.locator(".bits [role=alert]", has_text="Too much waits.").wait_for()
     # In Queue a film is no thin line.
     page.click("nav >> text=Queue")
     box = page.locator(f".jobs a[href='#job={noise}'] img").bounding_box()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.browser.conftest import Served, Visit
-from tests.browser.steps import PATIENCE_S, ask, draw, drawn, job_of, says, slide, until
+from tests.browser.steps import PATIENCE_S, ask, draw, drawn, job_of, refuse, says, slide, until
 
 PICTURES = Path(__file__).parent.parent / "pictures"
 
@@ -71,6 +71,73 @@ def test_a_file_is_dropped(visit: Visit, served: Served) -> None:
     for kind in ("dragEnter", "dragOver", "drop"):
         drag(kind, Path(__file__))
     page.locator("[role=alert]").wait_for()
+
+
+def test_what_the_network_expects_is_of_this_model_or_nothing(visit: Visit, served: Served) -> None:
+    """Another model of the same size, which refuses, and the first again."""
+    models = served.client.get("/models").json()
+    [tiny] = [model for model in models["data"] if model["name"] == "tiny"]
+    models["data"].append({**tiny, "name": "twin", "digest": "f" * 64})
+    page = visit("about:blank")
+    page.route("**/models", lambda route: route.fulfill(json=models))
+    page.route(
+        "**/models/twin/schedule",
+        lambda route: route.continue_(url=route.request.url.replace("twin", "tiny")),
+    )
+    page.route(
+        "**/noise",
+        lambda route: route.continue_(post_data=route.request.post_data.replace("twin", "tiny")),
+    )
+    page.route(
+        "**/reconstruct",
+        lambda route: refuse(route) if "twin" in route.request.post_data else route.continue_(),
+    )
+    page.goto(served.url + "#noise")
+    draw(page)
+    expected = page.locator(".strip figure").nth(1).locator("img")
+    expected.wait_for()
+    page.select_option("#model", "twin")
+    page.locator(".forward [role=alert]", has_text="at t = 350: Too much waits.").wait_for()
+    assert expected.count() == 0
+    page.select_option("#model", "tiny")
+    expected.wait_for()
+    assert expected.get_attribute("alt") == "x̂_0 at t = 350"
+    page.wait_for_selector("[role=alert]", state="detached")
+
+
+def test_what_waits_for_the_network_is_one_job_that_ends_with_the_wish(
+    visit: Visit, served: Served
+) -> None:
+    """And holds no connection meanwhile: six are all that a browser has."""
+    page = visit(served.url + "#noise")
+    draw(page)
+    expected = page.locator(".strip figure").nth(1)
+    expected.locator("img").wait_for()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    [queue] = served.client.get("/queue").json()["queues"]
+    served.client.post(f"/queue/{queue['name']}/pause")
+
+    def waiting() -> int:
+        return sum(job["status"] == "queued" for job in served.jobs())
+
+    try:
+        before = waiting()
+        for to in range(100, 800, 100):
+            with page.expect_response("**/reconstruct"):
+                slide(page, to)
+        while waiting() - before != 1:
+            page.wait_for_timeout(50)
+        # What is seen is of the t before, and told so.
+        expected.locator("text=still that of t = 350").wait_for()
+        assert expected.locator("img").get_attribute("alt") == "x̂_0 at t = 350"
+        page.click("nav >> text=Generate")
+        while waiting() > before:
+            page.wait_for_timeout(50)
+        assert len([url for url in asked if "/cancel" in url]) == 7
+        assert not [url for url in asked if "wait=" in url]
+    finally:
+        served.client.post(f"/queue/{queue['name']}/resume")
 
 
 @pytest.mark.slow

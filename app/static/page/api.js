@@ -72,7 +72,15 @@ export const connection = new Connection();
 addEventListener("online", () => connection.hurry());
 document.addEventListener("visibilitychange", () => document.hidden || connection.hurry());
 
-export const pause = (ms) => new Promise((go) => setTimeout(go, ms));
+/* signal: ends it, with its reason. */
+export function pause(ms, signal) {
+  return new Promise((go, stop) => {
+    signal?.throwIfAborted();
+    const cut = () => { clearTimeout(timer); stop(signal.reason); };
+    const timer = setTimeout(() => { signal?.removeEventListener("abort", cut); go(); }, ms);
+    signal?.addEventListener("abort", cut);
+  });
+}
 
 const authorization = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
 
@@ -108,18 +116,22 @@ function comesBack(why) {
 }
 
 /* A request that succeeds, or a Refusal. Where it can be repeated without harm (`again`: of GET,
-   and of what carries an Idempotency-Key), it waits for a service that is away, and for a key. */
-export async function call(path, { again, headers, ...options } = {}) {
-  const repeat = again ?? (options.method ?? "GET") === "GET";
+   and of what carries an Idempotency-Key), it waits for a service that is away, and for a key.
+   signal: ends the waiting, and a GET at once. What makes a job is heard out: else nobody would know
+   which to cancel. */
+export async function call(path, { again, headers, signal, ...options } = {}) {
+  const reads = (options.method ?? "GET") === "GET";
+  const repeat = again ?? reads;
   for (;;) {
-    options.signal?.throwIfAborted();
+    signal?.throwIfAborted();
     const { key } = connection;
     let reply;
     try {
       reply = await fetch(path.replace(/^\//, ""), {
-        ...options, headers: { ...headers, ...authorization(key) } });
+        ...options, signal: reads ? signal : undefined,
+        headers: { ...headers, ...authorization(key) } });
     } catch (error) {
-      if (options.signal?.aborted || !repeat) throw error;
+      if (signal?.aborted || !repeat) throw error;
       await comesBack("the service does not answer");
       continue;
     }
@@ -141,10 +153,11 @@ const nonce = () =>
   [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
 
 /* A new job; asked for twice it is still one. */
-export async function create(kind, body) {
+export async function create(kind, body, signal) {
   const reply = await call(kind, {
     method: "POST",
     again: true,
+    signal,
     body: JSON.stringify(body),
     headers: { "Content-Type": "application/json", "Idempotency-Key": nonce() },
   });

@@ -166,17 +166,29 @@ function Shares({ run, model, picture, steps }) {
   const points = SHARES.map((share) => ({
     share, at: steps.find(({ rate }) => rate >= share * total * 0.999) ?? steps.at(-1) }));
   const [found, setFound] = useState([]);
+  const [fault, say] = useState(null);
   useEffect(() => {
     if (!picture) return undefined;
-    let here = true;
+    const gone = new AbortController();
     const { seed, class_label: label = null } = run.job.request;
-    points.forEach(({ at }, i) => guess(model, picture, { t: at.t, seed, label }).then(
-      (answer) => here && setFound((old) => Object.assign([...old], { [i]: answer })), () => {}));
-    return () => { here = false; };
+    const ask = async () => {
+      for (const [i, { at }] of points.entries()) {
+        try {
+          const answer = await guess(model, picture, { t: at.t, seed, label }, gone.signal);
+          setFound((old) => Object.assign([...old], { [i]: answer }));
+        } catch (error) {
+          if (gone.signal.aborted) return;
+          say(error);
+        }
+      }
+    };
+    ask();
+    return () => gone.abort();
   }, [run.id, picture]);
   return html`<h2>What each share of the bits shows</h2>
     ${!picture && html`<p class="hint">The picture itself is not kept with its numbers: bring it
       again, and measure it, to see this.</p>`}
+    ${fault && html`<p class="fault" role="alert">${fault.message}</p>`}
     <ul class="shares">${points.map(({ share, at }, i) => html`<li key=${share}>
       <${Picture} picture=${found[i]} alt=${`x̂_0 after ${Math.round(share * 100)} % of the bits`} />
       <b>${Math.round(share * 100)} %</b><small>t = ${at.t} · RMSE ${at.rmse.toFixed(1)}</small></li>`)}</ul>`;

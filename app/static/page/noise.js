@@ -1,6 +1,6 @@
 /* Noise: a picture at any t, what the network expects of it there, and back again many ways. */
 
-import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
+import { html, useEffect, useMemo, useState } from "./vendor/preact-htm.js";
 import { CodeDialog, Menu, filesOf } from "./files.js";
 import { useAsk, usePictures, useResult } from "./desk.js";
 import { Source } from "./pad.js";
@@ -12,11 +12,12 @@ import { ClassChips, ModelChoice, Settings, startOf } from "./settings.js";
 import { Stage } from "./stage.js";
 import { Strip, useAlphaBar } from "./strip.js";
 import { Summary, Unknown } from "./unknown.js";
-import { X_T } from "./words.js";
+import { X_START, X_T } from "./words.js";
 
 const VARIATIONS = 9;
 const LAMBDAS = Array.from({ length: 9 }, (_, i) => i / 8);
 const SETTLED_MS = 250;
+const NONE = { of: null, t: null, picture: null, error: null };
 const MODES = [["denoise", "Denoise"], ["mix", "Mix two"], ["restore", "Restore"]];
 const MODE_OF = { interpolate: "mix", restore: "restore" };
 
@@ -24,38 +25,41 @@ const MODE_OF = { interpolate: "mix", restore: "restore" };
 function useEps(model, picture, seed, say) {
   const [found, setFound] = useState(null);
   useEffect(() => {
-    let here = true;
     setFound(null);
-    if (picture) epsOf(model, picture, seed).then((eps) => here && setFound(eps), (e) => here && say(e));
-    return () => { here = false; };
+    if (!picture) return undefined;
+    const gone = new AbortController();
+    const unlessGone = (does) => (what) => gone.signal.aborted || does(what);
+    epsOf(model, picture, seed, gone.signal).then(unlessGone(setFound), unlessGone(say));
+    return () => gone.abort();
   }, [model?.name, picture && picture.shape.join(), !picture, seed]);
   return found;
 }
 
-/* x̂_0 at t, asked for when the slider rests; the one before stays in view until then. */
+/* x̂_0 at t, asked for when the slider rests: {t, picture, error}. That of the t before stays in view
+   until then; of another picture, model, seed or class there is nothing to see. */
 function useGuess(model, picture, { t, seed, label }) {
-  const [found, setFound] = useState({ t: null, picture: null });
-  const kept = useRef({ of: null, by: new Map() });
+  const [found, setFound] = useState(NONE);
+  const known = useMemo(() => new Map(), [picture, model.digest, seed, label]); // t → {url}
   useEffect(() => {
-    if (kept.current.of !== picture) {
-      kept.current = { of: picture, by: new Map() };
-      setFound({ t: null, picture: null });
-    }
     if (!picture || t < 1) return undefined;
-    const name = `${t} ${seed} ${label}`;
-    const { by } = kept.current;
-    if (by.has(name)) {
-      setFound({ t, picture: by.get(name) });
+    const tell = (what) => setFound({ ...NONE, of: known, t, ...what });
+    if (known.has(t)) {
+      tell({ picture: known.get(t) });
       return undefined;
     }
-    let here = true;
-    const timer = setTimeout(() => guess(model, picture, { t, seed, label }).then((answer) => {
-      by.set(name, answer);
-      if (here) setFound({ t, picture: answer });
-    }, () => {}), SETTLED_MS);
-    return () => { here = false; clearTimeout(timer); };
-  }, [picture, t, seed, label, model?.name]);
-  return found;
+    const gone = new AbortController();
+    const ask = async () => {
+      try {
+        known.set(t, await guess(model, picture, { t, seed, label }, gone.signal));
+        if (!gone.signal.aborted) tell({ picture: known.get(t) });
+      } catch (error) {
+        if (!gone.signal.aborted) tell({ error });
+      }
+    };
+    const timer = setTimeout(ask, SETTLED_MS);
+    return () => { gone.abort(); clearTimeout(timer); };
+  }, [known, t]);
+  return found.of === known ? found : NONE;
 }
 
 export function Noise({ run }) {
@@ -149,7 +153,7 @@ function Forward({ model, slots, mode, t, seed, label, by, chosen, onChange, say
   const { a, b } = slots;
   const eps = useEps(model, a, seed, say);
   const alphaBar = useAlphaBar(model.name);
-  const look = useGuess(model, a, { t, seed, label });
+  const look = useGuess(model, mode === "mix" ? null : a, { t, seed, label });
   const x0 = a && mode === "mix" && b ? a.x.map((value, i) => (value + b.x[i]) / 2) : a?.x;
   const xT = a && (t === 0 ? shown(x0, model.shape)
     : eps && alphaBar ? shown(noised(x0, eps, alphaBar[t]), model.shape) : null);
@@ -164,6 +168,9 @@ function Forward({ model, slots, mode, t, seed, label, by, chosen, onChange, say
         : html`${X_T} is your picture with noise, as ${model.name} sees it at <i class="math">t</i>.`}
       ${a && by !== chosen && ` Back goes ${by}: ${chosen} ${why}.`}</p>
     <${Strip} name="Your picture in noise" model=${model.name} T=${model.T} t=${t} stops=${null} xT=${xT}
-      xStart=${xStart} disabled=${!a} onChange=${onChange} actions=${actions}
-      captions=${mode === "mix" ? ["both, half and half", "decoded below"] : null} /></div>`;
+      xStart=${xStart} tStart=${xStart && xStart === look.picture ? look.t : t} disabled=${!a}
+      onChange=${onChange} actions=${actions}
+      captions=${mode === "mix" ? ["both, half and half", "decoded below"] : null} />
+    ${t > 0 && look.error && html`<p class="fault" role="alert">${X_START} at <i class="math">t</i> = ${
+      look.t}: ${look.error.message}</p>`}</div>`;
 }

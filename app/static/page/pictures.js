@@ -2,7 +2,10 @@
 
 x is [C,H,W] in −1..1 and of 8 bits, exactly as the service will read the PNG. */
 
-import { call, create, get } from "./api.js";
+import { call, create, get, pause } from "./api.js";
+
+const SOON_MS = 50;
+const SELDOM_MS = 2_000;
 
 export function blank([, height, width]) {
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
@@ -86,21 +89,32 @@ export function noised(x, eps, alphaBar) {
   return x.map((value, i) => signal * value + noise * eps[i]);
 }
 
-/* A small job that this page needs to draw itself: wait for its end. */
-export async function answer(kind, body, signal) {
-  let job = await create(kind, { ...body, ttl_s: 3600 });
-  while (job.status === "queued" || job.status === "running") {
-    job = await get(`jobs/${job.id}?wait=20`, { signal });
+/* A small job that this page needs to draw itself, at its end. One that is not wanted any more
+   (`signal`) is canceled. It is looked at again and again: a request that waited would hold one of
+   the six connections that a browser has for all its tabs. */
+async function answer(kind, body, signal) {
+  let job = await create(kind, { ...body, ttl_s: 3600 }, signal);
+  try {
+    for (let ms = SOON_MS; job.status === "queued" || job.status === "running";
+      ms = Math.min(1.5 * ms, SELDOM_MS)) {
+      await pause(ms, signal);
+      job = await get(`jobs/${job.id}`, { signal });
+    }
+  } catch (error) {
+    if (signal.aborted) {
+      call(`jobs/${job.id}/cancel`, { method: "POST", again: true }).catch(() => {});
+    }
+    throw error;
   }
   if (job.status !== "succeeded") throw new Error(job.error?.detail ?? job.status);
   return job;
 }
 
 /* The ε of a seed, as POST /noise draws it for a first image. */
-export async function epsOf(model, picture, seed) {
+export async function epsOf(model, picture, seed, signal) {
   const job = await answer("noise", {
-    model: model.name, images: [picture.png], t: [model.T], kinds: ["eps"], seed });
-  const file = await call(`jobs/${job.id}/snapshots/${model.T}/0.npy?kind=eps`);
+    model: model.name, images: [picture.png], t: [model.T], kinds: ["eps"], seed }, signal);
+  const file = await call(`jobs/${job.id}/snapshots/${model.T}/0.npy?kind=eps`, { signal });
   return floats(await file.arrayBuffer());
 }
 
@@ -111,9 +125,9 @@ export function floats(buffer) {
 }
 
 /* x̂_0 of x_t: one DDIM step from t lands there. */
-export async function guess(model, picture, { t, seed, label = null }) {
+export async function guess(model, picture, { t, seed, label = null }, signal) {
   const job = await answer("reconstruct", {
     model: model.name, images: [picture.png], t, seed, sampler: "ddim", steps: 1,
-    ...(label === null ? {} : { class_label: label }) });
+    ...(label === null ? {} : { class_label: label }) }, signal);
   return { url: job.images[0].url };
 }

@@ -96,17 +96,19 @@ export function Readings({ alphaBar, t }) {
   </dl>`;
 }
 
-/* x_t and x̂_0 at t, the curve, the slider. actions: what can be done from here. */
+/* x_t and x̂_0 at t, the curve, the slider. tStart: where x̂_0 is still that of another t. actions:
+   what can be done from here. */
 export function Strip({
-  model, T, t, stops, xT, xStart, onChange, disabled, actions, captions, signs = [X_T, X_START],
-  name = "The chain",
+  model, T, t, stops, xT, xStart, tStart = t, onChange, disabled, actions, captions,
+  signs = [X_T, X_START], name = "The chain",
 }) {
   const alphaBar = useAlphaBar(model);
   return html`<section class="strip" aria-label=${name}>
     <figure><${Picture} picture=${xT} alt=${`x_t at t = ${Math.round(t)}`} />
       <figcaption>${signs[0]} <span>${captions?.[0] ?? "what the chain holds"}</span></figcaption></figure>
-    <figure><${Picture} picture=${xStart} alt=${`x̂_0 at t = ${Math.round(t)}`} />
-      <figcaption>${signs[1]} <span>${captions?.[1] ?? "what the network expects"}</span></figcaption>
+    <figure><${Picture} picture=${xStart} alt=${`x̂_0 at t = ${Math.round(tStart)}`} />
+      <figcaption>${signs[1]} <span>${tStart === t ? captions?.[1] ?? "what the network expects"
+        : `still that of t = ${tStart}`}</span></figcaption>
     </figure>
     <div class="where">
       <${Readings} alphaBar=${alphaBar} t=${t} />
