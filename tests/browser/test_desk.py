@@ -242,6 +242,42 @@ def test_what_could_not_be_read_is_forgotten_with_the_next_picture(
     page.wait_for_selector("[role=alert]", state="detached")
 
 
+def test_what_was_wanted_last_lies_there(visit: Visit, served: Served) -> None:
+    """Even where what was wanted before it comes later."""
+    body = {"model": "tiny", "num_images": 2, "steps": 3}
+    job = served.client.post("/generate", json=body, headers=WAIT).json()
+    page = visit(served.url + "#noise")
+    pad = page.locator(".pad canvas")
+    pad.wait_for()
+    known = [{**job, "created": job["created_at"], "title": "two", "done": True}]
+    page.evaluate("jobs => localStorage.setItem('ddpm-jobs', jobs)", json.dumps(known))
+    held: list[Any] = []
+    page.route("**/images/0.png", lambda route: held.append(route))
+
+    def let_come() -> None:
+        assert held
+        with page.expect_response("**/images/0.png"):
+            while held:
+                held.pop().continue_()
+        page.wait_for_timeout(300)
+
+    link = f"#noise&picture={job['id']}"
+    page.evaluate(f"location.hash = '{link}/0'")
+    while not held:
+        page.wait_for_timeout(20)
+    page.evaluate(f"location.hash = '{link}/1'")
+    page.locator(".pad canvas[aria-label*='image 2 of a job']").wait_for()
+    let_come()
+    assert "image 2 of a job" in pad.get_attribute("aria-label")
+    # One of those made earlier, and then a drawing.
+    page.reload()
+    page.click(".recent button")
+    draw(page)
+    page.locator(".pad canvas[aria-label*='your drawing']").wait_for()
+    let_come()
+    assert "your drawing" in pad.get_attribute("aria-label")
+
+
 def test_a_browser_that_keeps_nothing_will_do(visit: Visit, served: Served) -> None:
     page = visit("about:blank")
     page.add_init_script(

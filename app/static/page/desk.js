@@ -14,6 +14,7 @@ class Desk extends Observable {
   #name = null; // of the model; null: nobody has chosen, the first
   #settings = { of: null, said: {} };
   #slots = {};
+  #coming = {}; // slot → Promise of a picture that is on its way there
   #taken = null;
 
   get model() { return service.model(this.#name) ?? service.models[0]; }
@@ -32,8 +33,28 @@ class Desk extends Observable {
   }
 
   put(slot, picture) {
+    delete this.#coming[slot]; // it was wanted before this one
     this.#slots = { ...this.#slots, [slot]: picture };
     this.choose(this.model.name);
+  }
+
+  /* Put a picture there once it has come, unless another was wanted there since. */
+  async bring(slot, coming) {
+    this.#coming[slot] = coming;
+    const wanted = () => this.#coming[slot] === coming;
+    try {
+      const picture = await coming;
+      if (wanted()) this.put(slot, picture);
+    } catch (error) {
+      if (!wanted()) return;
+      delete this.#coming[slot];
+      throw error;
+    }
+  }
+
+  /* Put it where nothing is, nor will be soon. */
+  offer(slot, picture) {
+    if (!this.slots[slot] && !this.#coming[slot]) this.put(slot, picture);
   }
 
   change(some) {
@@ -53,16 +74,15 @@ class Desk extends Observable {
   }
 
   /* The picture that the address names, once for each time that it does. */
-  async take(named, say) {
+  take(named, say) {
     if (!this.model || this.#taken === named) return;
     this.#taken = named;
     const { job, index } = named;
-    try {
-      this.put("a", await pictureAt(`jobs/${job}/images/${index}.png`, this.model.shape,
-        `image ${index + 1} of a job`));
-    } catch (error) {
+    this.bring("a", pictureAt(`jobs/${job}/images/${index}.png`, this.model.shape,
+      `image ${index + 1} of a job`)).catch((error) => {
+      this.#taken = null; // so that whoever comes by again gets it
       say(error);
-    }
+    });
   }
 }
 
@@ -111,7 +131,7 @@ export function usePictures(run, say) {
   useEffect(() => {
     if (!own || run.laid) return;
     run.laid = true;
-    if (!desk.slots.a) desk.put("a", own);
+    desk.offer("a", own);
   }, [own]);
   return desk;
 }

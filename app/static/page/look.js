@@ -27,7 +27,8 @@ export function Look({ run }) {
   const own = useOwn(run, its, say);
   if (!model) return html`<${NoModels} service=${service} />`;
   const { label } = desk.settings;
-  const put = (slot, picture) => { say(null); desk.put(slot, picture); };
+  const put = (picture) => { say(null); desk.put("a", picture); };
+  const bring = (coming) => { say(null); desk.bring("a", coming).catch(say); };
   const live = run?.live;
   const ready = a && !live && !asking;
   const of = (request) => ({ model: model.name, images: [a.png], ...request });
@@ -48,7 +49,7 @@ export function Look({ run }) {
       onSubmit=${(event) => { event.preventDefault(); if (ready) measure(); }}>
       <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
         thumbnail=${a} />
-      <${Source} model=${model} picture=${a} onPicture=${(p) => put("a", p)} onError=${say} />
+      <${Source} model=${model} picture=${a} onPicture=${put} onComing=${bring} />
       <${ClassChips} model=${model} value=${label}
         onChange=${(label) => desk.change({ label })} label="What the model is told it is" />
       <div class="submit">

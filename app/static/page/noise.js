@@ -76,7 +76,8 @@ export function Noise({ run }) {
   const result = useResult(run);
   if (!model) return html`<${NoModels} service=${service} />`;
   const { settings: now } = desk;
-  const put = (slot, picture) => { say(null); desk.put(slot, picture); };
+  const put = (slot) => (picture) => { say(null); desk.put(slot, picture); };
+  const bring = (slot) => (coming) => { say(null); desk.bring(slot, coming).catch(say); };
   const change = (some) => desk.change(some);
   // Of a job that is shown, its own, until others are chosen.
   const its = run?.job?.request;
@@ -114,10 +115,10 @@ export function Noise({ run }) {
       <${ModelChoice} model=${model} onChange=${(name) => desk.choose(name)}
         thumbnail=${slots.a} />
       <${Chips} name="mode" label="What to do" value=${mode} options=${MODES} onChange=${setMode} />
-      <${Source} model=${model} picture=${slots.a} onPicture=${(p) => put("a", p)}
-        onError=${say} label=${mode === "mix" ? "The first picture" : "Your picture"} />
+      <${Source} model=${model} picture=${slots.a} onPicture=${put("a")}
+        onComing=${bring("a")} label=${mode === "mix" ? "The first picture" : "Your picture"} />
       ${mode === "mix" && html`<${Source} model=${model} picture=${slots.b}
-        onPicture=${(p) => put("b", p)} onError=${say} label="The second picture" />`}
+        onPicture=${put("b")} onComing=${bring("b")} label="The second picture" />`}
       ${mode === "restore"
         ? html`<${ClassChips} model=${model} value=${now.label}
             onChange=${(label) => change({ label })} />`

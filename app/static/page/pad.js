@@ -18,17 +18,18 @@ export function Pad({ shape, picture, onPicture, label }) {
   const drawn = useRef(null); // the last picture that came from here
   const [colour, setColour] = useState("#ffffff");
   useEffect(() => { // what came from elsewhere is drawn on too
-    if (picture && picture === drawn.current) return;
+    if (picture && picture === drawn.current) return undefined;
     const paper = canvas.current.getContext("2d");
     paper.fillStyle = "#000";
     paper.fillRect(0, 0, SIDE, SIDE);
-    if (!picture) return;
+    if (!picture) return undefined;
     const image = new Image();
     image.onload = () => {
       paper.imageSmoothingEnabled = false;
       paper.drawImage(image, 0, 0, SIDE, SIDE);
     };
     image.src = picture.src;
+    return () => { image.onload = null; };
   }, [picture]);
 
   const place = (event) => {
@@ -75,27 +76,22 @@ export function Pad({ shape, picture, onPicture, label }) {
 }
 
 /* Pictures that this browser made, to take one of. */
-export function Recent({ model, onPicture, onError }) {
+function Recent({ model, onComing }) {
   const { shape } = model;
   const recorded = useRecorded(model);
   useObservable(history);
   const made = history.all.filter(({ kind, done }) =>
     done && kind !== "noise" && kind !== "likelihood");
   if (!made.length && !recorded) return null;
-  const take = async (job) => {
-    try {
-      onPicture(await pictureAt(`jobs/${job.id}/images/0.png`, shape, `${job.title}, the first`));
-    } catch (error) {
-      onError(error);
-    }
-  };
+  const take = (job) =>
+    onComing(pictureAt(`jobs/${job.id}/images/0.png`, shape, `${job.title}, the first`));
   return html`<div class="recent" role="group" aria-label="Take a picture made earlier">
     ${made.slice(0, RECENT).map((job) => html`<button type="button" key=${job.id}
       aria-label=${`Take the first of ${job.title}`} onClick=${() => take(job)}>
       <${Thumbnail} id=${job.id} /></button>`)}
     ${recorded?.images.slice(0, Math.max(0, RECENT - made.length)).map(({ src }, i) => html`<button
       type="button" key=${src} aria-label=${`Take example ${i + 1}`}
-      onClick=${() => pictureFrom(src, shape, `example ${i + 1}`).then(onPicture, onError)}>
+      onClick=${() => onComing(pictureFrom(src, shape, `example ${i + 1}`))}>
       <${Picture} picture=${recorded.images[i]} alt="" /></button>`)}</div>`;
 }
 
@@ -104,18 +100,11 @@ function Thumbnail({ id }) {
   return html`<${Picture} picture=${picture} alt="" onGone=${() => history.finish(id, false)} />`;
 }
 
-/* All ways to a picture. */
-export function Source({ model, picture, onPicture, onError, label = "Your picture" }) {
+/* All ways to a picture. onPicture: told of one, or null; onComing: of the Promise of one. */
+export function Source({ model, picture, onPicture, onComing, label = "Your picture" }) {
   const { shape } = model;
   const [over, setOver] = useState(false);
-  const open = async (file) => {
-    if (!file) return;
-    try {
-      onPicture(await pictureOf(file, shape, file.name));
-    } catch (error) {
-      onError(error);
-    }
-  };
+  const open = (file) => file && onComing(pictureOf(file, shape, file.name));
   const drop = (event) => {
     event.preventDefault();
     setOver(false);
@@ -131,6 +120,6 @@ export function Source({ model, picture, onPicture, onError, label = "Your pictu
           open(event.target.files[0]);
           event.target.value = "";
         }} /></label></p>
-    <${Recent} model=${model} onPicture=${onPicture} onError=${onError} />
+    <${Recent} model=${model} onComing=${onComing} />
   </div>`;
 }
