@@ -10,7 +10,7 @@ from jobs.settings import Settings
 from jobs.store.writer import JobStore
 from tests.app.conftest import CARD, serving
 from tests.browser.conftest import Served, Visit
-from tests.browser.steps import ask, drawn, job_of, says, slide
+from tests.browser.steps import ask, drawn, job_of, says, slide, until
 
 
 def test_an_api_killed_in_mid_stream_is_waited_for(page: Any, served: Served) -> None:
@@ -50,6 +50,13 @@ def test_a_key_is_asked_for_where_keys_are_set(visit: Visit, redis_url: str) -> 
         page = visit(str(client.base_url))
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
+        page.locator("#key-fault", has_text="not accepted").wait_for()
+        # One that no request could carry is none either, here and after a reload.
+        page.fill("#key", "open-sesame\u200b")
+        page.keyboard.press("Enter")
+        until(page, "localStorage.getItem('ddpm-key').length === 12")
+        page.locator("#key-fault", has_text="not accepted").wait_for()
+        page.reload()
         page.locator("#key-fault", has_text="not accepted").wait_for()
         page.fill("#key", "open-sesame")
         page.keyboard.press("Enter")

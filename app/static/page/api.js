@@ -8,6 +8,7 @@ import { read, write } from "./storage.js";
 const KEY = "ddpm-key";
 const SILENCE_MS = 45_000; // a stream says something every 15 s
 const LONGEST_WAIT_MS = 8_000;
+const SENDABLE = /^[ -~\xa0-\xff]*$/; // what a header may hold: no other characters, seen or unseen
 
 export class Refusal extends Error {
   constructor(status, body) {
@@ -125,6 +126,10 @@ export async function call(path, { again, headers, signal, ...options } = {}) {
   for (;;) {
     signal?.throwIfAborted();
     const { key } = connection;
+    if (!SENDABLE.test(key)) {
+      await connection.unlocked(key);
+      continue;
+    }
     let reply;
     try {
       reply = await fetch(path.replace(/^\//, ""), {
