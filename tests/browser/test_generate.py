@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.browser.conftest import Served, Visit
 from tests.browser.steps import ask, drawn, job_of, says, slide
+
+PICTURE = Path(__file__).parent.parent / "pictures" / "plain.png"
 
 
 def test_a_click_draws_pictures_and_keeps_their_chain(page: Any, visit: Visit) -> None:
@@ -34,6 +38,25 @@ def test_a_click_draws_pictures_and_keeps_their_chain(page: Any, visit: Visit) -
     says(other, "4 images in")
     other.wait_for_selector("#grid img >> nth=3")
     assert drawn(other) == images
+
+
+def test_a_job_that_failed_to_load_is_asked_for_again(visit: Visit, served: Served) -> None:
+    """By who comes to it again; and all that has come of it is shown, where it says of no number."""
+    picture = base64.b64encode(PICTURE.read_bytes()).decode()
+    body = {"model": "wide", "images": [picture] * 3, "steps": 2}
+    job = served.client.post("/encode", json=body, headers={"Prefer": "wait=60"}).json()
+    page = visit("about:blank")
+    problem = {"status": 500, "code": "internal", "detail": "Something broke."}
+    page.route(
+        f"**/jobs/{job['id']}", lambda route: route.fulfill(status=500, json=problem), times=1
+    )
+    page.goto(f"{served.url}#job={job['id']}")
+    says(page, "Something broke.")
+    page.click("nav >> text=Queue")
+    page.wait_for_selector("main.queue")
+    page.go_back()
+    says(page, "3 images in")
+    page.wait_for_selector("#grid img >> nth=2")
 
 
 def test_a_reload_in_mid_run_comes_back_to_it(page: Any) -> None:

@@ -70,6 +70,7 @@ function useRun() {
   const id = router.job ?? router.latest[router.place];
   const run = id ? runOf(id) : null;
   useObservable(run);
+  useEffect(() => run?.open(), [run, location.hash]); // whenever somebody comes to it
   const job = run?.job ?? (id && history.of(id) && { ...history.of(id), request: {
     source: history.of(id).parent ?? "image" } });
   const place = router.job ? placeOf(job) : router.place;

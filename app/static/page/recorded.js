@@ -46,7 +46,12 @@ export function useRecorded(model) {
     let here = true;
     setRun(empty(model));
     if (!RECORDED.has(model.name)) return undefined;
-    if (!asked.has(model.name)) asked.set(model.name, load(model).catch(() => null));
+    if (!asked.has(model.name)) {
+      asked.set(model.name, load(model).catch(() => {
+        asked.delete(model.name); // the next place asks again
+        return null;
+      }));
+    }
     asked.get(model.name).then((found) => here && setRun(found));
     return () => { here = false; };
   }, [model.name]);

@@ -48,7 +48,11 @@ export class Run extends Observable {
 
   get live() { return !this.ended && !this.error; }
 
-  get count() { return this.job?.request.num_images ?? this.job?.request.lambdas?.length ?? 1; }
+  /* Where the request does not say it (of pictures that were brought): as many as have come. */
+  get count() {
+    const { num_images, lambdas } = this.job?.request ?? {};
+    return num_images ?? lambdas?.length ?? Math.max(1, this.images.length, this.latest.length);
+  }
 
   /* The t that were kept, largest first. */
   get times() {
@@ -67,17 +71,19 @@ export class Run extends Observable {
     return t === 0 ? this.images[index] : this.frames.get(t)?.[kind]?.[index];
   }
 
+  /* Follow it; again where that has failed, which may have been in passing. */
   open() {
-    if (!this.#abort) {
-      this.#abort = new AbortController();
-      this.#watch(this.#abort.signal).catch((error) => {
-        if (this.#abort?.signal.aborted) return;
-        const gone = error instanceof Refusal && error.status === 404;
-        this.error = gone ? "There is no such job, or it has been deleted." : error.message;
-        this.changed();
-      });
-    }
-    return this;
+    if (this.#abort && !this.error) return;
+    this.error = "";
+    const abort = this.#abort = new AbortController();
+    this.#watch(abort.signal).catch((error) => {
+      if (abort.signal.aborted) return;
+      abort.abort(); // what still goes on beside it
+      const gone = error instanceof Refusal && error.status === 404;
+      this.error = gone ? "There is no such job, or it has been deleted." : error.message;
+      this.changed();
+    });
+    this.changed();
   }
 
   close() {
@@ -101,7 +107,8 @@ export class Run extends Observable {
   /* How many wait before it, which no event tells. */
   async #countDown(signal) {
     while (this.status === "queued") {
-      await pause(EVERY_MS);
+      await pause(EVERY_MS, signal);
+      if (document.hidden) continue;
       const { status, queue_position } = await get(`jobs/${this.id}`, { signal });
       if (status === "queued" && this.status === "queued") {
         this.job = { ...this.job, queue_position };
@@ -179,7 +186,7 @@ export function runOf(id, job = null) {
     other.close();
     kept.delete(old);
   }
-  return run.open();
+  return run;
 }
 
 /* Ask for a job, and show it unless the visitor has gone elsewhere meanwhile. about: what this
@@ -189,6 +196,7 @@ export async function start(kind, body, about = {}, { lends = false } = {}) {
   const job = await create(kind, body);
   remember({ id: job.id, kind, created: job.created_at, ...about });
   const run = runOf(job.id, job);
+  run.open(); // wherever the visitor is by now
   run.fresh = run.laid = true;
   run.madeOf = about.picture;
   run.taken = !lends; // else the form has its settings already
