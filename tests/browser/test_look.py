@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import math
+from pathlib import Path
 from typing import Any
 
 from tests.browser.conftest import Served, Visit
 from tests.browser.steps import draw, drawn, job_of, refuse, says, slide
+
+PICTURE = Path(__file__).parent.parent / "pictures" / "plain.png"
 
 
 def test_a_picture_is_measured_and_its_noising_filmed(visit: Visit, served: Served) -> None:
@@ -36,6 +40,22 @@ def test_a_picture_is_measured_and_its_noising_filmed(visit: Visit, served: Serv
     page.click("nav >> text=Queue")
     box = page.locator(f".jobs a[href='#job={noise}'] img").bounding_box()
     assert box["height"] > 20 and box["width"] > 5 * box["height"]
+
+
+def test_rates_are_told_of_all_terms_alone(visit: Visit, served: Served) -> None:
+    picture = base64.b64encode(PICTURE.read_bytes()).decode()
+    body = {"model": "wide", "images": [picture], "mode": "full", "terms": [10, 50, 90]}
+    wait = {"Prefer": "wait=60"}
+    job = served.client.post("/likelihood", json=body, headers=wait).json()
+    page = visit(f"{served.url}#job={job['id']}")
+    page.locator(".bits .hint", has_text="3 terms of 100 were asked for").wait_for()
+    assert page.locator(".bits .plot, .shares").count() == 0
+    # Numbers, as they are rounded.
+    told = page.evaluate(
+        "all => import('./static/page/words.js').then(({compact}) => all.map(compact))",
+        [0.00996, 99_960, 0.000123, 0.01, -20_000],
+    )
+    assert told == ["1.0·10⁻²", "1.0·10⁵", "1.2·10⁻⁴", "0.0100", "-2.0·10⁴"]
 
 
 def rate(page: Any, terms: dict[str, Any]) -> float:

@@ -125,7 +125,8 @@ function means(steps) {
 
 function Bits({ run, result, model, picture }) {
   const [image] = result.images;
-  const steps = image.terms ? ratesOf(image.terms) : [];
+  const told = image.terms?.t.length ?? 0;
+  const steps = told === model.T ? ratesOf(image.terms) : []; // a rate is a sum over all of them
   const parts = image.L_0 == null ? [] : [  // a density by the flow has none
     [bound("0"), image.L_0, "noise", "the last step, to 8 bits"],
     [html`${bound("1")} … ${bound("T−1")}`, image.L_t, "signal", "the chain"],
@@ -144,6 +145,8 @@ function Bits({ run, result, model, picture }) {
       compact(image.L_t)}, L_T ${compact(image.L_T)} bits/dim`}>
       ${parts.map(([, value, colour]) => html`<i key=${colour} class=${colour}
         style=${{ flexGrow: value / image.bits_per_dim }}></i>`)}</div>`}
+    ${told > 0 && told < model.T && html`<p class="hint">${count(told, "term")} of ${
+      model.T.toLocaleString("en")} were asked for: what comes after so many bits takes all of them.</p>`}
     ${steps.length > 2 && html`
       <div class="columns">
         <${Plot} title=${html`The term of each step, bits/dim`} colour="signal"

@@ -28,8 +28,8 @@ export function compact(x) {
   if (x === 0 || (Math.abs(x) >= 0.01 && Math.abs(x) < 10_000)) {
     return Math.abs(x) >= 100 ? x.toFixed(0) : x.toPrecision(3);
   }
-  const power = Math.floor(Math.log10(Math.abs(x)));
-  return `${(x / 10 ** power).toFixed(1)}·${raised(power)}`;
+  const [mantissa, power] = x.toExponential(1).split("e"); // after rounding: 99 960 is 1.0·10⁵
+  return `${mantissa}·${raised(Number(power))}`;
 }
 
 export const ago = (time) => {
