@@ -33,6 +33,11 @@ def test_a_number_is_written_as_one_writes(page: Any) -> None:
         assert page.input_value(field) == ""
         page.keyboard.type(text)
         assert page.input_value(field) == text
+    # What is far too large is no reason to draw so many places for pictures.
+    page.fill("#count", "2000000")
+    page.wait_for_selector(".blank .picture >> nth=35")
+    assert page.locator(".blank .picture").count() == 36
+    page.fill("#count", "4")
     # What is left empty is as it was; what is wrong and folded away comes out to be seen.
     page.fill("#steps", "")
     page.focus("#seed")

@@ -8,7 +8,7 @@ import { Cancel, NoModels, Progress } from "./parts.js";
 import { useRecorded } from "./recorded.js";
 import { again, chain, generation, many, shortSeed, stepsFrom } from "./requests.js";
 import { service } from "./service.js";
-import { ImageCount, ModelChoice, Settings } from "./settings.js";
+import { ImageCount, MOST_IMAGES, ModelChoice, Settings } from "./settings.js";
 import { Stage } from "./stage.js";
 import { subject } from "./words.js";
 
@@ -94,6 +94,10 @@ function Before({ model, images }) {
     with ddpm-serve: nine digits out of one and the same noise. Slide it; Generate draws your own.</p>`} />`;
 }
 
-const Blank = ({ images }) => html`<div class="stage blank">
-  <div class="grid" style=${{ "--columns": Math.ceil(Math.sqrt(images)) }}>
-    ${Array.from({ length: images }, () => html`<span class="picture void"></span>`)}</div></div>`;
+/* As many as will be drawn, whatever is being written in the form. */
+function Blank({ images }) {
+  const cells = Math.max(1, Math.min(MOST_IMAGES, images));
+  return html`<div class="stage blank">
+    <div class="grid" style=${{ "--columns": Math.ceil(Math.sqrt(cells)) }}>
+      ${Array.from({ length: cells }, () => html`<span class="picture void"></span>`)}</div></div>`;
+}
