@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import Served
+from tests.browser.conftest import Served, Visit
 from tests.browser.steps import ask, job_of, says
 
 
@@ -24,6 +25,51 @@ def test_the_queue_tells_who_works_and_links_to_jobs(page: Any, served: Served) 
     row.click()
     says(page, "1 image in")
     assert job_of(page) == job
+
+
+def test_work_is_told_as_far_as_it_is_known(visit: Visit, served: Served) -> None:
+    """Queues are worked off side by side."""
+    told = served.client.get("/queue").json()
+    [queue] = told["queues"]
+    page = visit("about:blank")
+    page.route("**/queue", lambda route: route.fulfill(json=told))
+    for first, second, words in ((40, 50, "50 seconds"), (40, None, "–")):
+        times = {"a": first, "b": second}
+        told["queues"] = [
+            {**queue, "name": name, "image_steps": 9_000, "eta_s": eta_s}
+            for name, eta_s in times.items()
+        ]
+        page.goto(served.url + "#queue")
+        page.reload()
+        page.locator(".figure:has-text('of work left') b", has_text=words).wait_for()
+
+
+def test_a_job_is_asked_for_again_once_it_has_answered(visit: Visit, served: Served) -> None:
+    """And while somebody looks."""
+    page = visit("about:blank")
+    held: list[Any] = []
+    page.route("**/jobs/slow", lambda route: held.append(route))
+    page.clock.install()
+    page.goto(served.url)
+    known = [{"id": "slow", "kind": "generate", "created": "2026-01-01T00:00:00Z", "title": "one"}]
+    page.evaluate("jobs => localStorage.setItem('ddpm-jobs', jobs)", json.dumps(known))
+    page.click("nav >> text=Queue")
+
+    def pass_by() -> int:
+        for _ in range(5):
+            page.clock.run_for(4_100)
+            page.wait_for_timeout(20)
+        return len(held)
+
+    assert pass_by() == 1
+    running = {"id": "slow", "status": "running", "progress": {"step": 1, "total": 4}}
+    held[0].fulfill(json=running)
+    page.locator(".jobs .state", has_text="25 %").wait_for()
+    assert pass_by() == 2
+    page.evaluate("void Object.defineProperty(document, 'hidden', {value: true})")
+    held[1].fulfill(json={**running, "progress": {"step": 2, "total": 4}})
+    page.locator(".jobs .state", has_text="50 %").wait_for()
+    assert pass_by() == 2
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 /* Queue: who works, at what rate, what waits, and the jobs of this browser. */
 
 import { html, useEffect, useState } from "./vendor/preact-htm.js";
-import { get } from "./api.js";
+import { get, pause } from "./api.js";
 import { history } from "./history.js";
 import { useObservable } from "./observable.js";
 import { Picture } from "./parts.js";
@@ -20,23 +20,29 @@ const IN_A_ROW = new Set(["interpolate", "noise"]);
 function useStates(jobs) {
   const [states, setStates] = useState({});
   useEffect(() => {
-    let here = true;
+    const gone = new AbortController();
+    const { signal } = gone;
     let known = states;
     const look = async () => {
       for (const { id } of jobs) {
-        if (!here) return;
         if (ENDED.has(known[id]?.status) || known[id]?.gone) continue;
-        const job = await get(`jobs/${id}`).catch((error) =>
+        const job = await get(`jobs/${id}`, { signal }).catch((error) =>
           (error.status === 404 ? { gone: true } : null));
+        signal.throwIfAborted();
         if (job) known = { ...known, [id]: { status: job.status, gone: job.gone, progress: job.progress,
           eta: job.eta_s, before: job.queue_position } };
         if (job?.status === "succeeded") history.finish(id);
-        if (here) setStates(known);
+        setStates(known);
       }
     };
-    look();
-    const timer = setInterval(look, EVERY_MS);
-    return () => { here = false; clearInterval(timer); };
+    const watch = async () => {
+      for (;;) {
+        if (!document.hidden) await look();
+        await pause(EVERY_MS, signal);
+      }
+    };
+    watch().catch((error) => { if (!signal.aborted) throw error; });
+    return () => gone.abort();
   }, [jobs.map(({ id }) => id).join()]);
   return states;
 }
@@ -79,6 +85,14 @@ const load = (worker) => {
   return `${taken(worker)} of ${count(worker.slots, "slot")} taken${beyond ? `, ${beyond} take turns` : ""}`;
 };
 
+/* Until all is done: queues are worked off side by side. Unknown where it is of one of them. */
+function left(queues) {
+  const busy = queues.filter((queue) => queue.image_steps > 0);
+  if (!busy.length) return "none";
+  if (busy.some((queue) => queue.eta_s == null)) return "–";
+  return seconds(Math.max(...busy.map((queue) => queue.eta_s)));
+}
+
 const Figure = ({ value, words }) => html`<div class="figure"><b>${value}</b>
   <small>${words}</small></div>`;
 
@@ -105,7 +119,7 @@ export function Queue() {
       <${Figure} value=${waiting} words="waiting" />
       <${Figure} value=${slots ? `${used} / ${slots}` : used} words="slots taken" />
       <${Figure} value=${rates.length ? compact(Math.max(...rates)) : "–"} words="image-steps a second" />
-      <${Figure} value=${sum("image_steps") ? seconds(sum("eta_s")) : "none"} words="of work left" />
+      <${Figure} value=${left(queues)} words="of work left" />
     </div>
     <div class="columns">
       <section aria-labelledby="workers"><h2 id="workers">Workers</h2>
