@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Served, Visit
-from tests.browser.steps import ask, job_of, says
+from tests.browser.steps import ask, drawn, job_of, says
 
 
 def test_the_queue_tells_who_works_and_links_to_jobs(page: Any, served: Served) -> None:
@@ -70,6 +70,42 @@ def test_a_job_is_asked_for_again_once_it_has_answered(visit: Visit, served: Ser
     held[1].fulfill(json={**running, "progress": {"step": 2, "total": 4}})
     page.locator(".jobs .state", has_text="50 %").wait_for()
     assert pass_by() == 2
+
+
+def test_pictures_are_fetched_once_and_not_kept_for_ever(visit: Visit, served: Served) -> None:
+    body = {"model": "tiny", "num_images": 1, "steps": 3}
+    wait = {"Prefer": "wait=60"}
+    job = served.client.post("/generate", json=body, headers=wait).json()
+    page = visit("about:blank")
+    page.add_init_script(
+        "window.held = new Set(); const {createObjectURL, revokeObjectURL} = URL;"
+        "URL.createObjectURL = b => { const u = createObjectURL(b); held.add(u); return u; };"
+        "URL.revokeObjectURL = u => { held.delete(u); revokeObjectURL(u); }"
+    )
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url.removeprefix(served.url)))
+    page.route("**/events?*", lambda route: None)  # which would bring them too
+    page.goto(served.url)
+    known = [{**job, "created": job["created_at"], "title": "one", "done": True}]
+    page.evaluate("jobs => localStorage.setItem('ddpm-jobs', jobs)", json.dumps(known))
+    for _ in range(2):
+        page.click("nav >> text=Queue")
+        page.click(f".jobs a[href='#job={job['id']}']:has(img)")
+        page.wait_for_selector("#grid img")
+        page.wait_for_selector(".strip img")
+        page.click("nav >> text=Noise")
+        page.wait_for_selector(".recent img")
+    of_job = [path for path in asked if path.endswith(".png") and job["id"] in path]
+    assert len(of_job) == len(set(of_job))
+    assert {path.rpartition("/")[2] for path in of_job} >= {"0.png", "grid.png"}
+    page.evaluate(
+        "() => import('./static/page/sources.js').then(({fetched}) => Promise.all("
+        "Array.from({length: 320}, (_, i) => fetched({url: `static/page/icon.svg?${i}`}))))"
+    )
+    assert page.evaluate("held.size") <= 300
+    page.click("nav >> text=Generate")  # what is shown is there, whatever was forgotten
+    page.wait_for_selector("#grid img")
+    assert len(drawn(page)) == 1
 
 
 @pytest.mark.slow

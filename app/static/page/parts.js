@@ -2,7 +2,7 @@
 
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { call } from "./api.js";
-import { fetched, sourceOf } from "./runs.js";
+import { fetched, sourceOf } from "./sources.js";
 import { count, seconds } from "./words.js";
 
 /* One picture of a run, in hard pixels; its box keeps its size while it is empty. onGone: told where

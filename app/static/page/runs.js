@@ -9,18 +9,6 @@ const MOST_KEPT = 8;
 const EVERY_MS = 4_000;
 const ENDED = new Set(["succeeded", "failed", "canceled", "expired"]);
 
-/* A picture is {png: base64} where its event brought it, else {url}, to be fetched when it is shown
-   (an <img> could send no key). */
-export const sourceOf = (picture) =>
-  picture?.src || (picture?.png ? `data:image/png;base64,${picture.png}` : "");
-
-export async function fetched(picture) {
-  if (!sourceOf(picture)) {
-    picture.src = URL.createObjectURL(await (await call(picture.url)).blob());
-  }
-  return sourceOf(picture);
-}
-
 export class Run extends Observable {
   job = null; // as the service told it last
   taken = false; // whether the form has its settings
@@ -89,7 +77,6 @@ export class Run extends Observable {
   close() {
     this.#abort?.abort();
     this.#abort = null;
-    for (const { src } of this.#pictures()) if (src?.startsWith("blob:")) URL.revokeObjectURL(src);
   }
 
   async cancel() {
@@ -166,12 +153,7 @@ export class Run extends Observable {
   }
 
   #best(known, { png, url }) {
-    return known?.png || known?.src ? known : { png, url };
-  }
-
-  * #pictures() {
-    for (const frame of this.frames.values()) for (const row of Object.values(frame)) yield* row;
-    yield* this.images;
+    return known?.png ? known : { png, url };
   }
 }
 

@@ -43,7 +43,9 @@ export function About({ model }) {
 /* thumbnail: of a model that brings none. */
 export function ModelChoice({ model, onChange, thumbnail }) {
   const [own, setOwn] = useState(null);
-  useEffect(() => setOwn(model.thumbnail ? { url: model.thumbnail } : null), [model.thumbnail]);
+  useEffect(() => { // a name may come to mean another model
+    setOwn(model.thumbnail ? { url: `${model.thumbnail}#${model.digest}` } : null);
+  }, [model.thumbnail, model.digest]);
   return html`<div class="model">
     <span class="thumbnail"><${Picture} picture=${own ?? thumbnail} alt="" /></span>
     <label>Model
