@@ -80,6 +80,17 @@ def job_of(page: Any, *, after: str = "") -> str:
     return job
 
 
+def listen(page: Any) -> None:
+    """Write down in window.heard what a screen reader reads out by itself."""
+    page.evaluate(
+        "window.heard = []; new MutationObserver(all => all.forEach(({target}) => {"
+        " const region = (target.closest ? target : target.parentElement)"
+        "?.closest('[role=status], [role=alert], [aria-live]');"
+        " if (region) heard.push(region.textContent); }))"
+        ".observe(document, {subtree: true, childList: true, characterData: true})"
+    )
+
+
 def refuse(route: Any) -> None:
     """Answer in the place of the service, as it does where a quota is used up."""
     problem = {"status": 429, "code": "quota_exceeded", "detail": "Too much waits."}

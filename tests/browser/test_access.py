@@ -46,6 +46,9 @@ def test_no_place_violates_a_rule(visit: Visit, served: Served, scheme: str) -> 
     page.click("nav >> text=Queue")
     page.locator(".jobs .state", has_text="succeeded").wait_for()
     check(page, "queue")
+    page.route("**/queue", lambda route: route.fulfill(status=401, json={"code": "unauthorized"}))
+    page.wait_for_selector("#key")
+    check(page, "a key")
 
 
 def mixture(served: Served) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,18 +11,23 @@ from jobs.settings import Settings
 from jobs.store.writer import JobStore
 from tests.app.conftest import CARD, serving
 from tests.browser.conftest import Served, Visit
-from tests.browser.steps import ask, drawn, job_of, says, slide, until
+from tests.browser.steps import ask, drawn, job_of, listen, says, slide, until
 
 
 def test_an_api_killed_in_mid_stream_is_waited_for(page: Any, served: Served) -> None:
     ask(page, images=4, steps=600)
     job = job_of(page)
+    listen(page)
     says(page, "at t = ")
     served.kill("api")
     page.locator("#away", has_text="Reconnecting…").wait_for()
     says(page, "4 images in")
     assert job_of(page) == job and len(set(drawn(page))) == 4
     page.wait_for_selector("#away", state="detached")
+    # What is read out: not the seconds until it asks again, nor each t.
+    heard = " | ".join(page.evaluate("heard"))
+    assert "Reconnecting…" in heard and "4 images in" in heard
+    assert not re.search("at t = | left|Again in|Asking", heard), heard
 
 
 def test_without_a_worker_a_job_waits_and_says_so(visit: Visit, redis_url: str) -> None:
@@ -48,6 +54,12 @@ def test_a_key_is_asked_for_where_keys_are_set(visit: Visit, redis_url: str) -> 
     store.publish_card(CARD)
     with serving(settings) as client:
         page = visit(str(client.base_url))
+        # It has the focus, which goes nowhere else, and it stays.
+        until(page, "document.activeElement.id === 'key'")
+        for key in ("Tab", "Tab", "Tab", "Tab", "Escape", "Escape", "Escape"):
+            page.keyboard.press(key)
+            assert not page.evaluate("document.activeElement.matches('#app > :not(dialog) *')")
+        page.locator("dialog[open] #key").wait_for()
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
         page.locator("#key-fault", has_text="not accepted").wait_for()

@@ -1,7 +1,7 @@
 /* Out and in: files of a job, the same request as code, and a manifest to make it again. */
 
 import { html, useRef, useState } from "./vendor/preact-htm.js";
-import { Dialog, download, save } from "./parts.js";
+import { Modal, download, save } from "./parts.js";
 import { recipes } from "./recipes.js";
 
 /* Open, and of a run whose request is known: by its link it may come later. */
@@ -22,7 +22,7 @@ function Code({ run, onClose }) {
       say("Selected: copy it with the keyboard");
     }
   };
-  return html`<${Dialog} title="The same as code" onClose=${onClose}>
+  return html`<${Modal} title="The same as code" onClose=${onClose}>
     <div class="tabs">${["curl", "Python", "JavaScript"].map((name) => html`<button type="button"
       key=${name} aria-pressed=${name === language}
       onClick=${() => { choose(name); say(""); }}>${name}</button>`)}</div>

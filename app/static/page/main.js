@@ -7,6 +7,7 @@ import { history } from "./history.js";
 import { Look } from "./look.js";
 import { Noise } from "./noise.js";
 import { useObservable } from "./observable.js";
+import { Modal } from "./parts.js";
 import { Queue } from "./queue.js";
 import { PLACES, placeOf, router } from "./router.js";
 import { runOf } from "./runs.js";
@@ -30,7 +31,8 @@ function Presence() {
   return html`<a class=${`presence ${service.idle ? "idle" : "there"}`} href="#queue">${words}</a>`;
 }
 
-/* Above everything while the service is away. It is in nothing's way, and moves nothing. */
+/* Above everything while the service is away. It is in nothing's way, and moves nothing. The seconds
+   are no part of what is read out. */
 function Away() {
   useObservable(connection);
   const [now, setNow] = useState(Date.now());
@@ -39,29 +41,32 @@ function Away() {
     const timer = setInterval(() => setNow(Date.now()), 500);
     return () => clearInterval(timer);
   }, [connection.away]);
-  if (!connection.away) return html`<div class="away" role="status"></div>`;
-  const left = Math.max(0, Math.ceil((connection.next - now) / 1000));
-  return html`<div class="away shown" role="status" id="away">
-    <span>Reconnecting… <small>${connection.why}; ${left ? `again in ${left} s` : "asking"}. Nothing
-      is lost: jobs go on without this page.</small></span>
-    <button type="button" onClick=${() => connection.hurry()}>Try now</button></div>`;
+  const { away, why, next } = connection;
+  const left = Math.max(0, Math.ceil((next - now) / 1000));
+  return html`<div class=${away ? "away shown" : "away"} id=${away ? "away" : undefined}>
+    <div><span role="status">${away && html`Reconnecting… <small>${why}. Nothing is lost: jobs go on
+      without this page.</small>`}</span>
+      ${away && html`<small>${left ? `Again in ${left} s` : "Asking"}</small>`}</div>
+    ${away && html`<button type="button" onClick=${() => connection.hurry()}>Try now</button>`}</div>`;
 }
 
-/* The key, asked for where keys are set. */
+/* The key, asked for where keys are set, before anything else can be done. */
 function Lock() {
   useObservable(connection);
+  return connection.locked && html`<${Key} />`;
+}
+
+function Key() {
   const [key, setKey] = useState("");
-  if (!connection.locked) return null;
   const give = (event) => { event.preventDefault(); connection.key = key.trim(); };
-  return html`<div class="lock"><form onSubmit=${give} aria-labelledby="lock-title">
-    <h2 id="lock-title">This service needs a key</h2>
+  return html`<${Modal} title="This service needs a key"><form class="lock" onSubmit=${give}>
     <p>Ask who runs it for one. It is kept in this browser, and sent to this address alone.</p>
     <label>Key <input id="key" type="password" autocomplete="current-password" required
       value=${key} onInput=${(event) => setKey(event.target.value)}
       aria-invalid=${connection.refused} aria-describedby="key-fault" /></label>
     <p class="bad" id="key-fault" role="alert">${connection.refused ? "This key is not accepted." : ""}</p>
     <button class="go">Use this key</button>
-  </form></div>`;
+  </form><//>`;
 }
 
 /* The run that the link names; without one, the last that was shown at this place. */

@@ -25,21 +25,36 @@ export function Picture({ picture, alt, onGone }) {
     : html`<span class="picture void" role="img" aria-label=${`${alt}: not there yet`}></span>`;
 }
 
-/* How a job goes, in words. service: to tell whether anybody works. */
+/* How a job goes, in words; what changes with each step is not read out. service: to tell whether
+   anybody works. */
 export function Progress({ run, service }) {
-  const { job, progress, t, error } = run;
+  const { job, progress, error } = run;
+  const counted = error ? "" : countOf(run, service);
   const live = job?.status === "running" || job?.status === "succeeded"; // these fit one line
   const share = run.status === "succeeded" ? 1 : progress ? progress.step / progress.total : 0;
   return html`<div class="progress" data-job=${run.id}>
     <div class="bar" role="progressbar" aria-label="Progress" aria-valuemin="0" aria-valuemax="100"
       aria-valuenow=${Math.round(100 * share)}><i style=${{ transform: `scaleX(${share})` }}></i></div>
-    <p class=${error || job?.error ? "bad long" : live ? "" : "long"} role="status" id="status">${
-      error || wordsOf(run, job, progress, t, service)}</p>
+    <p class=${error || job?.error ? "bad long" : live ? "" : "long"} id="status"><span role="status">${
+      error || (counted ? "" : wordsOf(run, service))}</span>${counted}</p>
     ${(job?.warnings ?? []).map(({ detail }) => html`<p class="long warning">${detail}</p>`)}
   </div>`;
 }
 
-function wordsOf(run, job, progress, t, service) {
+/* How far it is while it runs; "" before its first step. */
+function countOf({ job, progress, t, images, count: all }, service) {
+  if (job?.status !== "running" || service.idle) return "";
+  const left = progress?.eta_s == null ? "" : ` · ${seconds(progress.eta_s)} left`;
+  if (job.kind === "likelihood" && progress) {
+    return `${progress.step} of ${count(progress.total, pieces(job))}${left}`;
+  }
+  const done = images.filter(Boolean).length;
+  if (done) return `${done} of ${count(all, "image")}${left}`;
+  return t == null ? "" : `${count(all, "image")} at t = ${t}${left}`;
+}
+
+function wordsOf(run, service) {
+  const { job, progress } = run;
   if (!job) return "Looking for the job…";
   if (job.status === "queued") {
     if (service.idle) {
@@ -49,14 +64,7 @@ function wordsOf(run, job, progress, t, service) {
     return before ? `Waiting: ${count(before, "job")} before this one` : "Waiting for its turn";
   }
   if (job.status === "running") {
-    if (service.idle) return "No worker is running: the job goes on when one is there.";
-    const left = progress?.eta_s == null ? "" : ` · ${seconds(progress.eta_s)} left`;
-    if (job.kind === "likelihood" && progress) {
-      return `${progress.step} of ${count(progress.total, pieces(job))}${left}`;
-    }
-    const done = run.images.filter(Boolean).length;
-    if (done) return `${done} of ${count(run.count, "image")}${left}`;
-    return t == null ? "Starting" : `${count(run.count, "image")} at t = ${t}${left}`;
+    return service.idle ? "No worker is running: the job goes on when one is there." : "Starting";
   }
   if (job.status === "succeeded") {
     const took = (new Date(job.completed_at) - new Date(job.started_at)) / 1000;
@@ -72,14 +80,21 @@ function wordsOf(run, job, progress, t, service) {
 /* What a likelihood is counted in. */
 const pieces = (job) => job.request.mode === "flow" ? "evaluation" : "term";
 
-/* A modal window of the browser's own, which keeps the focus and closes with Escape. */
-export function Dialog({ title, onClose, children }) {
+/* A modal window of the browser's own, which keeps the focus. With onClose it closes with Escape too;
+   without, it stays for as long as it is drawn. */
+export function Modal({ title, onClose, children }) {
   const dialog = useRef();
-  useEffect(() => { dialog.current.showModal(); }, []);
-  return html`<dialog ref=${dialog} aria-label=${title} onClose=${onClose}>
+  useEffect(() => {
+    const { current } = dialog;
+    current.showModal();
+    return () => current.close(); // so that the focus goes back
+  }, []);
+  const stay = () => dialog.current?.showModal(); // a second Escape closes it, whatever one says
+  return html`<dialog ref=${dialog} aria-label=${title} onClose=${onClose ?? stay}
+    onCancel=${(event) => onClose || event.preventDefault()}>
     <header><h2>${title}</h2>
-      <button type="button" class="quiet" aria-label="Close"
-        onClick=${() => dialog.current.close()}>✕</button></header>
+      ${onClose && html`<button type="button" class="quiet" aria-label="Close"
+        onClick=${() => dialog.current.close()}>✕</button>`}</header>
     ${children}
   </dialog>`;
 }
