@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ def test_no_place_violates_a_rule(visit: Visit, served: Served, scheme: str) -> 
     page.click("nav >> text=Queue")
     page.locator(".jobs .state", has_text="succeeded").wait_for()
     check(page, "queue")
-    page.route("**/queue", lambda route: route.fulfill(status=401, json={"code": "unauthorized"}))
+    page.route(
+        re.compile("/(queue|models)$"),
+        lambda route: route.fulfill(status=401, json={"code": "unauthorized"}),
+    )
     page.wait_for_selector("#key")
     check(page, "a key")
 

@@ -82,6 +82,22 @@ def test_a_key_is_asked_for_where_keys_are_set(visit: Visit, redis_url: str) -> 
     store.redis.close()
 
 
+def test_what_was_refused_is_asked_again_once_something_is_not(page: Any) -> None:
+    """The form goes, and nothing waits for ever for a key that nobody is asked for."""
+    page.wait_for_selector("#go")
+    held: list[Any] = []
+    page.route("**/models", lambda route: held.append(route))
+    page.route("**/queue", lambda route: route.fulfill(status=401, json={}))
+    page.wait_for_selector("#key")
+    page.unroute("**/queue")
+    with page.expect_response("**/queue") as again:
+        while not held:
+            page.wait_for_timeout(20)
+        held.pop().continue_()
+    assert again.value.status == 200
+    page.wait_for_selector("#key", state="detached")
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_a_pause(page: Any, served: Served) -> None:
     ask(page, images=9, steps=1000)

@@ -41,7 +41,7 @@ def test_a_click_draws_pictures_and_keeps_their_chain(page: Any, visit: Visit) -
 
 
 def test_a_job_that_failed_to_load_is_asked_for_again(visit: Visit, served: Served) -> None:
-    """By who comes to it again; and all that has come of it is shown, where it says of no number."""
+    """By who comes to it again; and where it says of no number, all that has come is shown."""
     picture = base64.b64encode(PICTURE.read_bytes()).decode()
     body = {"model": "wide", "images": [picture] * 3, "steps": 2}
     job = served.client.post("/encode", json=body, headers={"Prefer": "wait=60"}).json()
@@ -79,7 +79,7 @@ def test_the_form_says_and_asks_for_the_sampler_and_spacing_that_are_chosen(
     assert page.input_value("#spacing") == sampling["spacing"]
     page.select_option("#sampler", label="dpmpp_3m")
     page.select_option("#spacing", label="karras")
-    assert page.locator("input[name=preset]:checked").count() == 0
+    page.wait_for_selector("input[name=preset]:checked", state="detached")
     ask(page, images=1, steps=12)
     says(page, "1 image in")
     request = served.client.get(f"/jobs/{job_of(page)}").json()["request"]

@@ -35,9 +35,11 @@ class Connection extends Observable {
   set key(key) {
     write(KEY, key);
     this.refused = false;
-    this.#keyGiven.splice(0).forEach((go) => go());
+    this.#tryAgain();
     this.changed();
   }
+
+  #tryAgain() { this.#keyGiven.splice(0).forEach((go) => go()); }
 
   /* Wait until there is a key to try (again). */
   async unlocked(sent) {
@@ -51,6 +53,7 @@ class Connection extends Observable {
   heard() {
     if (!this.away && !this.locked) return;
     this.away = this.locked = this.refused = false;
+    this.#tryAgain(); // what was refused beside this may be so no more
     this.changed();
   }
 

@@ -108,7 +108,7 @@ export function Strip({
       <figcaption>${signs[0]} <span>${captions?.[0] ?? "what the chain holds"}</span></figcaption></figure>
     <figure><${Picture} picture=${xStart} alt=${`x̂_0 at t = ${Math.round(tStart)}`} />
       <figcaption>${signs[1]} <span>${tStart === t ? captions?.[1] ?? "what the network expects"
-        : `still that of t = ${tStart}`}</span></figcaption>
+        : `still that of t\u00a0=\u00a0${tStart}`}</span></figcaption>
     </figure>
     <div class="where">
       <${Readings} alphaBar=${alphaBar} t=${t} />
