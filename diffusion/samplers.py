@@ -68,19 +68,24 @@ def ddim(
     rederive_eps: bool = True,
     landing: str = "next",
     stride: int = 1,
+    branch: bool = False,
 ) -> SamplerTable:
     """DDIM: x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε̂ + σ z with σ² = η² β̃ of the jump.
 
     rederive_eps: ε̂ is the one that agrees with the clipped x̂_0, else the network's own. η = 1 with
     the first is ancestral sampling with σ² small. landing: the s of each row is the t of the
     `next`, and −1 (the image) after the last; or it is `stride` lower than t, but not below −1.
+    branch: the first t is that of another chain's x_t, and not of the spacing: its row lands on the
+    next one in any case.
     """
     check_name("landing", landing, LANDINGS)
     check_real("eta", eta, least=0, most=1, error=SamplerError)
     ts = checked_timesteps(schedule.T, timesteps)
     rows = empty_rows(len(ts), clip)
-    strides = [t - stride if t >= stride else -1 for t in ts]
-    landings = strides if landing == "stride" else [*ts[1:], -1]
+    landings = [*ts[1:], -1]
+    if landing == "stride":
+        strides = [t - stride if t >= stride else -1 for t in ts]
+        landings = [*landings[:1], *strides[1:]] if branch else strides
     for i, (t, s) in enumerate(zip(ts, landings, strict=True)):
         sigma2 = eta**2 * schedule.jump(t, s).variance
         a = math.sqrt(schedule.alpha_bar(s))
@@ -146,7 +151,7 @@ class Sampler:
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ancestral, ("variance",), least=20, draws=True),
-    "ddim": Sampler(ddim, ("eta", "rederive_eps", "landing", "stride"), least=10),
+    "ddim": Sampler(ddim, ("eta", "rederive_eps", "landing", "stride", "branch"), least=10),
     "dpmpp_2m": Sampler(dpmpp_2m, least=8),
     "dpmpp_3m": Sampler(dpmpp_3m, least=8),
     "unipc": Sampler(unipc, least=6),
@@ -255,7 +260,8 @@ def build_table(
     rederive_eps and landing are of ddim: see `SamplingDefaults`.
 
     start: index of the x_t that is to enter the first row, for a chain that does not begin with
-    noise: the `steps` timesteps then lie in start..0, and the first is `start` in any spacing.
+    noise: the `steps` timesteps then lie in start..0, and the first is `start` in any spacing; its
+    row lands on the second, whatever `landing` says.
     corrector_steps: Langevin steps at each level: after every step but the last (default none);
     for langevin, which has nothing else, 1 by default. So its rows are steps·corrector_steps, those
     of all others steps + (steps − 1)·corrector_steps.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from diffusion.multistep import dpmpp_2m, dpmpp_3m, unipc
 from diffusion.noise import Purpose, image_normals, normals
-from diffusion.samplers import SamplingDefaults, ancestral, ddim
+from diffusion.samplers import SamplingDefaults, ancestral, build_table, ddim
 from diffusion.sampling import chain
 from diffusion.schedule import Schedule, cosine_schedule, linear_schedule
 from diffusion.spacings import INDEX_SPACINGS, LEVEL_SPACINGS, spaced_times, spaced_timesteps
@@ -275,6 +276,20 @@ def test_a_ddim_step_lands_where_it_is_told() -> None:
         bars = [SCHEDULE.alphas_cumprod[k] for k in (t, s)]
         x, wanted = (math.sqrt(bar) * x_0 + math.sqrt(1 - bar) * eps for bar in bars)
         torch.testing.assert_close(one_step(SCHEDULE, table, row, x, eps)[1], wanted)
+
+
+@pytest.mark.parametrize("spacing", (*INDEX_SPACINGS, *LEVEL_SPACINGS))
+@pytest.mark.parametrize(("start", "steps"), [(999, 20), (700, 7), (500, 1)])
+def test_a_chain_from_an_x_t_leaves_it_for_its_second_timestep(
+    start: int, steps: int, spacing: str
+) -> None:
+    """The t of an x_t is not of the spacing: a stride from there would miss what is read next."""
+    options: dict[str, Any] = {"spacing": spacing, "steps": steps, "start": start, "clip": False}
+    stride = build_table(SCHEDULE, sampler="ddim", landing="stride", **options)
+    following = build_table(SCHEDULE, sampler="ddim", landing="next", **options)
+    np.testing.assert_array_equal(stride.coefficients[0], following.coefficients[0])
+    if spacing == "leading":  # then every stride leads to the next
+        np.testing.assert_array_equal(stride.coefficients, following.coefficients)
 
 
 # One fused update for a mixed batch
