@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusion.conjugate import conjugate_gradients
 from diffusion.model import Estimate
-from diffusion.operators import Operator, identity_of
+from diffusion.operators import Mask, Operator, identity_of
 
 METHODS = ("projection", "moment")
 FLOOR = 1e-4  # share of r² below which moment takes no σ_y²: no Jacobian is known any better
@@ -52,9 +52,10 @@ class Measurement:
     def distance(self, x: Tensor) -> Tensor:
         """How far A x is from y, [N]: root of the mean square over what was measured."""
         residual = self.residual(x).flatten(1)
-        whole = self.operator.forward(torch.ones_like(x[:1])).flatten(1)
-        measured = int((whole != 0).sum())
-        return (residual.square().sum(1) / max(measured, 1)).sqrt()
+        measured = residual.shape[1]
+        if isinstance(self.operator, Mask):
+            measured = int(self.operator.known.expand(x.shape[1:]).count_nonzero())
+        return (residual.square().sum(1) / measured).sqrt()
 
 
 class Condition(Protocol):

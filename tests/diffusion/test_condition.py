@@ -12,7 +12,7 @@ import torch
 
 from diffusion.condition import Condition, Measurement, Moment, Projection, condition
 from diffusion.noise import Purpose
-from diffusion.operators import AveragePool, Identity, Mask
+from diffusion.operators import AveragePool, Blur, Grey, Identity, Linear, Mask, Operator
 from diffusion.restoring import restore
 from diffusion.samplers import build_table
 from diffusion.sampling import chain
@@ -119,6 +119,36 @@ def test_projection_ends_in_what_was_measured() -> None:
         x = torch.randn(3, *model.shape, generator=torch.Generator().manual_seed(1))
         *_, last = chain(model, table, x, condition=Projection(measurement))
         assert measurement.distance(last.x_next).max() < 1e-5
+
+
+COLOURED = torch.tensor([True, False, True]).view(3, 1, 1).expand(3, 8, 8)
+LAPLACIAN = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        Mask(torch.arange(64).view(8, 8) < 24),
+        Mask(COLOURED),
+        AveragePool(4),
+        Grey(),
+        Grey((1.0, -1.0, 0.0)),  # the two below send a constant to 0
+        Grey((0.1, 0.2, -0.3)),
+        Blur(LAPLACIAN),
+        Blur(torch.tensor([[0.3, -0.2, -0.1]])),
+        Identity(),
+        Linear(lambda x: x - x.mean((-1, -2), keepdim=True), lambda y: y),
+    ],
+    ids=lambda operator: type(operator).__name__,
+)
+def test_the_distance_is_a_mean_over_what_was_measured(operator: Operator) -> None:
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    kept = operator.forward(x)
+    off = torch.full_like(kept, 0.1)
+    if isinstance(operator, Mask):
+        off = operator.forward(off)
+    found = Measurement(operator, kept + off).distance(x)
+    torch.testing.assert_close(found, torch.full((2,), 0.1))
 
 
 def test_moment_on_a_network_is_what_its_formula_says() -> None:

@@ -278,7 +278,7 @@ def test_a_ddim_step_lands_where_it_is_told() -> None:
         torch.testing.assert_close(one_step(SCHEDULE, table, row, x, eps)[1], wanted)
 
 
-@pytest.mark.parametrize("spacing", (*INDEX_SPACINGS, *LEVEL_SPACINGS))
+@pytest.mark.parametrize("spacing", [*INDEX_SPACINGS, *LEVEL_SPACINGS])
 @pytest.mark.parametrize(("start", "steps"), [(999, 20), (700, 7), (500, 1)])
 def test_a_chain_from_an_x_t_leaves_it_for_its_second_timestep(
     start: int, steps: int, spacing: str
