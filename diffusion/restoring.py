@@ -56,13 +56,15 @@ def restore(
     given = condition(measurement, method, solver_steps=1 if solver_steps is None else solver_steps)
     if method == "moment" and options.get("dtype") is None:
         options["dtype"] = torch.float32  # products with the Jacobian need its digits
+    if sampler == "ddim":
+        # ε̂ must be that of the corrected x̂_0, and a jump travels to the timestep of the next.
+        options = {"rederive_eps": True, "landing": "next", **options}
     return sample(
         model,
         num_images,
         sampler=sampler,
         steps=min(STEPS, model.schedule.T) if steps is None else steps,
         eta=1.0 if eta is None and sampler == "ddim" else eta,
-        rederive_eps=True if sampler == "ddim" else None,  # ε̂ agrees with the corrected x̂_0
         travel=TRAVEL[method] if travel is None else travel,
         condition=given,
         **options,

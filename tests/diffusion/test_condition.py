@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ from diffusion.condition import Condition, Measurement, Moment, Projection, cond
 from diffusion.noise import Purpose
 from diffusion.operators import AveragePool, Blur, Grey, Identity, Linear, Mask, Operator
 from diffusion.restoring import restore
-from diffusion.samplers import build_table
+from diffusion.samplers import SamplingDefaults, build_table
 from diffusion.sampling import chain
 from diffusion.schedule import linear_schedule
 from diffusion.table import COLUMNS, SamplerError, SamplerTable
@@ -214,6 +215,18 @@ def test_restore_fills_in_and_keeps_what_is_known() -> None:
     torch.testing.assert_close(alone, images[:1], rtol=0, atol=1e-5)
     by_moment = restore(model, y, operator, 2, steps=6, method="moment", solver_steps=2)
     assert by_moment.isfinite().all()
+
+
+def test_restore_lands_on_the_next_timestep_whatever_the_model_does() -> None:
+    """Each jump is walked to where the next row begins, and ε̂ is that of the corrected x̂_0."""
+    found = []
+    for sampling in (SamplingDefaults(), SamplingDefaults("ddim", "large", True, "uniform", False)):
+        for landing in ("next", "stride"):
+            model = build_model(sampling=replace(sampling, landing=landing))
+            found.append(restore(model, random_y(Identity())[0], Identity(), sigma=0.5, steps=30))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+    assert restore(model, random_y(Identity())[0], Identity(), sampler="ddpm").isfinite().all()
 
 
 @pytest.mark.parametrize(
