@@ -28,12 +28,12 @@ def with_travel(table: SamplerTable, schedule: Schedule, *, times: int) -> Sampl
     learned variance, which scales all of a row's noise.
     """
     check_whole("travel", times, least=1, most=MOST_TRAVEL, error=SamplerError)
-    if times == 1 or len(table) == 1:
+    if times == 1:
         return table
     if table.learned_variance:
         raise SamplerError("travel: not with variance = 'learned'")
-    if np.any(np.diff(table.t) >= 0):
-        raise SamplerError("travel: not with Langevin steps")
+    if np.isin(table.purpose, (Purpose.CORRECTOR, Purpose.BRANCH)).any():
+        raise SamplerError(f"travel = {times}: not with Langevin steps: ask for travel = 1")
     last = len(table) - 1
     row = np.append(np.repeat(np.arange(last), times), last)
     number = np.append(np.tile(np.arange(times)[::-1], last), 0)  # 0 goes down for good

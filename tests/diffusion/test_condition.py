@@ -299,7 +299,10 @@ def test_where_travel_makes_no_sense() -> None:
         ({"travel": 101}, "travel = 101"),
         ({"travel": 2, "variance": "learned"}, "not with variance = 'learned'"),
         ({"travel": 2, "corrector_steps": 1}, "not with Langevin steps"),
+        ({"travel": 2, "sampler": "langevin"}, "not with Langevin steps"),
         ({"travel": 2, "sampler": "langevin", "corrector_steps": 2}, "not with Langevin steps"),
+        ({"travel": 2, "sampler": "langevin", "start": 9, "steps": 2}, "not with Langevin steps"),
+        ({"travel": 2, "sampler": "langevin", "steps": 1}, "not with Langevin steps"),
     ):
         with pytest.raises(SamplerError, match=says):
-            build_table(PAPER, steps=5, **options)  # type: ignore[arg-type]
+            build_table(PAPER, **{"steps": 5, **options})  # type: ignore[arg-type]
