@@ -193,10 +193,11 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     flat_a, flat_b = a.flatten(-3).double(), b.flatten(-3).double()
     cosine = torch.nn.functional.cosine_similarity(flat_a, flat_b, dim=-1).clamp(-1, 1)
     angle = torch.arccos(cosine)[..., None, None, None]
-    if float(angle.sin().min()) < 1e-6:  # the same direction: a straight line
-        return torch.lerp(a, b, share)
+    sine = angle.sin()
+    straight = sine < 1e-6  # the same direction, or opposite ones: a straight line
     mixed = torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b
-    return (mixed / angle.sin()).to(a.dtype)
+    curved = (mixed / torch.where(straight, 1.0, sine)).to(a.dtype)
+    return torch.where(straight, torch.lerp(a, b, share), curved)
 
 
 def _timesteps(model: Model, steps: int | None, spacing: str) -> list[int]:

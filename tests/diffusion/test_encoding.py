@@ -101,6 +101,19 @@ def test_the_sphere_keeps_the_norm_of_noise() -> None:
     torch.testing.assert_close(slerp(a, a, 0.7), a)
 
 
+def test_each_pair_has_a_path_of_its_own() -> None:
+    """Beside a pair that is parallel, opposite or nothing the others stay on the sphere."""
+    a, b = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    nothing = torch.zeros_like(a)
+    pairs = [(a, b), (a, a), (a, -a), (nothing, b), (nothing, nothing), (b, a)]
+    firsts, seconds = (torch.stack(ends) for ends in zip(*pairs, strict=True))
+    together = slerp(firsts, seconds, 0.3)
+    assert together.dtype == torch.float32 and together.isfinite().all()
+    for (first, second), found in zip(pairs, together, strict=True):
+        torch.testing.assert_close(found, slerp(first, second, 0.3), rtol=0, atol=0)
+    torch.testing.assert_close(together[2], 0.4 * a)  # no plane to turn in
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
