@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.checks import check_images, check_range, check_real, check_whole
+from diffusion.checks import check_images, check_range, check_whole
 from diffusion.model import Model, check_model
 from diffusion.multistep import dpmpp_2m
 from diffusion.noise import Purpose
 from diffusion.samplers import FewStepsWarning, ddim, few_steps
-from diffusion.sampling import ClassLabel, Step, chain, class_labels
+from diffusion.sampling import ClassLabel, Step, chain, check_guidance, class_labels
 from diffusion.schedule import Schedule
 from diffusion.spacings import spaced_timesteps
 from diffusion.speed import fast_dtype, prepare
@@ -219,7 +219,7 @@ def _walk(
 ) -> Tensor:
     """The last x of the rows, from x [N, C, H, W]."""
     check_whole("batch_size", batch_size, least=1, error=SamplerError)
-    check_real("guidance", guidance, error=SamplerError)
+    check_guidance(guidance, class_label)
     labels = class_labels(model, class_label, len(x))
     fast = prepare(model, dtype=dtype or fast_dtype(model))
     ended = []

@@ -193,9 +193,7 @@ def sample(
         sampler, steps, spacing = astuple(chosen_preset(model, preset, given))
     check_whole("num_images", num_images, least=1, error=SamplerError)
     check_whole("batch_size", batch_size, least=1, error=SamplerError)
-    check_real("guidance", guidance, error=SamplerError)
-    if guidance != 1.0 and class_label is None:
-        raise SamplerError(f"guidance = {guidance}: needs a class_label to guide towards")
+    check_guidance(guidance, class_label)
     if sampler == TUNED and steps is None:
         steps = max(model.tuned, default=1)
     chosen = model.config.sampling.options(
@@ -249,6 +247,13 @@ def chosen_preset(model: Model, name: str, given: Mapping[str, object]) -> Prese
         if value is not None:
             raise SamplerError(f"{field} = {value!r}: not beside a preset, which says it")
     return model.presets[name]
+
+
+def check_guidance(guidance: float, class_label: ClassLabel) -> None:
+    """Raise SamplerError unless it is a number, and 1 where there is no label."""
+    check_real("guidance", guidance, error=SamplerError)
+    if guidance != 1.0 and class_label is None:
+        raise SamplerError(f"guidance = {guidance}: needs a class_label to guide towards")
 
 
 def class_labels(model: Model, class_label: ClassLabel, n: int) -> Tensor | None:

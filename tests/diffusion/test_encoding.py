@@ -141,6 +141,14 @@ def test_no_images_and_no_option_of_its_own() -> None:
         decode(model, torch.zeros(1, 1, 8, 8), iterations=1)  # type: ignore[call-arg]
 
 
+def test_guidance_is_checked_as_by_sample() -> None:
+    model, x = build_model(), torch.zeros(1, 1, 8, 8)
+    for walk in (encode, decode):
+        with pytest.raises(SamplerError, match=r"guidance = 3.0: needs a class_label to guide"):
+            walk(model, x, steps=10, guidance=3.0)
+        assert walk(model, x, steps=10, guidance=3.0, class_label=1).isfinite().all()
+
+
 def test_noise_may_not_be_drawn_twice_but_rows_without_may_share_a_place() -> None:
     table = encoding_table(PAPER, [10, 500], iterations=1)
     noisy = table.coefficients.copy()
