@@ -5,7 +5,7 @@ for the covariance of x_0 given x_t:
 
     projection   r² I, r² = 1 − ᾱ_t: no backward pass (Wang et al. 2022, DDNM; Zhu et al. 2023)
     moment       ((1−ᾱ_t)/√ᾱ_t) ∂x̂_0/∂x_t, which is the true one of an exact denoiser (Rozet et al.
-                 2024), in products with the network's Jacobian
+                 2024), in products with the network's Jacobian; where ᾱ_t = 0, r² I
 """
 
 from __future__ import annotations
@@ -153,11 +153,14 @@ class Moment:
             # Copies, since autograd takes no tensor that was made in inference mode.
             x, alpha_bar, r2 = x.clone().requires_grad_(), alpha_bar.clone(), r2.clone()
             found = evaluate(x)
-            scale = _wide(r2 / alpha_bar.sqrt(), x)
+            # Where x_t has no signal the factor is infinite, and the Jacobian should be 0.
+            signal, rest = _wide(alpha_bar, x), _wide(r2, x)
+            lost = signal == 0
+            scale = rest / torch.where(lost, 1.0, signal).sqrt()
 
             def covariance(v: Tensor) -> Tensor:
                 [product] = torch.autograd.grad(found.x_start, x, v.clone(), retain_graph=True)
-                return scale * product
+                return torch.where(lost, rest * v, scale * product)
 
             corrected = self._corrected(covariance, found.x_start.detach(), r2)
         v = None if found.v is None else found.v.detach()

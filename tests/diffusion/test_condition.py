@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from diffusion.condition import Condition, Measurement, Moment, Projection, condition
+from diffusion.diffusers.scheduler import zero_terminal_snr
+from diffusion.forward import alpha_bars
 from diffusion.noise import Purpose
 from diffusion.operators import AveragePool, Blur, Grey, Identity, Linear, Mask, Operator
 from diffusion.restoring import restore
 from diffusion.samplers import SamplingDefaults, build_table
 from diffusion.sampling import chain
-from diffusion.schedule import linear_schedule
+from diffusion.schedule import ScheduleConfig, linear_schedule
 from diffusion.table import COLUMNS, SamplerError, SamplerTable
 from diffusion.theory.exact import output_variance
 from tests.diffusion.conditional import (
@@ -193,6 +195,30 @@ def test_moment_leaves_alone_what_it_cannot_solve() -> None:
         model, build_table(model.schedule, steps=1, start=0), x, condition=Moment(exact, 5)
     )
     assert again.x_next.isfinite().all()
+
+
+@pytest.mark.parametrize("solver_steps", [0, 1, 2])
+def test_moment_projects_where_no_signal_is_left(solver_steps: int) -> None:
+    """At ᾱ = 0 there is no factor of the Jacobian; the samples beside it take theirs."""
+    betas = zero_terminal_snr(linear_schedule(100, 1e-4, 0.1).betas)
+    model = build_model(schedule=ScheduleConfig.from_betas(betas), prediction="v")
+    assert model.schedule.alpha_bar(99) == 0
+    known = torch.arange(64).view(8, 8) < 32
+    measurement = Measurement(Mask(known), random_y(Mask(known)))
+    x = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(1))
+
+    def corrected(way: Condition, t: list[int]) -> torch.Tensor:
+        at = torch.tensor(t)
+        alpha_bar, r2 = alpha_bars(model.schedule, at, x)
+        evaluate = partial(model.estimate, t=at)
+        _, x_start = way.estimate(evaluate, x, alpha_bar=alpha_bar, r2=r2, clip=lambda v: v)
+        return x_start
+
+    by_moment = Moment(measurement, solver_steps, floor=0.0)
+    mixed, projected = corrected(by_moment, [99, 60]), corrected(Projection(measurement), [99, 60])
+    torch.testing.assert_close(mixed[0], projected[0], rtol=0, atol=1e-5)
+    assert (mixed[1] - projected[1]).abs().max() > 1e-3
+    torch.testing.assert_close(mixed[1], corrected(by_moment, [60, 60])[1], rtol=0, atol=1e-5)
 
 
 # restore
