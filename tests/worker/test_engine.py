@@ -11,7 +11,9 @@ from torch import Tensor
 
 import diffusion
 from diffusion import Model
+from diffusion.condition import Measurement, condition
 from diffusion.encoding import encoding_table
+from diffusion.operators import Identity
 from diffusion.samplers import build_table
 from diffusion.table import remember
 from tests.diffusion.steps import one_step
@@ -206,6 +208,39 @@ def test_deterministic_is_the_same_bytes_in_any_slot_with_any_mates(model: Model
         mates = crowd(model, count, deterministic=True)
         crowded.run(*mates[:position], me, *mates[position:])
         assert crowded.images("me")[0].numpy().tobytes() == expected
+
+
+@pytest.mark.parametrize("method", [None, "projection", "moment"])
+def test_deterministic_samples_are_guided_also_where_no_batch_leaves_its_rows_alone(
+    model: Model, method: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine whose kernels see the other rows: one row a call, the labels' one and the
+    null label's too."""
+    monkeypatch.setattr(Network, "_rows_stand_alone", lambda *_: False)
+    me = task(model, "me", n=2, seed=7, label=1, guidance=3.0, steps=6, deterministic=True)
+    mates = crowd(model, 12, deterministic=True)
+    mates.append(task(model, "unguided", n=2, steps=6, deterministic=True))
+    if method is not None:
+        measured = Measurement(Identity(), torch.zeros(1, *model.shape), 0.1)
+        me, *mates = (replace(one, condition=condition(measured, method)) for one in (me, *mates))
+    alone, crowded = Harness(), Harness(max_rows=8, capacity=8)
+    alone.run(me)
+    [lane] = alone.engine.lanes.values()
+    seen: set[int] = set()
+    eager = lane.pool.network.eager
+
+    def watched(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        seen.add(x.shape[0])
+        return eager(x, t, labels)
+
+    monkeypatch.setattr(lane.pool.network, "eager", watched)
+    alone.run(replace(me, id="again"))
+    assert seen == {1}
+    crowded.run(*mates[:5], me, *mates[5:])
+    assert not [e for e in crowded.events if isinstance(e, Failed)]
+    for index, image in alone.images("me").items():
+        assert torch.equal(crowded.images("me")[index], image)
+        assert torch.equal(alone.images("again")[index], image)
 
 
 def test_image_i_does_not_depend_on_how_many_are_asked_for(model: Model) -> None:

@@ -76,7 +76,8 @@ class Network:
 
     dtype: of weights and activations behind the first layer, which takes x_t in float32; ε̂ comes
     back in float32. exact: the result of a row
-    depends on neither its place nor its neighbours, to the bit: eager float32, one batch shape.
+    depends on neither its place nor its neighbours, to the bit: eager float32, one batch shape, or
+    each row in a call of its own where rows of no batch are so.
     in_process: compiled code is made in this process, one for batches of all sizes, and not a
     package of a size each (None: on all devices but a CPU).
     """
@@ -98,7 +99,12 @@ class Network:
         self.uses: Counter[int] = Counter()  # steps by their rows
         self.exact = exact
         sizes = tuple(size for size in EAGER_SIZES if size <= max_rows)
-        self._eager = _shapes((self._exact_size(),) if exact else sizes)
+        exact_size = self._exact_size() if exact else 0
+        self._one_by_one = exact_size == 1
+        if self._one_by_one:
+            self._eager = _shapes((1, 2))  # the two rows of a guided sample belong to one step
+        else:
+            self._eager = _shapes((exact_size,) if exact else sizes)
         self._to_compile = _shapes(sizes, compiled=True)
         if not self.in_process and not model.is_large:
             self._to_compile = [Shape(size, compiled=True) for size in _even(max_rows)]
@@ -184,6 +190,14 @@ class Network:
         if padding:
             x, t = _pad(x, padding), _pad(t, padding)
             labels = None if labels is None else _pad(labels, padding)
+        if self._one_by_one:
+            calls = [
+                self.eager(
+                    x[i : i + 1], t[i : i + 1], None if labels is None else labels[i : i + 1]
+                )
+                for i in range(wanted)
+            ]
+            return torch.cat(calls)[:rows]
         if not shape.compiled:
             return self.eager(x, t, labels)[:rows]
         return self.compiled(x, t, labels, tile)[:rows]
