@@ -20,9 +20,8 @@ from jobs.states import ACTIVE
 from jobs.store.reader import JobState
 from jobs.store.records import JobRecord
 
-_MOST_FILM_BYTES = (
-    64 * 2**20
-)  # of its frames as they are drawn; an encoder takes some times as much
+# Of frames that are enlarged; an encoder takes some times as much.
+_MOST_FILM_BYTES = 64 * 2**20
 _KEEP = {"Cache-Control": "private, max-age=3600"}  # an output never changes
 
 
@@ -120,8 +119,8 @@ def _check_sides(size: tuple[int, int], suffix: str) -> None:
 async def picture(services: Services, state: JobState, suffix: str) -> Response:
     """The answer to a POST that takes a picture: the image, or the grid of several."""
     record = state.record
-    check_grid(record, suffix)
     planes = await fetch(services, record, record.spec.grid(record.images))
+    check_grid(record, suffix)
     pool = services.pools.encoding
     if len(planes) == 1:
         content = await pool.run(encode_image, record, 0, planes[0], suffix=suffix)

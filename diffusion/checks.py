@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 
 _SLACK = 1e-3  # beyond [−1, 1], of arithmetic
@@ -53,8 +55,8 @@ def check_range(
 
 
 def as_tuple(name: str, value: object, *, error: type[ValueError] = ValueError) -> tuple[Any, ...]:
-    """The value as a tuple: JSON and TOML hand over lists. Raises an error for anything else."""
-    if not isinstance(value, list | tuple):
+    """The value as a tuple: JSON and TOML hand over lists. Raises an error for what is none."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise error(f"{name} = {value!r:.200}: must be a list")
     return tuple(value)
 
@@ -62,7 +64,7 @@ def as_tuple(name: str, value: object, *, error: type[ValueError] = ValueError) 
 def check_flags(*, error: type[ValueError] = ValueError, **flags: object) -> None:
     """Raise an error, naming the flag, unless each is a bool."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
+        if not isinstance(value, bool | np.bool_):
             raise error(f"{name} = {value!r:.200}: must be true or false")
 
 

@@ -103,7 +103,7 @@ def warnings_in_words(kind: type[Warning]) -> Iterator[None]:
 
 def numbers_of(option: str, listed: str) -> tuple[int, ...]:
     """Whole numbers, each once. Raises ValueError naming what is none."""
-    words = [word.strip() for word in listed.split(",")]
+    words = [word for part in listed.split(",") if (word := part.strip())]
     for word in words:
         if not (word.isascii() and word.isdigit()):
             raise ValueError(f"{option} {word!r}: must be whole numbers with commas")

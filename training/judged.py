@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ def frechet(run: Run, split: str, echo: Callable[[str], None]) -> dict[str, Any]
         which: run.chosen(which, options.frechet_images, labelled=conditional)
         for which in dict.fromkeys((run.splits[0], split))
     }
-    _check_enough(chosen_of)
+    _check_enough(*chosen_of.items())
     found = {which: _look(run, features, chosen).features for which, chosen in chosen_of.items()}
     first = chosen_of[run.splits[0]]
     labels = first.batch(np.arange(len(first)))[1]
@@ -62,9 +62,9 @@ def frechet(run: Run, split: str, echo: Callable[[str], None]) -> dict[str, Any]
     return result
 
 
-def _check_enough(chosen_of: Mapping[str, Chosen]) -> None:
+def _check_enough(*sets: tuple[str, Chosen]) -> None:
     """Raise FeatureError for a set too small for a covariance, before anything is drawn."""
-    for which, chosen in chosen_of.items():
+    for which, chosen in sets:
         if len(chosen) < 2:
             raise FeatureError(f"{which}: {len(chosen)} images: at least 2 are needed")
 
@@ -87,7 +87,7 @@ def quality(run: Run, echo: Callable[[str], None]) -> dict[str, Any]:
         n = min(options.quality_images, len(all_of_it) // 2)
         others = replace(others, indices=all_of_it.indices[:n])
         chosen = replace(chosen, indices=all_of_it.indices[n:])
-    _check_enough({first: others, last: chosen})
+    _check_enough((first, others), (last, chosen))
     reference = _look(run, features, chosen)
     judge = Quality(
         run.model,

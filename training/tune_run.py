@@ -155,9 +155,11 @@ def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
-        made = state["key"]
+        made = state.get("key")
     except Exception as error:  # torch.load lets out whatever it stumbles over
         raise PartialError(f"{path}: cannot be read: {error}; remove it") from error
+    if made is None:
+        raise PartialError(f"{path}: is of an earlier version; remove it, or choose another --out")
     for name, value in key.items():
         if made.get(name) != value:
             raise PartialError(

@@ -124,11 +124,16 @@ async def get_events(
     request: Request,
     job_id: str,
     last_event_id: Annotated[str | None, Header(description="resume after this event")] = None,
+    last_event_id_said: Annotated[
+        str | None,
+        Query(alias="lastEventId", description="the same, from what cannot send the header"),
+    ] = None,
     inline: Annotated[bool, Query(description="pictures as base64 PNG in their events")] = False,
     cancel_on_disconnect: Annotated[bool, Query()] = False,
 ) -> Response:
     """What happens to a job, as server-sent events from its beginning (or Last-Event-ID) on."""
     held = services(request)
+    last_event_id = last_event_id or last_event_id_said
     state = await held.job(job_id)
     if await has_ended(held, state.record, last_event_id):
         return Response(status_code=204)  # tells EventSource not to come back

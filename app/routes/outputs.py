@@ -107,8 +107,8 @@ async def get_grid(request: Request, job_id: str, suffix: PictureSuffix, px: Px 
     """All images of a job in one picture; of a noise job, x_t with t from left to right."""
     held = services(request)
     record = (await held.job(job_id)).record
-    check_grid(record, suffix)
     planes = await fetch(held, record, record.spec.grid(record.images))
+    check_grid(record, suffix)
     encoding = held.pools.encoding.run(encode_grid, record, planes, suffix=suffix, px=px or 0)
     return await output_response(held, record, await encoding, suffix)
 

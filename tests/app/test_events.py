@@ -124,6 +124,8 @@ def test_reconnecting_loses_and_repeats_nothing(client: httpx.Client, worker: Wo
     assert steps == list(range(1, 101))
     with stream(client, job_id, last) as reply:
         assert reply.status_code == 204
+    with stream(client, job_id, None, lastEventId=last) as reply:
+        assert reply.status_code == 204
 
 
 def test_many_streams_of_many_jobs(client: httpx.Client, worker: Worker) -> None:

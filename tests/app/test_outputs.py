@@ -156,6 +156,16 @@ def test_a_film_of_an_image_that_is_not_there(client: httpx.Client, job: dict[st
     assert reply.status_code == 404 and reply.json()["detail"].endswith("of x_t of image 99")
 
 
+def test_numbers_have_no_grid(client: httpx.Client, worker: Worker) -> None:
+    body = {"images": [base64.b64encode(png()).decode()]}
+    job_id = client.post("/likelihood", json=body).json()["id"]
+    assert client.get(f"/jobs/{job_id}/grid.png").status_code == 404
+    worker.start(job_id)
+    assert worker.store.succeed(job_id, "e")
+    for suffix in ("png", "webp"):
+        assert client.get(f"/jobs/{job_id}/grid.{suffix}").status_code == 404
+
+
 def test_what_is_not_there_yet(client: httpx.Client, worker: Worker) -> None:
     job_id = client.post("/generate", json={"num_images": 2}).json()["id"]
     early = client.get(f"/jobs/{job_id}/images/0.png")

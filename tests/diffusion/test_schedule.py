@@ -194,3 +194,8 @@ def test_only_the_last_step_may_leave_no_signal() -> None:
 def test_a_schedule_has_at_least_one_step(kind: str) -> None:
     with pytest.raises(ScheduleError, match=r"T = 0: must be an integer 1\.\.10000"):
         dataclasses.replace(ScheduleConfig(kind), T=0).build()
+
+
+def test_betas_may_be_an_array() -> None:
+    betas = np.linspace(1e-3, 0.2, 10)
+    assert ScheduleConfig(kind="betas", T=10, betas=betas).betas == tuple(betas.tolist())  # type: ignore[arg-type]

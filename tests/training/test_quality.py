@@ -141,6 +141,10 @@ def test_a_set_of_one_picture_is_refused_before_anything_is_drawn(place: Path) -
         assert result.exit_code == 1
         assert "test: 1 images: at least 2 are needed" in result.output
         assert not [*(place / "one").glob("partial/*")]
+    few = [str(place / "plain"), str(place / "loose"), "--splits", "train", "--quiet", "--quality"]
+    few += ["--features", str(place / "judge.pt"), "--images", "0", "--out", str(place / "one")]
+    result = CliRunner().invoke(evaluate, few)
+    assert result.exit_code == 1 and "train: 1 images: at least 2" in result.output
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")

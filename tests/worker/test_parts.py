@@ -227,7 +227,7 @@ def test_uploaded_pixels_become_minus_one_to_one() -> None:
 
 def test_snapshots_at_and_every(model: Model) -> None:
     table = build_table(model.schedule, steps=10)
-    rows = partial(snapshot_rows, table, rises=False)
+    rows = partial(snapshot_rows, table)
     assert rows(None) == frozenset()
     assert rows(Snapshots(every=4)) == {0, 4, 8}
     t = table.t + 1
@@ -240,13 +240,15 @@ def test_on_the_way_up_a_snapshot_is_what_the_next_step_enters_with(model: Model
     timesteps = spaced_timesteps(model.schedule.T, 4)[::-1]
     table = encoding_table(model.schedule, timesteps, iterations=1)
     entered = {int(table.t[row]): row for row in range(2, len(table), 2)}  # with what is mended
+    up = partial(snapshot_rows, table, up_to=timesteps[-1] + 1)
     for t in timesteps[:-1]:
-        at = Snapshots(at=(t + 1,))
-        assert snapshot_rows(table, at, rises=True) == {entered[t]}
-    every = snapshot_rows(table, Snapshots(every=1), rises=True)
-    assert {int(table.t[row]) for row in every} == {*timesteps} and every >= {*entered.values()}
+        assert up(Snapshots(at=(t + 1,))) == {entered[t]}
+    assert up(Snapshots(every=1)) == {*entered.values()}
+    assert up(Snapshots(at=(timesteps[-1] + 1,))) == frozenset()  # that is what comes of it all
     alone = encoding_table(model.schedule, [7], iterations=0)
-    assert snapshot_rows(alone, Snapshots(every=1), rises=True) == frozenset()
+    assert snapshot_rows(alone, Snapshots(every=1), up_to=8) == frozenset()
+    plain = encoding_table(model.schedule, timesteps, iterations=0)
+    assert snapshot_rows(plain, Snapshots(every=1), up_to=timesteps[-1] + 1) == {1, 2, 3}
 
 
 def test_a_model_that_is_replaced_takes_its_weights_along(tmp_path: Path, model: Model) -> None:

@@ -73,6 +73,11 @@ class ChainFlight(Flight[ChainT]):
         assert isinstance(spec, ChainSpec)
         return spec_table(served, spec, from_noise=self.from_noise, **self.own_options)
 
+    @property
+    def up_to(self) -> int | None:
+        """The paper's t that they lead to, where they begin in an image."""
+        return None
+
     def condition_on(self, started: Started) -> Condition | None:
         """What the chains are conditioned on. Raises MissingInput."""
         return None
@@ -103,7 +108,7 @@ class ChainFlight(Flight[ChainT]):
             deterministic=spec.deterministic,
             urgent=spec.priority == "high",
             client=started.record.client,
-            snapshot_rows=snapshot_rows(self.table, spec.snapshots, rises=spec.film_rises),
+            snapshot_rows=snapshot_rows(self.table, spec.snapshots, up_to=self.up_to),
             condition=self.condition,
         )
 
@@ -179,18 +184,23 @@ def spec_table(served: Served, spec: ChainSpec, *, from_noise: bool, **own: obje
     return served.table(tuple((name, v) for name, v in given.items() if v is not None))
 
 
-def snapshot_rows(table: SamplerTable, wanted: Snapshots | None, *, rises: bool) -> frozenset[int]:
-    """The rows of a table at which a request wants to see the chain. rises: its t do."""
+def snapshot_rows(
+    table: SamplerTable, wanted: Snapshots | None, *, up_to: int | None = None
+) -> frozenset[int]:
+    """The rows of a table at which a request wants to see the chain.
+
+    up_to: of one that rises, the paper's t that it leads to, whose state is what comes of it all.
+    """
     if wanted is None:
         return frozenset()
     if wanted.every is not None:
         rows = [*range(0, len(table), wanted.every)]
     else:
         rows = [int(np.abs(table.t + 1 - t).argmin()) for t in wanted.at or ()]
-    if not rises:
+    if up_to is None:
         return frozenset(rows)
     # On the way up a row enters with the x of the t before: the first with the image, then those
     # that mend the step to t, and with x_t itself the last of this t.
     last = {t: row for row, t in enumerate(table.t.tolist())}
     entered = {last[int(table.t[row])] for row in rows}
-    return frozenset(row for row in entered if row > 0)
+    return frozenset(row for row in entered if row > 0 and table.t[row] + 1 != up_to)

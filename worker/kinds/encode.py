@@ -25,6 +25,11 @@ class EncodeFlight(ChainFlight[EncodeSpec]):
         """Nothing is clipped on the way up."""
         return {"clip": False}
 
+    @property
+    def up_to(self) -> int | None:
+        """The t that is asked for."""
+        return self.spec.t
+
     def table_for(self, served: Served, spec: EncodeSpec) -> SamplerTable:
         """Up the timesteps that a chain of as many steps comes down."""
         assert spec.t is not None and spec.steps is not None  # filled at admission
