@@ -84,9 +84,9 @@ def encode_grid(record: JobRecord, planes: Sequence[Float32], *, suffix: str, px
     return encode(pixels, manifest(record), px=px)
 
 
-def check_grid(record: JobRecord, suffix: str) -> None:
-    """Raise Problem for a grid with more pixels a side than the format can hold."""
-    count, (_, height, width) = len(record.spec.grid(record.images)), record.shape
+def check_grid(record: JobRecord, count: int, suffix: str) -> None:
+    """Raise Problem for a grid of so many with more pixels a side than the format can hold."""
+    _, height, width = record.shape
     size = pictures.grid_size(count, height, width, columns=record.spec.grid_columns)
     _check_sides(size, suffix)
 
@@ -120,7 +120,7 @@ async def picture(services: Services, state: JobState, suffix: str) -> Response:
     """The answer to a POST that takes a picture: the image, or the grid of several."""
     record = state.record
     planes = await fetch(services, record, record.spec.grid(record.images))
-    check_grid(record, suffix)
+    check_grid(record, len(planes), suffix)
     pool = services.pools.encoding
     if len(planes) == 1:
         content = await pool.run(encode_image, record, 0, planes[0], suffix=suffix)

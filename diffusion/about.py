@@ -89,9 +89,7 @@ def own_presets(
 
 
 def write_about(about: About, folder: str | Path) -> None:
-    """Write what there is to say into a model's folder; nothing where that is nothing."""
-    if about == About():
-        return
+    """Write what there is to say into a model's folder."""
     said: dict[str, Any] = {"description": about.description}
     if about.presets:
         said["presets"] = {name: asdict(preset) for name, preset in about.presets.items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffusion.about import own_presets, read_about, write_about
+from diffusion.about import About, own_presets, read_about, write_about
 from diffusion.diffusers.folder import export_diffusers, is_diffusers_folder, load_diffusers
 from diffusion.files import (
     CheckpointError,
@@ -100,16 +100,15 @@ def convert(
         raise CheckpointError(f"{target}: already exists; give a new or an empty folder")
     model = load(source)
     if sampling:
-        model = Model(_resampled(model.config, sampling), model.network)
+        model = Model(_resampled(model.config, sampling), model.network, tuned=model.tuned)
     write = save if to == "ours" else export_diffusers
     write(model, target)
     with suppress(CheckpointError):  # what is wrong with its card keeps no model from being used
-        write_about(read_about(source), target)
-    weights = Path(source) / WEIGHTS_NAME
-    if to == "ours" and weights.exists():
-        tables = read_tuned(Path(source), weights=digest_of([weights]))
-        if tables:
-            write_tuned(tables.values(), target, weights=digest_of([target / WEIGHTS_NAME]))
+        if (about := read_about(source)) != About():
+            write_about(about, target)
+    if to == "ours" and model.tuned:
+        tables = read_tuned(Path(source), weights=digest_of([Path(source) / WEIGHTS_NAME]))
+        write_tuned(tables.values(), target, weights=digest_of([target / WEIGHTS_NAME]))
 
 
 def _resampled(config: ModelConfig, sampling: Mapping[str, Any]) -> ModelConfig:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffusion.conjugate import conjugate_gradients
 from diffusion.model import Estimate
-from diffusion.operators import Mask, Operator, identity_of
+from diffusion.operators import Operator, identity_of, measured_values
 
 METHODS = ("projection", "moment")
 FLOOR = 1e-4  # share of r² below which moment takes no σ_y²: no Jacobian is known any better
@@ -51,11 +51,9 @@ class Measurement:
 
     def distance(self, x: Tensor) -> Tensor:
         """How far A x is from y, [N]: root of the mean square over what was measured."""
-        residual = self.residual(x).flatten(1)
-        measured = residual.shape[1]
-        if isinstance(self.operator, Mask):
-            measured = int(self.operator.known.expand(x.shape[1:]).count_nonzero())
-        return (residual.square().sum(1) / measured).sqrt()
+        residual = self.residual(x)
+        squares = residual.square().flatten(1).sum(1)
+        return (squares / measured_values(self.operator, residual)).sqrt()
 
 
 class Condition(Protocol):

@@ -47,6 +47,13 @@ def measured_shape(operator: Operator, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(operator.forward(torch.zeros(1, *shape)).shape[1:])
 
 
+def measured_values(operator: Operator, y: Tensor) -> int:
+    """How many numbers of each y [N, ...] were measured: all, but of a mask those that it knows."""
+    if isinstance(operator, Mask):
+        return int(operator.known.expand(y.shape[1:]).count_nonzero())
+    return y[0].numel()
+
+
 def _each(r2: Tensor, like: Tensor) -> Tensor:
     """[N] as [N, 1, …], in the dtype of `like`."""
     return r2.to(like.dtype).view(-1, *([1] * (like.ndim - 1)))

@@ -205,7 +205,9 @@ class SamplingDefaults:
         check_name("variance", self.variance, VARIANCES)
         check_name("spacing", self.spacing, SPACINGS)
         check_name("landing", self.landing, LANDINGS)
-        check_flags(clip=self.clip, rederive_eps=self.rederive_eps, error=SamplerError)
+        for name in ("clip", "rederive_eps"):
+            check_flags(**{name: getattr(self, name)}, error=SamplerError)
+            object.__setattr__(self, name, bool(getattr(self, name)))  # JSON knows no NumPy
         if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
             raise SamplerError(f"steps = {self.steps!r:.200}: must be an integer, 1 or more")
 

@@ -16,7 +16,7 @@ from jobs.errors import PictureTooLarge
 MAX_PARTS = 65_536  # chunks or segments: each costs a turn of a loop
 MAX_SCANS = 40  # of a JPEG: each goes over all pixels again; encoders make up to 12 or so
 
-PNG_SIGNATURE, _JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+PNG_SIGNATURE, JPEG_START = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 # A marker, where one is looked for: not a stuffed 0, fill, TEM or a restart inside a scan.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
@@ -43,7 +43,7 @@ def strip(raw: bytes) -> Container:
     """The file as Pillow may see it. Raises PictureTooLarge for too many parts or scans."""
     if raw.startswith(PNG_SIGNATURE):
         return _strip_png(raw)
-    return _strip_jpeg(raw) if raw.startswith(_JPEG_START) else Container(raw)
+    return _strip_jpeg(raw) if raw.startswith(JPEG_START) else Container(raw)
 
 
 def _strip_png(raw: bytes) -> Container:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from jobs.containers import PNG_SIGNATURE, orientation, strip
+from jobs.containers import JPEG_START, PNG_SIGNATURE, orientation, strip
 from jobs.errors import PictureError, PictureMedia, PictureTooLarge
 
 UPLOADED = ("PNG", "JPEG", "WEBP")  # what the API takes
@@ -49,7 +49,7 @@ _TURNS = {
 # How a file begins that is of a format, or was.
 _STARTS = {
     "PNG": re.compile(re.escape(PNG_SIGNATURE)),
-    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "JPEG": re.compile(re.escape(JPEG_START)),
     "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
 }
 _LYING = [_TURNS[number] for number in (5, 6, 7, 8)]

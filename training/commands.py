@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from training.options import (
+    COMPILE,
+    PATH,
+    POSITIVE,
+    THREADS,
+    find_model,
+    models_folder,
+    warnings_in_words,
+)
+
 if TYPE_CHECKING:
     from training.config import TrainConfig
-
-PATH = click.Path(path_type=Path)
-COMPILE = "By torch.compile: takes a minute, and then up to half of the time. Needs a C++ compiler."
-THREADS = click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads; default: the cores there are."
-)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -92,35 +92,6 @@ def train(
         click.echo(f"{folder}: step {trainer.step} of {settings.steps}")
 
 
-@contextmanager
-def warnings_in_words(kind: type[Warning]) -> Iterator[None]:
-    """What is warned of on stderr, once each, without a line of our code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", kind)
-        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
-        yield
-
-
-def numbers_of(option: str, listed: str) -> tuple[int, ...]:
-    """Whole numbers, each once. Raises ValueError naming what is none."""
-    words = [word for part in listed.split(",") if (word := part.strip())]
-    for word in words:
-        if not (word.isascii() and word.isdigit()):
-            raise ValueError(f"{option} {word!r}: must be whole numbers with commas")
-    return tuple(dict.fromkeys(int(word) for word in words))
-
-
-class Finite(click.FloatRange):
-    """A range without NaN and infinity, which click's lets through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number; refuses what is none."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
-
-
 def default_folder(config: Path, resume: bool) -> Path:
     """Where a run is kept if nothing is said: the run itself, or runs/ and a name."""
     if config.is_dir():
@@ -158,19 +129,9 @@ def _settings(config: Path, overrides: tuple[str, ...], folder: Path, resume: bo
     return settings
 
 
-def models_folder() -> Path:
-    """Where models have names: models/, or DDPM_MODELS."""
-    return Path(os.environ.get("DDPM_MODELS", "models"))
-
-
-def find_model(name: str | Path) -> Path:
-    """A folder, or the name of one in models/ (DDPM_MODELS)."""
-    return Path(name) if Path(name).is_dir() else models_folder() / name
-
-
 @click.command()
 @click.option("--model", default="mnist", show_default=True, help="A name in models/, or a folder.")
-@click.option("--num-images", "-n", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--num-images", "-n", default=1, show_default=True, type=POSITIVE)
 @click.option("--class-label", help="A label or class name; several with commas, used in turn.")
 @click.option("--guidance", default=1.0, show_default=True, help="ε_u + g(ε_c − ε_u); 1 is off.")
 @click.option("--preset", help="fast, balanced or faithful: sampler, steps and spacing in a word.")
@@ -182,12 +143,12 @@ def find_model(name: str | Path) -> Path:
 @click.option("--corrector-steps", type=int, help="Langevin steps after each step; default 0.")
 @click.option("--seed", type=int, help="Default: drawn, and printed.")
 @click.option("--out", default="grid.png", show_default=True, help="See below.")
-@click.option("--snapshots", "every", type=click.IntRange(min=1), help="A row every N steps.")
+@click.option("--snapshots", "every", type=POSITIVE, help="A row every N steps.")
 @click.option("--kind", type=click.Choice(["x_t", "x_start"]), default="x_start", show_default=True)
 @click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
 @click.option("--compile", "compiled", is_flag=True, help=COMPILE)
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=64, show_default=True, type=POSITIVE)
 @THREADS
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def sample(threads: int | None, **options: object) -> None:

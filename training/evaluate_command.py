@@ -9,11 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from training.commands import COMPILE, THREADS, numbers_of
+from training.options import COMPILE, COUNT, PATH, POSITIVE, THREADS, find_model, numbers_of
 
-PATH = click.Path(path_type=Path)
-COUNT = click.IntRange(min=0)
-POSITIVE = click.IntRange(min=1)
 # What is heeded only beside another option.
 BESIDE = {
     "features": ("quality", "frechet_images", "sampler", "steps"),
@@ -95,7 +92,6 @@ def evaluate(threads: int | None, **options: Any) -> None:
     from diffusion.files import CheckpointError
     from diffusion.sampling import NotFiniteError
     from diffusion.speed import CompileError
-    from training.commands import find_model
     from training.evaluate import EvaluateOptions
     from training.evaluate import evaluate as run
 

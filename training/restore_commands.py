@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from training.commands import THREADS, find_model, warnings_in_words
+from training.options import PATH, POSITIVE, THREADS, find_model, warnings_in_words
 
-PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 OPERATORS = ("mask", "average_pool", "gray", "blur", "identity")
 
@@ -22,7 +21,7 @@ OPERATORS = ("mask", "average_pool", "gray", "blur", "identity")
 @click.option("--operator", type=click.Choice(OPERATORS), default="mask", show_default=True)
 @click.option("--box", "boxes", multiple=True, metavar="X0,Y0,X1,Y1", help="mask: fill in; repeat.")
 @click.option("--mask", type=FILE, help="mask: a picture, white where it is to be filled in.")
-@click.option("--factor", type=click.IntRange(min=1), help="average_pool: side of a block.")
+@click.option("--factor", type=POSITIVE, help="average_pool: side of a block.")
 @click.option("--deviation", type=float, help="blur: of the Gaussian, in pixels.")
 @click.option(
     "--noise",
@@ -35,7 +34,7 @@ OPERATORS = ("mask", "average_pool", "gray", "blur", "identity")
 @click.option(
     "--solver-steps", type=click.IntRange(min=0), help="moment: products a row; default 1."
 )
-@click.option("--num-images", "-n", default=4, show_default=True, type=click.IntRange(min=1))
+@click.option("--num-images", "-n", default=4, show_default=True, type=POSITIVE)
 @click.option("--class-label", type=int)
 @click.option("--guidance", default=1.0, show_default=True)
 @click.option("--steps", type=int, help="Timesteps; default 50.")

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import click
 
-from training.commands import THREADS, Finite, numbers_of
-
-POSITIVE = click.IntRange(min=1)
+from training.options import PATH, POSITIVE, THREADS, Finite, find_model, numbers_of
 
 
 @click.command()
@@ -26,7 +24,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option(
     "--radius", default=0.05, show_default=True, type=Finite(0), help="Of the ball x_T may move in."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Default runs/tune- and the name.")
+@click.option("--out", type=PATH, help="Default runs/tune- and the name.")
 @click.option("--device", help="cpu, cuda, …; default: cuda where there is one.")
 @THREADS
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -53,7 +51,6 @@ def tune(
     """
     from diffusion import cores
     from diffusion.files import CheckpointError
-    from training.commands import find_model
     from training.tune import Options
     from training.tune_run import TuneOptions
     from training.tune_run import tune as run

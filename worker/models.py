@@ -12,8 +12,8 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -42,17 +42,17 @@ Options = tuple[tuple[str, object], ...]  # of a sampler: names and values
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """A loaded model under its name. table: the sampler's of these options, of which the last are
-    kept for as long as the model is."""
+    """A loaded model under its name."""
 
     name: str
     model: Model
     card: ModelCard
     folder: Path
-    table: Callable[[Options], SamplerTable] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "table", lru_cache(maxsize=_TABLES)(partial(_table, self.model)))
+    @cached_property
+    def table(self) -> Callable[[Options], SamplerTable]:
+        """Options of a sampler → its table; the last ones are kept for as long as the model is."""
+        return lru_cache(maxsize=_TABLES)(partial(_table, self.model))
 
 
 def _table(model: Model, options: Options) -> SamplerTable:

@@ -108,7 +108,7 @@ async def get_grid(request: Request, job_id: str, suffix: PictureSuffix, px: Px 
     held = services(request)
     record = (await held.job(job_id)).record
     planes = await fetch(held, record, record.spec.grid(record.images))
-    check_grid(record, suffix)
+    check_grid(record, len(planes), suffix)
     encoding = held.pools.encoding.run(encode_grid, record, planes, suffix=suffix, px=px or 0)
     return await output_response(held, record, await encoding, suffix)
 

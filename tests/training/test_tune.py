@@ -18,7 +18,7 @@ from diffusion.speed import prepare
 from diffusion.table import SamplerError
 from diffusion.tuned import TUNED_NAME
 from tests.diffusion.networks import TINY, build_model
-from training.commands import numbers_of
+from training.options import numbers_of
 from training.partial import PartialError
 from training.tune import Options, Pairs, Student, Tuner, run
 from training.tune_command import tune as command
