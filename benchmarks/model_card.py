@@ -197,9 +197,11 @@ def evaluation_lines(path: Path | None, where: str) -> list[str]:
     for split, found in report["splits"].items():
         for how, summary in found.items():
             row = summary[variance]
+            error = row["standard_error"]  # None: of one image there is none
+            spread = "" if error is None else f" ± {error:.4f}"
             lines.append(
                 f"| {split} | {names[how]} | {summary['images']:,} "
-                f"| {row['bits_per_dim']:.4f} ± {row['standard_error']:.4f} | {row['L_0']:.4f} "
+                f"| {row['bits_per_dim']:.4f}{spread} | {row['L_0']:.4f} "
                 f"| {row['L_1_to_T-1']:.4f} | {summary['L_T']:.6f} "
                 f"| {row['bits_per_unpadded_dim']:.4f} |"
             )

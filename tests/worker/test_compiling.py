@@ -144,10 +144,14 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
 
 
 @pytest.mark.parametrize("when", ["before", "while"])
-def test_a_folder_that_goes_ends_the_compiling_and_nothing_else(
-    served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture, when: str
+def test_a_folder_that_goes_halts_the_compiling_and_nothing_else(
+    served: Served,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
 ) -> None:
-    """Whoever clears a cache does not know that it is in use."""
+    """Whoever clears a cache does not know that it is in use; after a rest it is made anew."""
     folder = tmp_path / "cache"
     engine = Engine(lambda events: None)
     engine.networks.prepare(served.model).costs.spent = {1: 60.0, 4: 50.0}
@@ -161,7 +165,31 @@ def test_a_folder_that_goes_ends_the_compiling_and_nothing_else(
     for _ in range(3):
         compiler.poll([served])
         assert not compiler.working
-    assert caplog.text.count("nothing more is compiled") == 1
+    assert caplog.text.count("nothing is compiled for 5 minutes") == 1
+    monkeypatch.setattr(compiler, "_rests_until", 0.0)
+    compiler.poll([served])
+    assert compiler.working
+    compiler.close()
+
+
+def test_a_machine_that_can_start_no_process_is_asked_again_later(
+    served: Served,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(lambda events: None)
+    engine.networks.prepare(served.model).costs.spent[1] = 60.0
+    compiler = Compiler(engine.networks, tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(compiling, "command_of", lambda *of: [str(tmp_path / "none"), *of])
+        compiler.poll([served])
+    assert "nothing is compiled for 5 minutes: [Errno 2]" in caplog.text
+    compiler.poll([served])
+    assert not compiler.working
+    monkeypatch.setattr(compiler, "_rests_until", 0.0)
+    compiler.poll([served])
+    assert compiler.working
     compiler.close()
 
 
@@ -175,7 +203,7 @@ def test_what_cannot_be_begun_keeps_no_other_worker_waiting(
     compiler = Compiler(engine.networks, folder)
     compiler._package(served, network, network.tile(1)).with_suffix(".log").mkdir()
     compiler.poll([served])
-    assert "nothing more is compiled" in caplog.text
+    assert "nothing is compiled" in caplog.text
     lock = compiling._lock(folder)
     assert lock is not None
     lock.close()
@@ -198,7 +226,7 @@ def test_a_worker_whose_cache_is_unusable_serves_on(
     worker = nursery.worker(service, fault=EAGER, **options)
     job = service.admit(steps=1000, num_images=64, corrector_steps=9)  # does not end by itself
     service.until(
-        lambda: not worker.alive() or "nothing more is compiled" in service.log.read_text()
+        lambda: not worker.alive() or "nothing is compiled" in service.log.read_text()
     )
     assert worker.alive()
     service.store.cancel(job)

@@ -590,6 +590,57 @@ def test_a_sample_without_memory_for_itself_fails_by_that_name(
     assert all(is_out_of_memory(e.error) for e in failed)
 
 
+@pytest.mark.parametrize("what", ["slots", "table", "two rows back"])
+def test_a_task_for_whose_state_there_is_no_memory_fails_alone(
+    model: Model, make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Whatever else is in flight comes to the same pictures."""
+    harness, undisturbed = Harness(), Harness()
+    first, last = task(model, "a", seed=1, steps=8), task(model, "c", seed=2, steps=6)
+    undisturbed.run(first, last)
+    harness.run(first, ticks=3)
+    other = make_model(seed=9, classes=0)
+    harness.engine.networks.prepare(other)
+
+    def full(*given: Any, **more: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patched:
+        if what == "slots":
+            refused = task(other, "b", steps=4)
+            patched.setattr(chain_pool.torch, "zeros", full)
+        elif what == "table":
+            refused = task(model, "b", steps=4)
+            patched.setattr(chain_pool.DeviceTable, "of", full)
+        else:
+            refused = task(model, "b", steps=10, sampler="dpmpp_3m")
+            patched.setattr(chain_pool.torch, "zeros_like", full)
+        harness.engine.submit(refused)
+        harness.engine._commands.popleft()()
+    harness.run(last)
+    [failed] = [e for e in harness.events if isinstance(e, Failed)]
+    assert failed.task_id == "b" and is_out_of_memory(failed.error)
+    for name in ("a", "c"):
+        torch.testing.assert_close(harness.images(name), undisturbed.images(name))
+
+
+def test_a_model_that_is_not_kept_is_let_go_of_with_its_last_task(
+    make_model: Callable[..., Model],
+) -> None:
+    harness = Harness()
+    old, new = make_model(seed=1, classes=0), make_model(seed=2, classes=0)
+    harness.run(task(old, "a", steps=9), task(old, "b", steps=5, deterministic=True), ticks=2)
+    harness.engine.keep_only([new.digest])
+    harness.run(task(new, "c", steps=3), ticks=6)
+    assert harness.engine.networks.is_prepared(old)
+    harness.run()
+    assert {e.task_id for e in harness.events if isinstance(e, Finished)} == {"a", "b", "c"}
+    for exact in (False, True):
+        assert not harness.engine.networks.is_prepared(old, exact=exact)
+    assert {key.digest for key in harness.engine.lanes} == {new.digest}
+    assert harness.engine.networks.is_prepared(new)
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [

@@ -54,11 +54,11 @@ class TableBank:
         return table in self._offsets
 
     def hold(self, tables: Iterable[SamplerTable]) -> None:
-        """Hold these tables, and no others."""
+        """Hold these tables, and no others. An exception leaves all as it was."""
         distinct = list(dict.fromkeys(tables))
+        self.rows = DeviceTable.of(distinct, self._device)  # first: nothing else may fail
         starts = np.cumsum([0, *(len(table) for table in distinct)])
         self._offsets = dict(zip(distinct, starts.tolist(), strict=False))
-        self.rows = DeviceTable.of(distinct, self._device)
         self.t = np.concatenate([table.t for table in distinct])
         noise = COLUMNS.index("c")
         self.noisy = np.concatenate([table.coefficients[:, noise] != 0 for table in distinct])
@@ -143,9 +143,9 @@ class ChainPool:
         tables = [run.task.table for run in runs if isinstance(run.task, Task)]
         if all(table in self.bank for table in tables):
             return
-        self.bank.hold(tables)
-        if self.older is None and self.bank.deep.any():
+        if self.older is None and any(table.depth > 1 for table in tables):
             self.older = torch.zeros_like(self.x)
+        self.bank.hold(tables)
         for sample in self.resident:
             if sample is not None:
                 self._offset[sample.slot] = self.bank.offset(task_of(sample).table)

@@ -68,8 +68,8 @@ class Lane:
 
     def join(self, run: Run) -> None:
         """Take a task in."""
+        self.pool.hold([*self.runs.values(), run])
         self.runs[run.task.id] = run
-        self.pool.hold(self.runs.values())
         self.changed()
 
     def leave(self, run: Run) -> None:

@@ -94,6 +94,7 @@ class Engine:
         self._sink = sink
         self._book = book
         self._only: str | None = None  # the one task that is stepped, where others are not
+        self._kept: frozenset[str] | None = None  # digests of the models to keep; None: all
         self._turns = Turns()
         self._arrivals = itertools.count()
         self._commands: deque[Callable[[], None]] = deque()
@@ -131,7 +132,7 @@ class Engine:
 
     def keep_only(self, digests: Collection[str]) -> None:
         """Let go of models with other digests as soon as no task uses them."""
-        self._command(lambda: self._forget_others(digests))
+        self._command(lambda: self._keep_only(frozenset(digests)))
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -200,6 +201,8 @@ class Engine:
         if ready:
             self._step(self._turns.next(pool_weights(ready)))
         self._settle_all_but(self._steps_behind() if ready else 0)
+        if self._kept is not None:
+            self._forget_others(self._kept)
         self.waiting_rows = sum(lane.waiting_rows for lane in self.lanes.values())
         if self._events:
             events, self._events = self._events, []
@@ -251,13 +254,25 @@ class Engine:
         admitted = admitted and self._only in (None, task.id)
         run = Run(task, next(self._arrivals), admitted=admitted)
         run.checkpoint_at = time.monotonic() + self.options.checkpoint_every
+        try:
+            lane = self._join(run, network)
+        except torch.AcceleratorError:  # the device itself is lost
+            raise
+        except Exception as error:  # no memory for the slots of one more model, say
+            release_memory(network.model.device)
+            self._events.append(Failed(task.id, error))
+            return
+        self._finish_if_done(lane, run)  # a resumed task may have nothing left to do
+
+    def _join(self, run: Run, network: Network) -> Lane:
+        task = run.task
         key = lane_key(task.model, exact=task.deterministic, mode=task.mode)
         if key not in self.lanes:
             self.lanes[key] = Lane(self._pool_for(task, network), self.options)
         lane = self.lanes[key]
         run.turn = lane.turn
         lane.join(run)
-        self._finish_if_done(lane, run)  # a resumed task may have nothing left to do
+        return lane
 
     def _pool_for(self, task: Work, network: Network) -> Pool:
         if task.mode in ("terms", "flow"):
@@ -273,11 +288,17 @@ class Engine:
                 lane.leave(run)
                 self._events.append(Canceled(task_id, states))
 
-    def _forget_others(self, digests: Collection[str]) -> None:
-        for key in [key for key in self.lanes if key.digest not in digests]:
-            if not self.lanes[key].runs:
-                del self.lanes[key]
+    def _keep_only(self, digests: frozenset[str]) -> None:
+        self._kept = digests
         self.networks.keep_only({*digests, *(key.digest for key in self.lanes)})
+
+    def _forget_others(self, kept: frozenset[str]) -> None:
+        """Let go of other models than these, where no task uses them any more."""
+        idle = [key for key, lane in self.lanes.items() if key.digest not in kept and not lane.runs]
+        for key in idle:
+            del self.lanes[key]
+        for digest in {key.digest for key in idle} - {key.digest for key in self.lanes}:
+            self.networks.let_go(digest)
 
     # A step: launched, then settled once the device has done it
 

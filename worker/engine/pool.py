@@ -67,7 +67,7 @@ class Pool(Protocol):
     device: torch.device
 
     def hold(self, runs: Collection[Run]) -> None:
-        """Make ready for these tasks, and for no others."""
+        """Make ready for these tasks, and for no others. An exception leaves all as it was."""
 
     def seat(self, samples: Sequence[Sample], evict: Iterable[Sample]) -> bool:
         """Give each sample a slot, taking those of `evict` in turn; whether any was taken."""

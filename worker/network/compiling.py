@@ -50,6 +50,7 @@ KEEP_S = 30 * 86_400.0
 WORTH_S = 10.0
 WORTH_IDLE_S = 1.0
 IDLE_LOOKS = 5
+REST_S = 300.0  # once the folder, or the machine, cannot give what it takes
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest output
 
 
@@ -104,21 +105,23 @@ class Compiler:
         self._building: Future[None] | None = None
         self._tried: set[Path] = set()
         self._idle_looks = 0
+        self._rests_until = -math.inf  # time.monotonic()
         self._enabled = enabled and _usable(folder)
         if self._enabled:
             _sweep(folder)
 
     def poll(self, served: Iterable[Compilable], *, busy: bool = True) -> None:
-        """Call every few seconds. Never raises for a compilation that fails, nor for a folder that
-        cannot be used any more: eager code serves."""
-        if not self._enabled:
+        """Call every few seconds. Never raises for a compilation that fails, nor for a folder or a
+        machine that cannot do it now: eager code serves, and it is tried again later."""
+        if not self._enabled or time.monotonic() < self._rests_until:
             return
         self._idle_looks = 0 if busy else self._idle_looks + 1
         try:
             self._look(served)
         except OSError as error:
-            log.warning("nothing more is compiled: %s cannot be used: %s", self._folder, error)
-            self._enabled = False
+            log.warning("nothing is compiled for %.0f minutes: %s", REST_S / 60, error)
+            self._rests_until = time.monotonic() + REST_S
+            self._enabled = _usable(self._folder)  # makes it anew, if it has been cleared away
 
     def _look(self, served: Iterable[Compilable]) -> None:
         if self._job is not None and self._job.process.poll() is not None:
@@ -193,13 +196,13 @@ class Compiler:
         lock = _lock(self._folder)
         if lock is None:  # another worker's turn; what it makes may be what is wanted here
             return
-        self._tried.add(package)
         log.info("compiling %s for %s in the background", served.name, tile)
         try:
             process = self._compile(served, network, tile, package)
         except OSError:
             lock.close()
             raise
+        self._tried.add(package)
         self._job = Job(served, network, tile, package, process, lock)
 
     def _compile(

@@ -76,8 +76,14 @@ class Networks:
 
     def keep_only(self, digests: Collection[str]) -> None:
         """Let go of other models."""
+        for digest in {key.digest for key in list(self._ready)}:
+            if digest not in digests:
+                self.let_go(digest)
+
+    def let_go(self, digest: str) -> None:
+        """Let go of one model."""
         for key in list(self._ready):
-            if key.digest not in digests:
+            if key.digest == digest:
                 self._ready.pop(key, None)
 
     def sampling(self) -> dict[LaneKey, Network]:
