@@ -28,7 +28,7 @@ up: $(VENV)/.serve
 	$(BIN)/ddpm up --port $(PORT)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --cov -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --cov -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -160,10 +160,12 @@ async def answer(held: Services, request: Request, admitted: Admitted, asked: As
     try:
         if wanted.media == "events":
             return await stream(held, job_id, headers, asked)
+        state = await held.admitted(admitted)
+        check_acceptable(state.record.spec, state.record.images, wanted)  # it may be a replay
         state = await until_ended(
             held,
             request,
-            await held.admitted(admitted),
+            state,
             seconds=wanted.wait_s,
             cancel_on_disconnect=asked.cancel_on_disconnect,
         )
@@ -188,7 +190,6 @@ async def finished(
 ) -> Response:
     """The answer to a request that was (perhaps) held."""
     status = state.record.status
-    check_acceptable(state.record.spec, state.record.images, wanted)  # it may be a replay
     pictures = state.record.spec.grid(state.record.images)
     if wanted.media == "json" or not pictures or (status in ACTIVE and wanted.json):
         code = 200 if wanted.wait_s and status not in ACTIVE else 202

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,9 @@ def test_who_takes_a_picture_alone_is_told_that_there_is_none(client: httpx.Clie
     either = {"Accept": "image/webp, application/json;q=0.5", "Prefer": "wait=0"}
     key = {"Idempotency-Key": "one"}
     assert client.post("/likelihood", json=body, headers={**either, **key}).status_code == 202
+    began = time.monotonic()  # it is told at once, and not when the job has ended
     assert client.post("/likelihood", json=body, headers={**alone, **key}).status_code == 406
+    assert time.monotonic() - began < 10
 
 
 def test_work_is_limited_by_the_field_that_makes_it(
