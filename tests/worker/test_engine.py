@@ -15,7 +15,7 @@ from diffusion.condition import Measurement, condition
 from diffusion.encoding import encoding_table
 from diffusion.operators import Identity
 from diffusion.samplers import build_table
-from diffusion.table import remember
+from diffusion.table import DeviceTable, remember
 from tests.diffusion.steps import one_step
 from worker.engine import chain_pool
 from worker.engine.lane import EngineOptions
@@ -608,13 +608,13 @@ def test_a_task_for_whose_state_there_is_no_memory_fails_alone(
     with monkeypatch.context() as patched:
         if what == "slots":
             refused = task(other, "b", steps=4)
-            patched.setattr(chain_pool.torch, "zeros", full)
+            patched.setattr(torch, "zeros", full)
         elif what == "table":
             refused = task(model, "b", steps=4)
-            patched.setattr(chain_pool.DeviceTable, "of", full)
+            patched.setattr(DeviceTable, "of", full)
         else:
             refused = task(model, "b", steps=10, sampler="dpmpp_3m")
-            patched.setattr(chain_pool.torch, "zeros_like", full)
+            patched.setattr(torch, "zeros_like", full)
         harness.engine.submit(refused)
         harness.engine._commands.popleft()()
     harness.run(last)

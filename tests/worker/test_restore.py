@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import diffusion
-from diffusion import Model
+from diffusion import Model, cores
 from diffusion.condition import Condition, Measurement, Moment, Projection, condition
 from diffusion.noise import Purpose, image_normals
 from diffusion.operators import AveragePool, Blur, Identity, Mask, Operator
@@ -23,6 +23,7 @@ from jobs.kinds.restore import RestoreSpec
 from jobs.kinds.table import admit
 from jobs.pictures import from_bytes
 from jobs.settings import Settings
+from tests.house import ROOT
 from worker.engine.chain_pool import ChainPool
 from worker.engine.lane import EngineOptions
 from worker.engine.loop import Engine
@@ -178,6 +179,30 @@ def test_deterministic_moment_chains_stand_alone(model: Model) -> None:
     _, alone = run(task)
     _, among = run(moment_task(model, "average_pool", n=3, deterministic=True), task)
     assert torch.equal(alone[task.id], among[task.id])
+
+
+def test_deterministic_moment_chains_do_not_see_how_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For few rows a team of cores would do one's sums in another order: the network is a real one,
+    with sums that are long enough to have a team."""
+    monkeypatch.setattr(cores, "count", lambda: 4)
+    model = diffusion.load(ROOT / "models" / "mnist")
+    x = torch.rand(1, *model.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    given = Measurement(AveragePool(4), AveragePool(4).forward(x), 0.2)
+    task = Task(
+        id="three",
+        model=model,
+        table=build_table(model.schedule, sampler="ddim", eta=1.0, steps=3),
+        seed=7,
+        starts=tuple(Start(i, class_label=1) for i in range(3)),
+        deterministic=True,
+        condition=Moment(given, 2),
+    )
+    _, three = run(task)
+    for i in range(3):
+        _, alone = run(replace(task, id="one", starts=task.starts[i : i + 1]))
+        assert torch.equal(alone["one"][0], three["three"][i])
 
 
 @pytest.mark.parametrize("by_moments", [False, True])

@@ -233,11 +233,11 @@ class ChainPool:
 
     def _corrections(self, samples: list[Sample]) -> tuple[tuple[Condition, Tensor], ...]:
         """What corrects which samples: together all that differ in y alone, of whatever tasks;
-        where mates must not matter, those of a task."""
+        where mates must not matter, each by itself."""
         groups: dict[Hashable, list[tuple[int, Condition]]] = {}
         for i, sample in enumerate(samples):
             if (found := task_of(sample).condition) is not None:
-                key: Hashable = id(found) if self.network.exact else found.alike
+                key: Hashable = i if self.network.exact else found.alike
                 groups.setdefault(key, []).append((i, found))
         return tuple(
             (
