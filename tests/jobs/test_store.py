@@ -13,6 +13,7 @@ from rq.serializers import JSONSerializer
 from jobs.states import TRANSITIONS, Status
 from jobs.store import keys, writer
 from jobs.store.batch import Fate, InBatch
+from jobs.store.events import JobFault
 from jobs.store.janitor import Janitor
 from jobs.store.rq_queue import Queues
 from jobs.store.started import MAX_LONE_CRASHES, Started, StillSilent
@@ -85,6 +86,23 @@ def test_a_fenced_worker_writes_nothing(store: JobStore, submit: Submit) -> None
     assert store.redis.exists(keys.outputs(job_id)) == 0
     record = store.record(job_id)
     assert record is not None and record.worker == "b" and record.status is Status.RUNNING
+
+
+@pytest.mark.parametrize("status", [Status.CANCELED, Status.FAILED])
+def test_what_another_ended_a_thawed_worker_did_not_end(
+    store: JobStore, submit: Submit, status: Status
+) -> None:
+    """Even if it would have ended it so, too."""
+    job_id = submit()
+    assert store.start(job_id, "e", worker="a", digest="d") is not None
+    fault = JobFault(code="lost", detail="gone") if status is Status.FAILED else None
+    assert store.finish(job_id, "", status, fault=fault)
+    if status is Status.CANCELED:
+        assert not store.canceled(job_id, "e")
+    else:
+        assert not store.fail(job_id, "e", code="worker_error", detail="thawed")
+    record = store.record(job_id)
+    assert record is not None and (record.status, record.fault) == (status, fault)
 
 
 def test_a_death_is_charged_to_what_was_in_the_batch(store: JobStore, submit: Submit) -> None:

@@ -326,6 +326,23 @@ def test_nothing_is_lost_or_blamed_in_any_order(machine: type[Machine]) -> None:
     run(machine, examples=25, steps=30)
 
 
+def test_a_canceled_job_of_a_silent_worker_is_ended_once(machine: type[Machine]) -> None:
+    """By the janitor; the worker, once it is back, finds it lost."""
+    state = machine()
+    state.admit(client="a", images=1, steps=20, seed=0, high=False)
+    puppet = state.world.worker(0)
+    puppet.act(puppet.board)
+    state.cancel(0)
+    state.clean(26.0)
+    [record] = state.world.records()
+    assert record.status is Status.CANCELED
+    puppet.act(puppet.stop)
+    go_on(state, puppet)
+    assert not puppet.rq._boarded
+    state.holds()
+    state.world.close()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_nothing_is_lost_or_blamed_in_thousands_of_orders(machine: type[Machine]) -> None:

@@ -5,6 +5,7 @@ local id = ARGV[1]
 if not mend(id) then return 0 end
 if ARGV[2] == '' then
   if not active(get(id, 'status')) then return 0 end
+  redis.call('HDEL', key(id), 'execution')  -- that one did not end it, whatever it says later
 elseif not held(id, ARGV[2]) then
   -- Said again, since the answer to the first was lost on its way.
   return get(id, 'execution') == ARGV[2] and get(id, 'status') == ARGV[3] and 1 or 0
