@@ -130,11 +130,22 @@ async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         yield chunk
 
 
+_AS_BYTES = "latin-1"
+
+
 class _FormParser(MultiPartParser):
     """Keeps files in memory, where they are limited, and refuses a form without its end."""
 
     spool_max_size = 2**31
     _complete = False
+
+    @property
+    def _charset(self) -> str:
+        """Not what the client says, which may be any codec of Python's: this keeps each byte."""
+        return _AS_BYTES
+
+    @_charset.setter
+    def _charset(self, said: str) -> None: ...
 
     def on_end(self) -> None:
         self._complete = True
@@ -169,7 +180,8 @@ async def _parts(form: FormData, most_files: int) -> Body:
     arrays: dict[str, bytes] = {}
     files = []
     for name, value in form.multi_items():
-        content = await value.read() if isinstance(value, UploadFile) else value.encode()
+        name = name.encode(_AS_BYTES).decode(errors="replace")
+        content = await value.read() if isinstance(value, UploadFile) else value.encode(_AS_BYTES)
         if name == "request":
             if text is not None:
                 raise field_problem("/request", "came twice: must be one part")

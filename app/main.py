@@ -28,7 +28,10 @@ DESCRIPTION = """Denoising diffusion as a service: images from noise, noise from
 state in between. A request makes a job; the job is there at once, can be watched, canceled,
 repeated to the byte, and fetched again."""
 # Headers of answers that a page of another origin may read.
-EXPOSED = ("Location", "Retry-After", "X-Request-ID", "Idempotency-Replayed", "Preference-Applied")
+EXPOSED = (
+    "Location", "Retry-After", "X-Request-ID", "Idempotency-Replayed", "Preference-Applied",
+    "X-Alpha-Bar",
+)  # fmt: skip
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -66,7 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=services.settings.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*", "Authorization"],
             expose_headers=EXPOSED,
         )

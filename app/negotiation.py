@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
+from app.problems import Problem
 from jobs.formats import FORMATS, PICTURES
 
 MOST_WAIT_S = 60
@@ -30,10 +31,14 @@ def wish(request: Request) -> Wish:
     """What Prefer and Accept say together.
 
     A client that takes pictures and no JSON waits as long as it can, even if it did not ask to.
+    Raises Problem 406 for one that takes pictures alone, and of no kind that there is.
     """
     wait = prefer_wait(request.headers.getlist("prefer"))
-    accept = request.headers.get("accept", "")
+    accept = ", ".join(request.headers.getlist("accept"))
     kinds = ranked(accept)
+    if not kinds and _asks_for_a_picture(accept):
+        known = ", ".join(name for name in _KINDS if "*" not in name)
+        raise Problem("not_acceptable", f"Accept: {accept:.200}: must name one of {known}")
     media, json = accepted(accept), "json" in kinds or not kinds
     if wait is not None:
         return Wish(wait, f"wait={wait}", media, json)
@@ -50,6 +55,12 @@ def prefer_wait(values: list[str]) -> int | None:
                 # Not int() of whatever came: it refuses numbers of thousands of digits.
                 return min(int(digits), MOST_WAIT_S) if len(digits) < 10 else MOST_WAIT_S
     return None
+
+
+def _asks_for_a_picture(accept: str) -> bool:
+    """Of whatever format: whoever puts it into a file must not find JSON there."""
+    media = (part.partition(";")[0].strip().lower() for part in accept.split(","))
+    return any(name.startswith("image/") or name == FORMATS["npy"].media for name in media)
 
 
 def accepted(accept: str) -> str:
@@ -71,6 +82,7 @@ def ranked(accept: str) -> dict[str, float]:
 
 _KINDS = {
     **{FORMATS[suffix].media: suffix for suffix in PICTURES},
+    "image/*": next(iter(PICTURES)),
     "text/event-stream": "events",
     "application/json": "json",
     "application/*": "json",

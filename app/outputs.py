@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 from fastapi.responses import Response
@@ -22,25 +23,32 @@ from jobs.store.records import JobRecord
 
 # Of frames that are enlarged; an encoder takes some times as much.
 _MOST_FILM_BYTES = 64 * 2**20
-_KEEP = {"Cache-Control": "private, max-age=3600"}  # an output never changes
+_KEEP_S = 3600
 
 
-def file_response(content: bytes, suffix: str, name: str | None = None) -> Response:
-    """A file. name: what a browser that saves it should call it."""
-    headers = dict(_KEEP)
+def file_response(content: bytes, suffix: str, name: str | None = None, *, cache: str) -> Response:
+    """A file. name: what a browser that saves it should call it. cache: the Cache-Control."""
+    headers = {"Cache-Control": cache}
     if name is not None:
         headers["Content-Disposition"] = f'inline; filename="{name}"'
     return Response(content, media_type=FORMATS[suffix].media, headers=headers)
 
 
+def kept(record: JobRecord) -> str:
+    """The Cache-Control of an output that is whole: it never changes, until it is deleted."""
+    left = _KEEP_S if record.expires_at is None else int(record.expires_at - time.time())
+    return f"private, max-age={max(0, min(left, _KEEP_S))}"
+
+
 async def output_response(
-    services: Services, record: JobRecord, content: bytes, suffix: str
+    services: Services, record: JobRecord, content: bytes, suffix: str, *, whole: bool = True
 ) -> Response:
-    """A picture or film of a job."""
+    """A picture or film of a job. whole: it will not grow."""
     if services.credentials is None:
-        return file_response(as_output(services, record, content, suffix), suffix)
-    pool = services.pools.encoding  # to sign takes milliseconds
-    return file_response(await pool.run(as_output, services, record, content, suffix), suffix)
+        output = as_output(services, record, content, suffix)
+    else:  # to sign takes milliseconds
+        output = await services.pools.encoding.run(as_output, services, record, content, suffix)
+    return file_response(output, suffix, cache=kept(record) if whole else "no-store")
 
 
 def as_output(services: Services, record: JobRecord, content: bytes, suffix: str) -> bytes:
@@ -65,6 +73,12 @@ async def fetch(services: Services, record: JobRecord, fields: Sequence[str]) ->
     if record.status in ACTIVE:
         raise Problem("not_ready", f"job {record.id} is {record.status}; this is not there yet")
     raise Problem("not_found", f"job {record.id} ({record.status}) has no such output")
+
+
+def check_px(suffix: str, px: int | None) -> None:
+    """Raise Problem 422 where `px` is asked for and has no effect."""
+    if px is not None and suffix == "npy":
+        raise field_problem("/query/px", f"{px}: an npy is the array itself, of the model's size")
 
 
 def encode_image(record: JobRecord, index: int, x: Float32, *, suffix: str, px: int = 0) -> bytes:

@@ -109,18 +109,28 @@ def field_problem(pointer: str, detail: str) -> Problem:
 
 
 def read_json(model: type[M], text: bytes) -> M:
-    """The JSON that a client sent, as a model. Raises Problem 422 with what pydantic found.
+    """The JSON that a client sent, as a model. Raises Problem 422 with what pydantic found, or for
+    a field that comes twice, of which it would take the last.
 
     Only here is a ValidationError the client's: anywhere else it is about data of ours, a 500.
     """
     try:
-        return model.model_validate_json(text)
+        found = model.model_validate_json(text)
     except ValidationError as error:
         try:
             asked = json.loads(text)
         except (ValueError, RecursionError):  # that is what is wrong
             asked = None
         raise _fields_problem(error.errors(include_url=False), model, asked) from error
+    json.loads(text, object_pairs_hook=_distinct)
+    return found
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise field_problem(pointer_to((name,)), "came twice: must be given once")
 
 
 def query_of(request: Request) -> dict[str, str]:
@@ -139,24 +149,25 @@ def read_query(model: type[M], request: Request) -> M:
         return model.model_validate(query_of(request))
     except ValidationError as error:
         items = error.errors(include_url=False)
-        for item in items:
-            item["loc"] = ("query", *item["loc"])
-        raise _fields_problem(items) from error
+        raise _fields_problem(items, model, within=("query",)) from error
 
 
 def _fields_problem(
     items: Sequence[Mapping[str, Any]],
     model: type[BaseModel] | None = None,
     asked: Any = None,
+    *,
+    within: tuple[str, ...] = (),
 ) -> Problem:
-    """A 422 with what pydantic found. model: that it looked for; asked: in which JSON."""
+    """A 422 with what pydantic found. model: that it looked for; asked: in which JSON; within: what
+    pointers begin with."""
     # A bad element also makes pydantic call its list too short: the element's error is enough. And
     # what is wrong inside of one branch of a union is enough beside its being none of the others.
     looked_at = [(place_of(item, asked), item) for item in items[:_MOST_LOOKED_AT]]
     above = {parent for place, _ in looked_at for parent in parents(place)}
     deepest = [(place, item) for place, item in looked_at if place not in above]
     shown = [
-        FieldError(pointer=pointer_to(place), detail=detail_of(item, model))
+        FieldError(pointer=pointer_to((*within, *place)), detail=detail_of(item, model))
         for place, item in deepest[:MOST_ERRORS]
     ]
     first, more = shown[0], len(items) - len(looked_at) + len(deepest) - len(shown)
@@ -286,6 +297,13 @@ def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
         if status in (429, 503):
             entry["headers"] = {
                 "Retry-After": {"description": "Seconds", "schema": {"type": "integer"}}
+            }
+        if status == 415:
+            entry["headers"] = {
+                "Accept-Encoding": {
+                    "description": "Where the Content-Encoding was none of ours: those that are",
+                    "schema": {"type": "string"},
+                }
             }
     return by_status
 

@@ -8,10 +8,16 @@ ends as if its client had gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from typing import Any, ClassVar
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from app.problems import Problem, response
 from jobs.settings import Settings
@@ -35,6 +41,8 @@ class LimitedProtocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
     _unread = 0
+    _answering: RequestResponseCycle | None = None  # the request that is; `cycle` is the latest
+    _repeated = False  # whether the parser reads the framing of a head once more
     _in_head: bool
     _head_bytes: int
     _too_long: bool
@@ -47,6 +55,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(None)
         self._stop_looking()
+        if self._answering is not None:
+            _leave(self._answering)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -54,19 +64,58 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._feed(data)
         # A header of any length is one event of the parser, which comes only when it has all of it.
         if self._in_head and self._head_bytes > MOST_HEAD and not self.transport.is_closing():
             self._too_long = True
             self.send_400_response("")
 
+    def _feed(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._read_on(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _read_on(self, rest: bytes) -> None:
+        """Ignore an upgrade (RFC 9110, 7.8), at which the parser ends: another one reads the body,
+        and what follows, after a head that says of it what the real one did."""
+        self.parser = httptools.HttpRequestParser(self)
+        with contextlib.suppress(AttributeError):  # as uvicorn has it
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        framing = [
+            b"%s: %s\r\n" % header
+            for header in self.headers
+            if header[0] in (b"content-length", b"transfer-encoding")
+        ]
+        version = self.scope["http_version"].encode()
+        self._repeated = True
+        self._feed(b"".join([b"POST / HTTP/", version, b"\r\n", *framing, b"\r\n"]))
+        if rest and not self.transport.is_closing():
+            self._feed(rest)
+
     # What the parser found
 
     def on_message_begin(self) -> None:
+        if self._repeated:
+            return
         super().on_message_begin()
         self._expect(HEAD_S)
 
+    def on_url(self, url: bytes) -> None:
+        if not self._repeated:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._repeated:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        if self._repeated:
+            self._repeated = False
+            return
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MOST_HEAD:
             self._too_long = True
@@ -74,13 +123,18 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._expect(self.body_s + _LATER_S)
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answering = self.cycle
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():  # the body is yet to come
+            return
         self._expect(None)
         self._begin_head()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
         if self.transport.is_closing():
             return
@@ -144,13 +198,25 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(Problem("bad_request", msg))
 
     def _refuse(self, problem: Problem) -> None:
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if not answering:  # else it would land in the middle of another answer
+        answering = self._answering
+        whose = answering is None or (
+            answering is self.cycle and not self._in_head and not answering.response_started
+        )
+        if whose:  # else it would land before, or in the middle of, another answer
             reply = response(problem, secrets.token_hex(8))
             lines = [STATUS_LINE[reply.status_code], b"connection: close\r\n"]
             lines += [b"%s: %s\r\n" % header for header in reply.raw_headers]
             self.transport.write(b"".join([*lines, b"\r\n", bytes(reply.body)]))
+        if answering is not None:
+            _leave(answering)
         self.transport.close()
+
+
+def _leave(cycle: RequestResponseCycle) -> None:
+    """Let the application know that nobody is there any more."""
+    if not cycle.response_complete:
+        cycle.disconnected = True
+    cycle.message_event.set()
 
 
 def protocol(settings: Settings) -> type[asyncio.Protocol]:

@@ -87,7 +87,9 @@ class Upload:
         return message
 
     def release(self) -> None:
-        """Nobody holds the body any more."""
+        """Nobody holds the body any more: what still comes of it is only looked at for the client's
+        leaving, and passes uncounted."""
+        self._over = True
         self._give_back(self._size)
 
     def _take(self, size: int) -> None:

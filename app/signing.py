@@ -20,7 +20,7 @@ from app.views import JobView
 MOST_S = 86_400
 PROOF = ("expires", "key", "signature")  # what an address is signed by
 # What can be opened so: outputs and events of a job; nothing that changes anything.
-_PATHS = re.compile(r"/jobs/[0-9a-f]+/(images[./]|snapshots[./]|grid\.|events$).*")
+_PATHS = re.compile(r"/jobs/[0-9a-f]+/(images[./]|snapshots[./]|(grid|mean|std)\.|events$).*")
 _PURPOSE = b"ddpm-serve: signed address v1"
 
 
@@ -74,7 +74,7 @@ def with_signed_urls(view: JobView, *, name: str, digest: bytes, seconds: int) -
     urls = view.urls.model_copy(
         update={
             field: sign(url)
-            for field in ("events", "images", "grid")
+            for field in ("events", "images", "grid", "mean", "std")
             if (url := getattr(view.urls, field)) is not None
         }
     )

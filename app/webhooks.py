@@ -149,11 +149,11 @@ class Courier:
                 answer = await self._send(url, state)
         except _AddressBusy:
             await self._queue.put_back(claim, _HOST_BUSY_S)
-        except AddressRefused as error:
+        except (AddressRefused, httpx.InvalidURL, UnicodeError) as error:  # for good
             await self._give_up(claim, str(error))
         except TimeoutError:
             await self._again(claim, f"not over after {self._deadline_s:g} s", None)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        except (httpx.HTTPError, OSError) as error:
             await self._again(claim, f"{type(error).__name__}: {error}", None)
         except Exception as error:  # a fault of ours: not for ever, then
             log.exception("webhook of job %s, attempt %d", *claim)
@@ -254,7 +254,7 @@ def _host(url: str) -> str:
     """What deliveries are counted by; an URL that is none is its own host."""
     try:
         return httpx.URL(url).host
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, UnicodeError):  # a name that IDNA cannot read is the latter
         return url
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app import documents, outputs
 from app.bodies import Body, read_body
@@ -35,6 +35,8 @@ class Asked(BaseModel):
 
     It is read here and not by FastAPI, which takes a tenth of a request's time for it.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     cancel_on_disconnect: bool = Field(
         False, description="cancel the job if this client goes away before it ends"
@@ -144,10 +146,14 @@ def check_acceptable(spec: JobSpec, images: int, wanted: Wish) -> None:
 
 def idempotency_key(request: Request) -> str | None:
     """The Idempotency-Key, if there is one. Raises Problem 422."""
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 1 <= len(key) <= _MOST_KEY:
-        raise Problem("invalid_request", f"Idempotency-Key: must have 1..{_MOST_KEY} characters")
-    return key
+    keys = request.headers.getlist("idempotency-key")
+    if len(keys) > 1:
+        raise Problem("invalid_request", f"Idempotency-Key: came {len(keys)} times; must come once")
+    for key in keys:
+        if not 1 <= len(key) <= _MOST_KEY:
+            detail = f"Idempotency-Key: {len(key)} characters: must have 1..{_MOST_KEY}"
+            raise Problem("invalid_request", detail)
+    return next(iter(keys), None)
 
 
 async def answer(held: Services, request: Request, admitted: Admitted, asked: Asked) -> Response:

@@ -13,6 +13,7 @@ from app.outputs import (
     as_output,
     check_film,
     check_grid,
+    check_px,
     encode_film,
     encode_grid,
     encode_image,
@@ -20,6 +21,7 @@ from app.outputs import (
     file_response,
     film_columns,
     film_frames,
+    kept,
     output_response,
 )
 from app.problems import Problem, documented
@@ -31,6 +33,7 @@ from jobs.errors import OutputExpired
 from jobs.formats import FILMS, IMAGES, PICTURES, OneOf
 from jobs.outputs import image_name, snapshot_name
 from jobs.pictures import Float32
+from jobs.states import ACTIVE
 from jobs.store.records import JobRecord
 
 router = APIRouter(tags=["outputs"], route_class=Operation)
@@ -46,6 +49,12 @@ Px = Annotated[
     int | None,
     Query(ge=8, le=2048, description="the longer side, about; absent: as it is"),
 ]
+_ALPHA_BAR = {
+    "X-Alpha-Bar": {
+        "description": "ᾱ_t, where the job is about noise levels (`/noise`)",
+        "schema": {"type": "number"},
+    }
+}
 FilmPx = Annotated[
     int,
     Query(ge=8, le=2048, description="enlarge by whole numbers while no side is longer than this"),
@@ -69,7 +78,7 @@ async def get_images_zip(
     planes = await fetch(held, record, [image_name(i) for i in range(record.images)])
     chosen = suffix or record.spec.format
     content = await held.pools.encoding.run(_zip, held, record, planes, chosen)
-    return file_response(content, "zip", f"{job_id}.zip")
+    return file_response(content, "zip", f"{job_id}.zip", cache=kept(record))
 
 
 def _zip(held: Services, record: JobRecord, planes: list[Float32], suffix: str) -> bytes:
@@ -91,6 +100,7 @@ async def get_image(
     request: Request, job_id: str, index: Index, suffix: ImageSuffix, px: Px = None
 ) -> Response:
     """One image. A PNG carries the manifest that makes it again; npy is float32 [C,H,W]."""
+    check_px(suffix, px)
     held = services(request)
     record = (await held.job(job_id)).record
     [x] = await fetch(held, record, [image_name(index)])
@@ -137,6 +147,7 @@ async def get_std(request: Request, job_id: str, suffix: ImageSuffix, px: Px = N
 async def _statistic(
     request: Request, job_id: str, statistic: summary.Summary, *, suffix: str, px: int | None
 ) -> Response:
+    check_px(suffix, px)
     held = services(request)
     record = (await held.job(job_id)).record
     names = [image_name(i) for i in range(record.images)] if "images" in record.spec.gives else []
@@ -174,13 +185,14 @@ async def get_film(
     planes = iter(await fetch(held, state.record, [field for f in frames for field in f]))
     grouped = [[next(planes) for _ in fields] for fields in frames]
     encoding = held.pools.encoding.run(encode_film, grouped, suffix, px, columns=columns)
-    return await output_response(held, state.record, await encoding, suffix)
+    whole = state.record.status not in ACTIVE
+    return await output_response(held, state.record, await encoding, suffix, whole=whole)
 
 
 @router.get(
     "/jobs/{job_id}/snapshots/{t}/{index}.{suffix}",
     response_class=Response,
-    responses={200: documents.files(*IMAGES), **ERRORS},
+    responses={200: documents.files(*IMAGES) | {"headers": _ALPHA_BAR}, **ERRORS},
 )
 async def get_snapshot(
     request: Request,
@@ -193,6 +205,7 @@ async def get_snapshot(
 ) -> Response:
     """A kept state of the chain at t. A PNG shows −1..1 as black to white and clips the rest;
     npy is the float32 [C,H,W] itself."""
+    check_px(suffix, px)
     held = services(request)
     record = (await held.job(job_id)).record
     [x] = await fetch(held, record, [snapshot_name(t, kind, index)])

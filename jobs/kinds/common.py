@@ -93,7 +93,8 @@ def _reachable(address: str) -> str:
     try:
         parts = urlsplit(address)
         there_can_be = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # no port, no address within [ ]
+        (parts.hostname or "").encode("idna").decode("idna")
+    except ValueError:  # no port, no address within [ ], no name (UnicodeError)
         there_can_be = False
     if not there_can_be or not address.isprintable() or " " in address:
         raise ValueError(f"{address:.60}: must be http(s)://HOST, with a PORT of 1..65535 if any")

@@ -18,6 +18,7 @@ from jobs.kinds.common import Shape, Strict
 OperatorName = Literal["mask", "average_pool", "gray", "blur", "identity"]
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
 _MOST_MASK = 1_000_000  # characters of base64
+_MOST_KERNEL = 1e6  # sum of what its values are without sign: float32 has to hold what comes of it
 _LONGEST_KERNEL = 63
 # Each option, and the operator it is of.
 _OPTIONS = {
@@ -162,6 +163,10 @@ class OperatorSpec(Strict):
                 "/operator/kernel",
                 f"{rows} rows of {columns}: must be equally long, odd in number and length, and at "
                 f"most {h} of {w}",
+            )
+        if (total := sum(abs(value) for row in self.kernel for value in row)) > _MOST_KERNEL:
+            raise SpecError(
+                "/operator/kernel", f"its values sum to {total:g}: must be at most {_MOST_KERNEL:g}"
             )
         if not any(value for row in self.kernel for value in row):
             raise SpecError("/operator/kernel", "nothing is known: all is 0")

@@ -44,6 +44,9 @@ def test_a_page_of_another_origin_may_ask(serve: Serve) -> None:
     reply = client.get("/jobs", headers={"Origin": "https://two.example", **KEY})
     assert reply.headers["access-control-allow-origin"] == "https://two.example"
     assert "Retry-After" in reply.headers["access-control-expose-headers"]
+    assert "X-Alpha-Bar" in reply.headers["access-control-expose-headers"]
+    ask["Access-Control-Request-Method"] = "HEAD"
+    assert client.options("/jobs", headers=ask).status_code == 200
     # The answer to a request without a key can be read, too.
     reply = client.get("/jobs", headers={"Origin": "https://one.example"})
     assert reply.status_code == 401 and "access-control-allow-origin" in reply.headers
@@ -97,6 +100,18 @@ def test_signed_addresses_open_without_a_key(serve: Serve, worker: Worker) -> No
     short = client.get(f"/jobs/{job_id}", params={"sign": 1}, headers=KEY).json()
     url = short["images"][0]["url"]
     until(lambda: client.get(url).status_code == 401)
+
+
+def test_what_samples_are_together_is_signed_too(serve: Serve, worker: Worker) -> None:
+    client = serve(api_keys="secret")
+    operator = {"name": "mask", "boxes": [[0, 0, 4, 8]]}
+    body = {"images": [base64.b64encode(png()).decode()], "operator": operator, "num_images": 2}
+    job_id = client.post("/restore", json=body, headers=KEY).json()["id"]
+    worker.finish(job_id)
+    job = client.get(f"/jobs/{job_id}", params={"sign": 60}, headers=KEY).json()
+    for name in ("mean", "std"):
+        assert client.get(job["urls"][name]).status_code == 200, name
+        assert client.get(job["urls"][name].partition("?")[0]).status_code == 401
 
 
 def test_a_signature_makes_no_other_request(serve: Serve) -> None:

@@ -260,6 +260,59 @@ def test_a_picture_in_one_call(client: httpx.Client, worker: Worker) -> None:
     assert again.status_code == 202 and again.json()["request"]["num_images"] == 3
 
 
+def test_any_picture_is_asked_for_by_a_star(client: httpx.Client, worker: Worker) -> None:
+    headers = [("Prefer", "wait=60"), ("Accept", "text/html"), ("Accept", "image/*")]
+    thread = when_queued(client, worker.finish)
+    reply = client.post("/generate", json={}, headers=headers)
+    thread.join()
+    assert reply.status_code == 200 and reply.headers["content-type"] == "image/png"
+
+
+@pytest.mark.parametrize("media", ["image/gif", "application/x-npy, image/bmp;q=0.5"])
+def test_a_picture_that_there_is_not_is_refused_before_a_job_is_made(
+    client: httpx.Client, media: str
+) -> None:
+    reply = client.post("/generate", json={}, headers={"Accept": media})
+    assert reply.status_code == 406 and "image/png, image/webp" in reply.json()["detail"]
+    assert client.get("/jobs").json()["data"] == []
+    either = {"Accept": f"{media}, */*;q=0.1"}
+    assert client.post("/generate", json={}, headers=either).status_code == 202
+
+
+def test_an_unknown_wish_is_told_so(client: httpx.Client) -> None:
+    reply = client.post("/generate?cancelOnDisconnect=true", json={})
+    [error] = reply.json()["errors"]
+    assert reply.status_code == 422 and error["pointer"] == "/query/cancelOnDisconnect"
+    assert "cancel_on_disconnect" in error["detail"]
+    keys = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    reply = client.post("/generate", json={}, headers=keys)
+    assert reply.status_code == 422 and "came 2 times" in reply.json()["detail"]
+
+
+def test_a_field_that_comes_twice_is_told_so(client: httpx.Client) -> None:
+    headers = {"Content-Type": "application/json"}
+    reply = client.post("/generate", content=b'{"steps": 2, "steps": 1}', headers=headers)
+    [error] = reply.json()["errors"]
+    assert reply.status_code == 422 and error["pointer"] == "/steps"
+    assert "came twice" in error["detail"]
+
+
+@pytest.mark.parametrize("charset", ["utf-7", "undefined", "idna", "unicode_escape", "punycode"])
+def test_a_form_is_utf_8_whatever_it_says(client: httpx.Client, charset: str) -> None:
+    part = b'Content-Disposition: form-data; name="request"\r\n\r\n'
+    headers = {"Content-Type": f"multipart/form-data; boundary=X; charset={charset}"}
+    picture = b'Content-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + png()
+
+    def post(request: bytes) -> httpx.Response:
+        parts = b"--X\r\n" + part + request + b"\r\n--X\r\n" + picture + b"\r\n--X--\r\n"
+        return client.post("/noise", content=parts, headers=headers)
+
+    assert post(b'{"t": [1], "model": "+2AA-"}').status_code == 422
+    assert post(b'{"t": [1], "model": "\xff"}').status_code == 422
+    assert "unicode" in post(b'{"t": [1], "model": "\xff"}').json()["detail"]
+    assert post(b'{"t": [1]}').status_code == 202
+
+
 def test_a_failed_job_is_no_picture(client: httpx.Client, worker: Worker) -> None:
     def fail(job_id: str) -> None:
         worker.start(job_id)

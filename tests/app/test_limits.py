@@ -215,6 +215,76 @@ def test_a_connection_goes_on_after_a_long_wait(
     assert heard.count("HTTP/1.1 202") == 2, heard
 
 
+def test_an_upgrade_is_ignored_and_the_body_read(client: httpx.Client, line: Dial) -> None:
+    """Java's HttpClient asks for one with every request, and `curl --http2`; RFC 9110, 7.8."""
+    h2c = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQ")
+    post = ("POST /generate HTTP/1.1", "Host: x", "Content-Type: application/json", *h2c)
+    body = b'{"seed": 7}'
+    length = f"Content-Length: {len(body)}"
+    at_once, later, chunked = line(client), line(client), line(client)
+    at_once.say(*post, length, body=body)
+    later.say(*post, length)
+    chunked.say(*post, "Transfer-Encoding: chunked", body=b"b\r\n" + body + b"\r\n0\r\n\r\n")
+    time.sleep(0.2)
+    later.socket.sendall(body)
+    for one in (at_once, later, chunked):
+        heard = one.answer()
+        assert heard.startswith("HTTP/1.1 202") and '"seed":7' in heard, heard
+        # And the connection goes on as it would have.
+        one.say("GET /jobs?limit=1 HTTP/1.1", "Host: x", *h2c)
+        assert one.answer().startswith("HTTP/1.1 200")
+        one.say("GET /healthz HTTP/1.1", "Host: x", "Connection: close")
+        heard = one.heard()
+        assert heard.startswith("HTTP/1.1 200") and heard.count("HTTP/1.1") == 1, heard
+    behind = line(client)
+    behind.say(
+        *post, length, body=body + b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
+    heard = behind.heard()
+    assert heard.count("HTTP/1.1 202") == 1 and heard.count("HTTP/1.1 404") == 1, heard
+
+
+def test_a_bad_chunk_is_told_so(client: httpx.Client, line: Dial) -> None:
+    one = line(client)
+    head = ("POST /generate HTTP/1.1", "Host: x", "Content-Type: application/json")
+    one.say(*head, "Transfer-Encoding: chunked", body=b"zz\r\n")
+    heard = one.heard()
+    assert heard.startswith("HTTP/1.1 400") and heard.count("HTTP/1.1") == 1, heard
+
+
+def test_a_client_that_leaves_with_a_request_behind_is_noticed(
+    client: httpx.Client, line: Dial
+) -> None:
+    one = line(client)
+    head = ("POST /generate?cancel_on_disconnect=true HTTP/1.1", "Host: x")
+    one.say(
+        *head, "Content-Type: application/json", "Prefer: wait=60", "Content-Length: 2", body=b"{}"
+    )
+    one.say("GET /jobs HTTP/1.1", "Host: x")
+    until(lambda: client.get("/jobs").json()["data"])
+    time.sleep(0.3)
+    one.socket.close()
+    until(lambda: client.get("/jobs").json()["data"][0]["status"] == "canceled", seconds=20)
+
+
+def test_the_body_of_a_held_get_is_nobodys(store: JobStore, serve: Serve, line: Dial) -> None:
+    """It takes no room of uploads, and that it is slow is no leaving."""
+    client = serve(max_upload_memory=4000, max_upload_bytes=3000, body_timeout_s=1)
+    job_id = client.post("/generate", json={}).json()["id"]
+    path = f"GET /jobs/{job_id}?wait=4 HTTP/1.1"
+    full, slow = line(client), line(client)
+    full.say(path, "Host: x", "Content-Length: 3900", body=b"x" * 3900)
+    slow.say(path, "Host: x", "Content-Length: 3900")
+    began = time.monotonic()
+    time.sleep(0.5)
+    for _ in range(5):
+        body = {"seed": 1, "provenance": {"a": "x" * 2000}}
+        assert client.post("/generate", json=body).status_code == 202
+    for one in (full, slow):
+        assert one.answer().startswith("HTTP/1.1 200")
+        assert time.monotonic() - began > 3.5
+
+
 # Content-Encoding
 
 

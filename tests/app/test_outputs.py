@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import zipfile
 from dataclasses import replace
 from typing import Any
@@ -47,6 +48,35 @@ def test_images_in_three_formats(client: httpx.Client, job: dict[str, object]) -
     assert listed["url"] == f"{root}/2.png" and listed["seed"] == 11
     large = Image.open(io.BytesIO(client.get(f"{root}/2.png", params={"px": 64}).content))
     assert large.size == (64, 64)
+
+
+def test_a_copy_is_good_for_as_long_as_the_output_is(
+    client: httpx.Client, worker: Worker, job: dict[str, object]
+) -> None:
+    """A film that grows is not to be kept."""
+
+    def kept(url: str) -> str:
+        reply = client.get(url)
+        assert reply.status_code == 200
+        return str(reply.headers["cache-control"])
+
+    for path in ("images/0.png", "grid.png", "images.zip", "snapshots.gif"):
+        found = re.fullmatch(r"private, max-age=(\d+)", kept(f"/jobs/{job['id']}/{path}"))
+        assert found is not None and 30 < int(found[1]) <= 60  # its ttl_s
+    body = {"snapshots": {"every": 50}}
+    running = client.post("/generate", json=body).json()["id"]
+    started = worker.start(running)
+    worker.snapshot(started, 500)
+    assert kept(f"/jobs/{running}/snapshots.gif") == "no-store"
+    worker.image(started)
+    assert worker.store.succeed(running, "e")
+    assert kept(f"/jobs/{running}/snapshots.gif") == "private, max-age=3600"
+
+
+def test_an_array_has_no_size_to_choose(client: httpx.Client, job: dict[str, object]) -> None:
+    for path in ("images/0.npy", "snapshots/500/0.npy"):
+        reply = client.get(f"/jobs/{job['id']}/{path}", params={"px": 64})
+        assert reply.status_code == 422 and reply.json()["errors"][0]["pointer"] == "/query/px"
 
 
 def test_head_gives_the_headers_of_get(client: httpx.Client, job: dict[str, object]) -> None:

@@ -173,6 +173,11 @@ KERNEL = {"name": "blur", "kernel": [[0.1, 0.2, 0.1]]}
             "odd in number and length",
         ),
         ({"operator": {"name": "blur", "kernel": [[0]]}}, "/operator/kernel", "all is 0"),
+        (
+            {"operator": {"name": "blur", "kernel": [[9e5, -2e5, 1]]}},
+            "/operator/kernel",
+            "its values sum to 1.1e+06: must be at most 1e+06",
+        ),
         ({"operator": KERNEL}, "/images/0", "a value of 1: of images in [−1, 1]"),
         ({"operator": HALF, "images": ["P", "P"]}, "/images", "at most 1"),
         ({"operator": HALF, "images": []}, "/source", "nothing came"),

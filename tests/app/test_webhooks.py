@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from app.addresses import AddressRefused, checked_address, is_public
-from app.webhooks import signing_key
+from app.webhooks import _host, signing_key
 from jobs.store import keys
 from jobs.store.connections import connect_async
 from jobs.store.writer import JobStore
@@ -131,6 +131,19 @@ def test_a_refusal_is_final(
     settled(store)
     assert json.loads(receiver.got[0].body)["type"] == "job.canceled"
     assert len(receiver.got) == 1
+
+
+@pytest.mark.parametrize("url", ["http://xn--a/", "http://a..b/", f"http://{'a' * 64}.example/"])
+def test_a_name_that_no_host_can_have_is_refused(client: httpx.Client, url: str) -> None:
+    reply = client.post("/generate", json={"webhook_url": url})
+    assert reply.status_code == 422 and reply.json()["errors"][0]["pointer"] == "/webhook_url"
+
+
+def test_every_address_is_counted_by_something() -> None:
+    """Also one that an earlier version took in: what fails here holds up everybody's."""
+    assert _host("https://Name.example:8/x") == "name.example"
+    for url in ("http://xn--a/", "http://a..b/", "http://[::1", f"http://{'a' * 64}.example/", ""):
+        assert isinstance(_host(url), str)
 
 
 def test_private_addresses_are_refused(
