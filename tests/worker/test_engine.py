@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -639,6 +641,11 @@ def test_a_model_that_is_not_kept_is_let_go_of_with_its_last_task(
         assert not harness.engine.networks.is_prepared(old, exact=exact)
     assert {key.digest for key in harness.engine.lanes} == {new.digest}
     assert harness.engine.networks.is_prepared(new)
+    weights = weakref.ref(old)
+    del old
+    harness.events.clear()
+    gc.collect()
+    assert weights() is None, gc.get_referrers(weights())
 
 
 @pytest.mark.parametrize(

@@ -137,3 +137,8 @@ class Turns:
         for other, share in self._shares.items():
             self._credit[other] += share * cost
         self._credit[key] -= cost
+
+    def forget(self, key: Hashable) -> None:
+        """This key will not come again."""
+        self._credit.pop(key, None)
+        self._shares.pop(key, None)

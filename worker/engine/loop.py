@@ -296,7 +296,7 @@ class Engine:
         """Let go of other models than these, where no task uses them any more."""
         idle = [key for key, lane in self.lanes.items() if key.digest not in kept and not lane.runs]
         for key in idle:
-            del self.lanes[key]
+            self._turns.forget(self.lanes.pop(key))
         for digest in {key.digest for key in idle} - {key.digest for key in self.lanes}:
             self.networks.let_go(digest)
 
