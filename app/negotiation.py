@@ -58,9 +58,9 @@ def prefer_wait(values: list[str]) -> int | None:
 
 
 def _asks_for_a_picture(accept: str) -> bool:
-    """Of whatever format: whoever puts it into a file must not find JSON there."""
+    """Or for an array, of whatever format: whoever has a file of it must not find JSON there."""
     media = (part.partition(";")[0].strip().lower() for part in accept.split(","))
-    return any(name.startswith("image/") or name == FORMATS["npy"].media for name in media)
+    return any(name.startswith("image/") or name in _ARRAYS for name in media)
 
 
 def accepted(accept: str) -> str:
@@ -80,6 +80,7 @@ def ranked(accept: str) -> dict[str, float]:
     return found
 
 
+_ARRAYS = {known.media for known in FORMATS.values() if known.array is not None}
 _KINDS = {
     **{FORMATS[suffix].media: suffix for suffix in PICTURES},
     "image/*": next(iter(PICTURES)),

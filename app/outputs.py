@@ -77,8 +77,9 @@ async def fetch(services: Services, record: JobRecord, fields: Sequence[str]) ->
 
 def check_px(suffix: str, px: int | None) -> None:
     """Raise Problem 422 where `px` is asked for and has no effect."""
-    if px is not None and suffix == "npy":
-        raise field_problem("/query/px", f"{px}: an npy is the array itself, of the model's size")
+    if px is not None and FORMATS[suffix].array is not None:
+        detail = f"{px}: an {suffix} is the array itself, of the model's size"
+        raise field_problem("/query/px", detail)
 
 
 def encode_image(record: JobRecord, index: int, x: Float32, *, suffix: str, px: int = 0) -> bytes:

@@ -127,10 +127,11 @@ def read_json(model: type[M], text: bytes) -> M:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> None:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
             raise field_problem(pointer_to((name,)), "came twice: must be given once")
+        seen.add(name)
 
 
 def query_of(request: Request) -> dict[str, str]:

@@ -199,10 +199,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _refuse(self, problem: Problem) -> None:
         answering = self._answering
-        whose = answering is None or (
+        # Else it would land before another answer, or in the middle of one.
+        nothing_said = answering is None or (
             answering is self.cycle and not self._in_head and not answering.response_started
         )
-        if whose:  # else it would land before, or in the middle of, another answer
+        if nothing_said:
             reply = response(problem, secrets.token_hex(8))
             lines = [STATUS_LINE[reply.status_code], b"connection: close\r\n"]
             lines += [b"%s: %s\r\n" % header for header in reply.raw_headers]
