@@ -28,7 +28,7 @@ up: $(VENV)/.serve
 	$(BIN)/ddpm up --port $(PORT)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --cov -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" --cov -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
